@@ -1,0 +1,131 @@
+"""Every shape and argument check, in one place; each refusal carries the value and the remedy."""
+
+import difflib
+from collections.abc import Iterable
+
+import torch
+
+from ._typing import Size2
+from .errors import BackendError, FeatSizeError, StaticKeyError, UnknownNameError
+
+
+def check_name(kind: str, name: str, known: Iterable[str]) -> None:
+    """Refuse a name that is not known, with the nearest names that are."""
+    names = sorted(known)
+    if name in names:
+        return
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names[:12])}"
+    raise UnknownNameError(f"unknown {kind} {name!r}; {hint}")
+
+
+def check_positive(**values: int) -> None:
+    """Refuse any keyword whose value is not a positive integer."""
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise StaticKeyError(f"{name}={value!r} must be a positive integer")
+
+
+def check_rate(**values: float) -> None:
+    """Refuse any keyword whose value is not a rate in [0, 1)."""
+    for name, value in values.items():
+        if not 0.0 <= value < 1.0:
+            raise StaticKeyError(f"{name}={value!r} must be in [0, 1)")
+
+
+def check_head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
+    """The width of one head: as given, or dim // num_heads where that divides."""
+    check_positive(dim=dim, num_heads=num_heads)
+    if head_dim is not None:
+        check_positive(head_dim=head_dim)
+        return head_dim
+    if dim % num_heads:
+        divisors = [h for h in range(1, dim + 1) if dim % h == 0]
+        near = sorted(sorted(divisors, key=lambda h: abs(h - num_heads))[:3])
+        raise StaticKeyError(
+            f"dim={dim} is not divisible by num_heads={num_heads}; "
+            f"use num_heads in {near} or pass head_dim explicitly"
+        )
+    return dim // num_heads
+
+
+def check_feat_size(feat_size: Size2) -> Size2:
+    """A (H, W) pair of positive integers, as a plain tuple."""
+    if not isinstance(feat_size, tuple | list) or len(feat_size) != 2:
+        raise FeatSizeError(f"feat_size={feat_size!r} must be a pair (H, W) of token counts")
+    height, width = feat_size
+    for value in (height, width):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise FeatSizeError(f"feat_size={feat_size!r} must hold two positive integers")
+    return height, width
+
+
+def check_kernel_size(kernel_size: int) -> None:
+    """Refuse a convolution kernel that has no centre."""
+    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+        raise StaticKeyError(f"kernel_size={kernel_size!r} must be an odd positive integer")
+
+
+def check_tokens(x: torch.Tensor, dim: int, feat_size: Size2, num_prefix_tokens: int) -> None:
+    """Refuse an input that is not (B, num_prefix_tokens + H*W, dim)."""
+    expected = num_prefix_tokens + feat_size[0] * feat_size[1]
+    if x.ndim != 3 or x.shape[2] != dim:
+        raise FeatSizeError(f"x has shape {tuple(x.shape)}, expected (B, {expected}, {dim})")
+    if x.shape[1] != expected:
+        raise FeatSizeError(
+            f"x has {x.shape[1]} tokens, but feat_size={feat_size} with {num_prefix_tokens} prefix tokens "
+            f"makes {expected}; pass feat_size=(H, W) of this input, or call set_input_size((H, W)) first"
+        )
+
+
+def check_no_mask(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
+    """Refuse the mask keywords of timm's Block when they are really used."""
+    if attn_mask is not None or is_causal:
+        raise StaticKeyError(
+            f"attn_mask={'a tensor' if attn_mask is not None else None}, is_causal={is_causal}: "
+            "token mixers of this package take no attention mask; leave both at their defaults"
+        )
+
+
+def check_static_key_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor | None,
+    key_bias: torch.Tensor | None,
+    mask_diagonal: bool,
+    query_offset: int,
+) -> None:
+    """Refuse inputs of the op whose shapes or dtypes do not fit together."""
+    if query.ndim != 4 or key.ndim not in (3, 4):
+        raise StaticKeyError(
+            f"query {tuple(query.shape)} must be (B, h, N, d) and the key {tuple(key.shape)} (h, M, d), "
+            "or (B, h, M, d) when it is dynamic"
+        )
+    batch, heads, num_queries, width = query.shape
+    num_keys = key.shape[-2]
+    if key.shape[-3] != heads or key.shape[-1] != width or (key.ndim == 4 and key.shape[0] != batch):
+        raise StaticKeyError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch, heads or width"
+        )
+    if value is not None and (value.ndim != 4 or value.shape[:3] != (batch, heads, num_keys)):
+        raise StaticKeyError(f"value {tuple(value.shape)} must be ({batch}, {heads}, {num_keys}, head_dim)")
+    if key_bias is not None and key_bias.shape != (heads, num_keys):
+        raise StaticKeyError(f"key_bias {tuple(key_bias.shape)} must be ({heads}, {num_keys})")
+    named = {"key": key, "value": value, "key_bias": key_bias}
+    for name, tensor in named.items():
+        if tensor is not None and tensor.dtype != query.dtype:
+            raise StaticKeyError(f"{name} is {tensor.dtype}, the query {query.dtype}; cast one of them")
+    if mask_diagonal:
+        if num_keys < 2:
+            raise StaticKeyError("mask_diagonal=True needs at least 2 keys, else nothing is left to attend to")
+        if not 0 <= query_offset <= num_keys - num_queries:
+            raise StaticKeyError(
+                f"query_offset={query_offset} places {num_queries} queries outside the {num_keys} keys"
+            )
+
+
+def check_backend(backend: str, known: Iterable[str]) -> None:
+    """Refuse a backend that does not exist."""
+    names = sorted(known)
+    if backend not in names:
+        raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(names)}")

@@ -1,0 +1,12 @@
+"""Type aliases shared by every layer of the package."""
+
+from typing import Literal, TypeAlias
+
+Size2: TypeAlias = tuple[int, int]
+"""(H, W) in tokens or pixels; the name of the variable says which."""
+
+Backend: TypeAlias = Literal["sdpa", "math"]
+"""How the op computes attention."""
+
+OffGrid: TypeAlias = Literal["resample", "window"]
+"""What a layer does on a grid its key was not built for."""

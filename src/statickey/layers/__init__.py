@@ -1,0 +1,43 @@
+"""Token mixers: the static-key layers, the baselines they are compared with, and the registry of both."""
+
+from .baselines import (
+    ConstantAttention,
+    IdentityMixer,
+    PoolMixer,
+    RandomAttention,
+    SelfAttention,
+    SepConvMixer,
+    SynthesizerAttention,
+)
+from .mixer import AttentionMixer, TokenMixer
+from .static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention, StaticKeyAttention
+
+MIXERS: dict[str, type[TokenMixer]] = {
+    "mhsa": SelfAttention,
+    "ska": StaticKeyAttention,
+    "cska": ConvStaticKeyAttention,
+    "fcska": FactorizedConvStaticKeyAttention,
+    "identity": IdentityMixer,
+    "pool": PoolMixer,
+    "sepconv": SepConvMixer,
+    "random": RandomAttention,
+    "constant": ConstantAttention,
+    "synthesizer": SynthesizerAttention,
+}
+"""Mixers by name. Add a ``TokenMixer`` of your own under a new name to swap in or compare it."""
+
+__all__ = [
+    "MIXERS",
+    "AttentionMixer",
+    "ConstantAttention",
+    "ConvStaticKeyAttention",
+    "FactorizedConvStaticKeyAttention",
+    "IdentityMixer",
+    "PoolMixer",
+    "RandomAttention",
+    "SelfAttention",
+    "SepConvMixer",
+    "StaticKeyAttention",
+    "SynthesizerAttention",
+    "TokenMixer",
+]

@@ -1,0 +1,323 @@
+"""What static keys are compared with: self-attention, and controls that take more and more away from it.
+
+All share one constructor head, so that a swap can build any of them from the attention it replaces; an
+option that a mixer has no use for (a bias where there is no projection) is accepted and documented as unused.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from timm.models.metaformer import StarReLU
+from torch import Tensor, nn
+
+from .._checks import check_rate
+from .._typing import Size2
+from ..errors import StaticKeyError
+from .mixer import AttendOp, AttentionMixer, TokenMixer
+from .static_key import KEY_STD
+
+
+class SelfAttention(AttentionMixer):
+    """Multi-head self-attention (mhsa), fused: query, key and value all come from the input.
+
+    Args:
+        dim: Channels of the tokens.
+        num_heads: Number of heads h.
+        feat_size: The token grid (H, W); attention itself runs on any.
+        num_prefix_tokens: Class and register tokens before the grid.
+        head_dim: Width d of one head; default ``dim // num_heads``.
+        qkv_bias: Whether the projections have a bias.
+        proj_bias: Whether the output projection has a bias.
+        attn_drop: Dropout rate on the attention weights.
+        proj_drop: Dropout rate on the output.
+        scale: Factor on the logits; default ``head_dim ** -0.5``.
+        learned_temperature: Learn the factor, starting from ``scale``.
+        mask_diagonal: Tokens do not attend to themselves.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        feat_size: Size2,
+        num_prefix_tokens: int = 0,
+        head_dim: int | None = None,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        scale: float | None = None,
+        learned_temperature: bool = False,
+        mask_diagonal: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            feat_size=feat_size,
+            num_prefix_tokens=num_prefix_tokens,
+            head_dim=head_dim,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            scale=scale,
+            learned_temperature=learned_temperature,
+            mask_diagonal=mask_diagonal,
+            device=device,
+            dtype=dtype,
+        )
+        inner = self.num_heads * self.head_dim
+        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+        return op(*self._split_heads(self.qkv(x), 3))
+
+
+class SynthesizerAttention(AttentionMixer):
+    """Dense Synthesizer: each token's logits come from a two-layer perceptron of that token.
+
+    ``softmax(relu(q(x)) @ static_key^T + key_bias) @ v(x)``: a static key behind a non-linear query.
+
+    Args:
+        dim: Channels of the tokens.
+        num_heads: Number of heads h.
+        feat_size: The token grid (H, W) it is built for; it resamples to others.
+        num_prefix_tokens: Class and register tokens before the grid.
+        head_dim: Width d of one head; default ``dim // num_heads``.
+        qkv_bias: Whether the query and value projections have a bias.
+        proj_bias: Whether the output projection has a bias.
+        attn_drop: Dropout rate on the attention weights.
+        proj_drop: Dropout rate on the output.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Source:
+        Tay et al., Synthesizer: Rethinking Self-Attention in Transformer Models, arXiv 2005.00743.
+    """
+
+    grid_parameters: ClassVar[tuple[str, ...]] = ("static_key", "key_bias")
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        feat_size: Size2,
+        num_prefix_tokens: int = 0,
+        head_dim: int | None = None,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            dim,
+            num_heads,
+            feat_size=feat_size,
+            num_prefix_tokens=num_prefix_tokens,
+            head_dim=head_dim,
+            proj_bias=proj_bias,
+            attn_drop=attn_drop,
+            proj_drop=proj_drop,
+            scale=1.0,
+            device=device,
+            dtype=dtype,
+        )
+        inner = self.num_heads * self.head_dim
+        self.qv = nn.Linear(dim, 2 * inner, bias=qkv_bias, device=device, dtype=dtype)
+        rows = (self.num_heads, self.num_tokens)
+        self.static_key = nn.Parameter(torch.empty(*rows, self.head_dim, device=device, dtype=dtype))
+        self.key_bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the second layer of the perceptron as torch does a Linear's weight, its bias at zero."""
+        super().reset_parameters()
+        bound = self.head_dim**-0.5
+        nn.init.uniform_(self.static_key, -bound, bound)
+        nn.init.zeros_(self.key_bias)
+
+    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+        query, value = self._split_heads(self.qv(x), 2)
+        key = self._resample(self.static_key, feat_size).to(query.dtype)
+        bias = self._resample(self.key_bias, feat_size).to(query.dtype)
+        return op(F.relu(query), key, value, key_bias=bias)
+
+
+class ConstantAttention(TokenMixer):
+    """A learned map per head that does not see the input at all: ``softmax(logits) @ v(x)``.
+
+    Args:
+        dim: Channels of the tokens.
+        num_heads: Number of heads h.
+        feat_size: The token grid (H, W) it is built for; it resamples to others.
+        num_prefix_tokens: Class and register tokens before the grid.
+        head_dim: Width d of one head; default ``dim // num_heads``.
+        qkv_bias: Whether the value projection has a bias.
+        proj_bias: Whether the output projection has a bias.
+        attn_drop: Dropout rate on the attention weights.
+        proj_drop: Dropout rate on the output.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Source:
+        The Random Synthesizer of arXiv 2005.00743, trained and fixed.
+    """
+
+    grid_parameters: ClassVar[tuple[str, ...]] = ("logits",)
+    trainable: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        feat_size: Size2,
+        num_prefix_tokens: int = 0,
+        head_dim: int | None = None,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            dim, num_heads, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, head_dim=head_dim
+        )
+        check_rate(attn_drop=attn_drop, proj_drop=proj_drop)
+        inner = self.num_heads * self.head_dim
+        self.v = nn.Linear(dim, inner, bias=qkv_bias, device=device, dtype=dtype)
+        logits = torch.empty(
+            self.num_heads, self.num_tokens, self.num_tokens, device=device, dtype=dtype
+        )
+        if self.trainable:
+            self.logits = nn.Parameter(logits)
+        else:
+            self.register_buffer("logits", logits)
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj = nn.Linear(inner, dim, bias=proj_bias, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Learned maps start near uniform (std ``KEY_STD``); frozen ones are drawn unit normal."""
+        nn.init.normal_(self.logits, std=KEY_STD if self.trainable else 1.0)
+
+    def _resample(self, tensor: Tensor, feat_size: Size2) -> Tensor:
+        for _ in range(2):  # rows, then columns
+            tensor = super()._resample(tensor, feat_size).transpose(1, 2)
+        return tensor
+
+    def attention_weights(self, x: Tensor, feat_size: Size2 | None = None) -> Tensor:
+        """The map of every head, the same for every image, (B, h, N, N)."""
+        weights = self._resample(self.logits, self._check_grid(x, feat_size)).softmax(dim=-1)
+        return weights.expand(x.shape[0], -1, -1, -1)
+
+    def _mix(self, x: Tensor, feat_size: Size2) -> Tensor:
+        batch, tokens, _ = x.shape
+        value = self.v(x).reshape(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
+        weights = self._resample(self.logits, feat_size).softmax(dim=-1).to(value.dtype)
+        out = self.attn_drop(weights) @ value
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+
+
+class RandomAttention(ConstantAttention):
+    """``ConstantAttention`` with a random map that is never trained: what mixing at all is worth.
+
+    Source:
+        RandFormer of Yu et al., MetaFormer Baselines for Vision, arXiv 2210.13452.
+    """
+
+    trainable: ClassVar[bool] = False
+
+
+class _FreeMixer(TokenMixer):
+    """Shared constructor of the mixers without heads; num_heads, head_dim and attn_drop are unused."""
+
+    mixes_prefix: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        *,
+        feat_size: Size2,
+        num_prefix_tokens: int = 0,
+        head_dim: int | None = None,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(
+            dim, num_heads, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, head_dim=head_dim
+        )
+        check_rate(attn_drop=attn_drop, proj_drop=proj_drop)
+        if num_prefix_tokens and not self.mixes_prefix:
+            raise StaticKeyError(
+                f"{type(self).__name__} mixes a grid and has no way to reach num_prefix_tokens="
+                f"{num_prefix_tokens}; build the host without them (class_token=False, global_pool='avg')"
+            )
+        self._build(qkv_bias, proj_bias, device, dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def _build(self, qkv_bias: bool, proj_bias: bool, device: Any, dtype: Any) -> None:
+        """Make the parameters, if any."""
+
+
+class IdentityMixer(_FreeMixer):
+    """No mixing: tokens pass through. What the rest of the network does alone."""
+
+    def _mix(self, x: Tensor, feat_size: Size2) -> Tensor:
+        return x
+
+
+class PoolMixer(_FreeMixer):
+    """3 x 3 average pooling minus the token itself; no parameters.
+
+    Source:
+        Yu et al., MetaFormer Is Actually What You Need for Vision, arXiv 2111.11418.
+    """
+
+    mixes_prefix: ClassVar[bool] = False
+
+    def _mix(self, x: Tensor, feat_size: Size2) -> Tensor:
+        maps = x.transpose(1, 2).unflatten(2, feat_size)
+        pooled = F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
+        return self.proj_drop((pooled - maps).flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
+
+
+class SepConvMixer(_FreeMixer):
+    """Inverted separable convolution: pointwise to twice the width, StarReLU, 7 x 7 depth-wise, pointwise.
+
+    ``qkv_bias`` gives the first pointwise layer a bias, ``proj_bias`` the last.
+
+    Source:
+        Yu et al., MetaFormer Baselines for Vision, arXiv 2210.13452.
+    """
+
+    mixes_prefix: ClassVar[bool] = False
+
+    def _build(self, qkv_bias: bool, proj_bias: bool, device: Any, dtype: Any) -> None:
+        hidden = 2 * self.dim
+        self.pwconv1 = nn.Linear(self.dim, hidden, bias=qkv_bias, device=device, dtype=dtype)
+        self.act = StarReLU(device=device, dtype=dtype)
+        self.dwconv = nn.Conv2d(
+            hidden, hidden, 7, padding=3, groups=hidden, bias=False, device=device, dtype=dtype
+        )
+        self.pwconv2 = nn.Linear(hidden, self.dim, bias=proj_bias, device=device, dtype=dtype)
+
+    def _mix(self, x: Tensor, feat_size: Size2) -> Tensor:
+        maps = self.dwconv(self.act(self.pwconv1(x)).transpose(1, 2).unflatten(2, feat_size))
+        return self.proj_drop(self.pwconv2(maps.flatten(2).transpose(1, 2)))  # type: ignore[no-any-return]

@@ -1,0 +1,161 @@
+"""Operations on the token grid: neighbourhoods of queries, keys for another grid, windows."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._checks import check_feat_size, check_kernel_size
+from .._typing import Size2
+from ..errors import FeatSizeError
+
+
+def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
+    """Gather the zero-padded neighbourhood of every query, in the order of a convolution's weight.
+
+    With ``weight`` of a k x k convolution from d to M channels, ``unfold_queries(q) @ weight.flatten(1).T``
+    is that convolution of the query map: CSKA is static-key attention on unfolded queries.
+
+    Args:
+        query: Queries of the grid tokens, row-major, (B, h, H*W, d).
+        feat_size: The grid (H, W).
+        kernel_size: Odd k.
+
+    Returns:
+        (B, h, H*W, d*k*k), contiguous in the last axis; index ``(c*k + row)*k + column``.
+
+    Raises:
+        FeatSizeError: The queries do not fill the grid.
+        StaticKeyError: The kernel size is not odd.
+    """
+    check_kernel_size(kernel_size)
+    batch, heads, num_tokens, width = query.shape
+    height, length = check_feat_size(feat_size)
+    if num_tokens != height * length:
+        raise FeatSizeError(f"query has {num_tokens} tokens, feat_size={feat_size} makes {height * length}")
+    pad = kernel_size // 2
+    grid = query.reshape(batch, heads, height, length, width)
+    grid = F.pad(grid, (0, 0, pad, pad, pad, pad))
+    views = [
+        grid[:, :, row : row + height, col : col + length]
+        for row in range(kernel_size)
+        for col in range(kernel_size)
+    ]
+    return torch.stack(views, dim=-1).reshape(batch, heads, num_tokens, width * kernel_size * kernel_size)
+
+
+def resample_static_key(
+    static_key: Tensor, feat_size: Size2, new_feat_size: Size2, *, num_prefix_tokens: int = 0
+) -> Tensor:
+    """Resample a static key to another grid, bicubic over the grid axes (antialiased when it shrinks).
+
+    Args:
+        static_key: (h, P + H*W, ...), prefix rows first; any trailing axes (a convolution key has three).
+        feat_size: The grid (H, W) the key was built for.
+        new_feat_size: The grid (H', W') wanted.
+        num_prefix_tokens: P, rows that have no place on the grid; they are passed through.
+
+    Returns:
+        (h, P + H'*W', ...) in the key's dtype; the key itself when the grid is the same.
+
+    Raises:
+        FeatSizeError: The key has another number of rows than the grid it is said to be built for.
+    """
+    height, width = check_feat_size(feat_size)
+    new_height, new_width = check_feat_size(new_feat_size)
+    if static_key.shape[1] != num_prefix_tokens + height * width:
+        raise FeatSizeError(
+            f"static_key has {static_key.shape[1]} rows, but feat_size={feat_size} with "
+            f"{num_prefix_tokens} prefix tokens makes {num_prefix_tokens + height * width}"
+        )
+    if (height, width) == (new_height, new_width):
+        return static_key
+    heads, trailing = static_key.shape[0], static_key.shape[2:]
+    prefix, grid = static_key[:, :num_prefix_tokens], static_key[:, num_prefix_tokens:]
+    grid = grid.reshape(heads, height, width, -1).permute(0, 3, 1, 2)
+    grid = grid.to(torch.promote_types(grid.dtype, torch.float32))
+    grid = F.interpolate(
+        grid, size=(new_height, new_width), mode="bicubic", antialias=True, align_corners=False
+    )
+    grid = grid.permute(0, 2, 3, 1).reshape(heads, new_height * new_width, *trailing)
+    return torch.cat([prefix, grid.to(static_key.dtype)], dim=1)
+
+
+def window_partition(tokens: Tensor, feat_size: Size2, window_size: Size2) -> list[tuple[Size2, Tensor]]:
+    """Tile a token map with windows that start at its top left corner.
+
+    Where the windows do not divide the map, those at the right and bottom border are smaller. Windows of one
+    shape come together, so there are at most four groups and nothing is padded: attention with the key rows
+    of the smaller shape equals attention on a padded window whose padding is masked.
+
+    Args:
+        tokens: Row-major tokens of the map, (B, h, H*W, d).
+        feat_size: The map (H, W).
+        window_size: The window (wh, ww).
+
+    Returns:
+        A list of ``((rows, cols), (B*n, h, rows*cols, d))``: interior, right border, bottom border, corner,
+        those that exist; n windows of that shape per image, row-major.
+
+    Raises:
+        FeatSizeError: The tokens do not fill the map.
+    """
+    height, width = check_feat_size(feat_size)
+    batch, heads, num_tokens, dim = tokens.shape
+    if num_tokens != height * width:
+        raise FeatSizeError(f"{num_tokens} tokens do not fill feat_size={feat_size}")
+    grid = tokens.reshape(batch, heads, height, width, dim)
+    groups = []
+    for (top, rows, num_rows), (left, cols, num_cols) in _bands(feat_size, window_size):
+        part = grid[:, :, top : top + rows * num_rows, left : left + cols * num_cols]
+        part = part.reshape(batch, heads, num_rows, rows, num_cols, cols, dim).permute(0, 2, 4, 1, 3, 5, 6)
+        groups.append(((rows, cols), part.reshape(-1, heads, rows * cols, dim)))
+    return groups
+
+
+def window_merge(windows: list[Tensor], feat_size: Size2, window_size: Size2) -> Tensor:
+    """Undo ``window_partition``.
+
+    Args:
+        windows: The tensors of its groups, in its order, each (B*n, h, rows*cols, d).
+        feat_size: The map (H, W).
+        window_size: The window (wh, ww).
+
+    Returns:
+        Row-major tokens of the map, (B, h, H*W, d).
+    """
+    height, width = check_feat_size(feat_size)
+    bands = _bands(feat_size, window_size)
+    lines: list[Tensor] = []
+    line: list[Tensor] = []
+    for part, ((_, rows, num_rows), (left, cols, num_cols)) in zip(windows, bands, strict=True):
+        heads, dim = part.shape[1], part.shape[3]
+        part = part.reshape(-1, num_rows, num_cols, heads, rows, cols, dim).permute(0, 3, 1, 4, 2, 5, 6)
+        line.append(part.reshape(part.shape[0], heads, num_rows * rows, num_cols * cols, dim))
+        if left + cols * num_cols == width:
+            lines.append(torch.cat(line, dim=3))
+            line = []
+    grid = torch.cat(lines, dim=2)
+    return grid.reshape(grid.shape[0], grid.shape[1], height * width, grid.shape[4])
+
+
+def window_key_rows(window_size: Size2, part_size: Size2, device: torch.device | None = None) -> Tensor:
+    """Indices of the key rows that a border window of shape ``part_size`` still covers, (rows*cols,)."""
+    rows = torch.arange(part_size[0], device=device).unsqueeze(1) * window_size[1]
+    return (rows + torch.arange(part_size[1], device=device)).flatten()
+
+
+_Band = tuple[int, int, int]
+
+
+def _bands(feat_size: Size2, window_size: Size2) -> list[tuple[_Band, _Band]]:
+    """Row and column bands of equal windows: (first token, window extent, number of windows)."""
+
+    def split(extent: int, window: int) -> list[_Band]:
+        whole, rest = divmod(extent, window)
+        bands = [(0, window, whole)] if whole else []
+        return bands + ([(whole * window, rest, 1)] if rest else [])
+
+    window_height, window_width = check_feat_size(window_size)
+    return [
+        (row, col) for row in split(feat_size[0], window_height) for col in split(feat_size[1], window_width)
+    ]

@@ -1,0 +1,125 @@
+"""Naive twins of the ops: one obvious loop or einsum each, the oracle of the tests and of the benchmarks."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._typing import Size2
+
+
+def static_key_attention(
+    query: Tensor,
+    static_key: Tensor,
+    value: Tensor,
+    *,
+    key_bias: Tensor | None = None,
+    scale: float | Tensor | None = None,
+    mask_diagonal: bool = False,
+    query_offset: int = 0,
+) -> Tensor:
+    """The op, token by token; arguments and shapes as ``statickey.ops.static_key_attention``."""
+    batch, heads, num_queries, width = query.shape
+    factor = width**-0.5 if scale is None else scale
+    rows = []
+    for i in range(num_queries):
+        logits = torch.einsum("bhd,hmd->bhm", query[:, :, i], static_key)
+        if key_bias is not None:
+            logits = logits + key_bias
+        logits = logits * factor
+        if mask_diagonal:
+            keep = torch.arange(logits.shape[-1]) != i + query_offset
+            weights = torch.zeros_like(logits)
+            weights[..., keep] = logits[..., keep].softmax(dim=-1)
+        else:
+            weights = logits.softmax(dim=-1)
+        rows.append(torch.einsum("bhm,bhmd->bhd", weights, value))
+    return torch.stack(rows, dim=2)
+
+
+def conv_static_key_attention(
+    query: Tensor,
+    conv_key: Tensor,
+    conv_bias: Tensor | None,
+    value: Tensor,
+    *,
+    feat_size: Size2,
+    scale: float | Tensor,
+) -> Tensor:
+    """CSKA as the paper writes it: a grouped convolution over the query map, softmax, product.
+
+    Args:
+        query: (B, h, H*W, d), row-major.
+        conv_key: (h, M, d, k, k).
+        conv_bias: (h, M) or None.
+        value: (B, h, M, dv).
+        feat_size: The grid (H, W).
+        scale: Factor on the logits, bias included.
+
+    Returns:
+        (B, h, H*W, dv).
+    """
+    batch, heads, num_tokens, width = query.shape
+    num_keys, kernel_size = conv_key.shape[1], conv_key.shape[-1]
+    maps = query.transpose(2, 3).reshape(batch, heads * width, *feat_size)
+    bias = None if conv_bias is None else conv_bias.flatten()
+    logits = F.conv2d(maps, conv_key.flatten(0, 1), bias, padding=kernel_size // 2, groups=heads)
+    logits = logits.reshape(batch, heads, num_keys, num_tokens).transpose(2, 3)
+    return (logits * scale).softmax(dim=-1) @ value
+
+
+def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
+    """Neighbourhoods, cell by cell; arguments and shapes as ``statickey.ops.unfold_queries``."""
+    batch, heads, num_tokens, width = query.shape
+    height, length = feat_size
+    pad = kernel_size // 2
+    out = query.new_zeros(batch, heads, num_tokens, width, kernel_size, kernel_size)
+    for i in range(num_tokens):
+        for row in range(kernel_size):
+            for col in range(kernel_size):
+                y, x = i // length + row - pad, i % length + col - pad
+                if 0 <= y < height and 0 <= x < length:
+                    out[:, :, i, :, row, col] = query[:, :, y * length + x]
+    return out.flatten(3)
+
+
+def resample_static_key(
+    static_key: Tensor, feat_size: Size2, new_feat_size: Size2, *, num_prefix_tokens: int = 0
+) -> Tensor:
+    """Resampling, one channel at a time; as ``statickey.ops.resample_static_key``."""
+    out = []
+    for head in static_key.flatten(2):
+        prefix, grid = head[:num_prefix_tokens], head[num_prefix_tokens:]
+        planes = [
+            F.interpolate(
+                grid[:, c].reshape(1, 1, *feat_size), size=new_feat_size, mode="bicubic", antialias=True
+            ).flatten()
+            for c in range(grid.shape[1])
+        ]
+        out.append(torch.cat([prefix, torch.stack(planes, dim=1)]))
+    return torch.stack(out).unflatten(2, static_key.shape[2:])
+
+
+def window_static_key_attention(
+    query: Tensor, static_key: Tensor, value: Tensor, *, feat_size: Size2, window_size: Size2, scale: float
+) -> Tensor:
+    """Windowed attention by masking: each query sees the tokens of its own window, through that window's keys.
+
+    Args:
+        query: (B, h, H*W, d).
+        static_key: (h, wh*ww, d).
+        value: (B, h, H*W, dv).
+        feat_size: The map (H, W).
+        window_size: The window (wh, ww) the key was built for.
+        scale: Factor on the logits.
+
+    Returns:
+        (B, h, H*W, dv).
+    """
+    height, width = feat_size
+    window_height, window_width = window_size
+    y, x = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
+    window = (y // window_height) * width + x // window_width
+    row = (y % window_height) * window_width + x % window_width
+    logits = torch.einsum("bhnd,hmd->bhnm", query, static_key[:, row]) * scale
+    logits = logits.masked_fill(window.unsqueeze(1) != window, float("-inf"))
+    return logits.softmax(dim=-1) @ value
