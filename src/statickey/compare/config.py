@@ -1,0 +1,117 @@
+"""What a comparison is: everything that decides a run, apart from which mixer and seed it is of."""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from .._checks import check_name, check_positive
+from .._files import write_text
+from ..data import OnBadImage
+from ..errors import OutputError, StaticKeyError
+from ..layers import MIXERS
+
+CONFIG_FILE = "config.yaml"
+_NOT_PART_OF_A_RUN = ("mixers", "seeds", "out")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """The arguments of ``compare``; see there."""
+
+    data: str
+    data_dir: str | None
+    mixers: tuple[str, ...]
+    seeds: tuple[int, ...]
+    model: str
+    model_args: dict[str, Any]
+    img_size: int | None
+    limit: int | None
+    on_bad_image: OnBadImage
+    epochs: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    warmup_epochs: float
+    label_smoothing: float
+    clip_grad: float
+    ema_decay: float
+    crop_padding: int | None
+    flip: bool | None
+    holdout: float
+    score_on: Literal["test", "holdout"]
+    accelerator: str
+    precision: str
+    out: str
+
+    def __post_init__(self) -> None:
+        for mixer in self.mixers:
+            check_name("mixer", mixer, MIXERS)
+        for name in ("mixers", "seeds"):
+            values = getattr(self, name)
+            if not values or len(set(values)) != len(values):
+                raise StaticKeyError(f"{name}={list(values)} must name at least one, none twice")
+        if min(self.seeds) < 0:
+            raise StaticKeyError(f"seeds={list(self.seeds)} must not be negative")
+        check_positive(epochs=self.epochs, batch_size=self.batch_size)
+        if self.img_size is not None:
+            check_positive(img_size=self.img_size)
+        if not self.lr > 0:
+            raise StaticKeyError(f"lr={self.lr} must be positive")
+        for name in ("label_smoothing", "ema_decay", "holdout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise StaticKeyError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        for name in ("weight_decay", "warmup_epochs", "clip_grad", "crop_padding"):
+            if (getattr(self, name) or 0) < 0:
+                raise StaticKeyError(f"{name}={getattr(self, name)} must not be negative")
+        if self.score_on not in ("test", "holdout"):
+            raise StaticKeyError(f"score_on={self.score_on!r} must be 'test' or 'holdout'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The arguments as plain values, in order."""
+        values = asdict(self)
+        return values | {"mixers": list(self.mixers), "seeds": list(self.seeds)}
+
+    def protocol(self) -> dict[str, Any]:
+        """What every run of the comparison shares."""
+        return {k: v for k, v in self.to_dict().items() if k not in _NOT_PART_OF_A_RUN}
+
+    def hash(self, data_fingerprint: str) -> str:
+        """Identity of a run's circumstances: the protocol and the data it saw."""
+        text = json.dumps([self.protocol(), data_fingerprint], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def claim(self, out: Path) -> None:
+        """Write the configuration into ``out``, or check that it belongs there.
+
+        Mixers and seeds may differ from an earlier call: their runs join the others.
+
+        Raises:
+            OutputError: ``out`` holds a comparison under another protocol, or cannot be written.
+        """
+        path = out / CONFIG_FILE
+        values = self.to_dict()
+        if path.is_file():
+            try:
+                earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+                before = {k: v for k, v in earlier.items() if k not in _NOT_PART_OF_A_RUN}
+            except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+                raise OutputError(f"{path} is not a comparison's configuration; choose another --out") from error
+            if before != self.protocol():
+                raise OutputError(
+                    f"{out} holds a comparison under another configuration "
+                    f"({_difference(before, self.protocol())}); choose another --out, or repeat the earlier options"
+                )
+            for name in ("mixers", "seeds"):
+                kept = list(earlier[name])
+                values[name] = kept + [v for v in values[name] if v not in kept]
+        write_text(path, yaml.safe_dump(values, sort_keys=False))
+
+
+def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    names = [*before, *(name for name in now if name not in before)]
+    changed = [n for n in names if before.get(n, "absent") != now.get(n, "absent")]
+    return "; ".join(f"{n}: {before.get(n, 'absent')} there, {now.get(n, 'absent')} here" for n in changed)

@@ -1,0 +1,3 @@
+"""x."""
+def write_report(root, config, images, summary, runs):
+    return root

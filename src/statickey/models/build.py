@@ -1,0 +1,97 @@
+"""Build a host by name and swap its attention, so that one seed gives one set of shared weights."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .._checks import check_name
+from ..convert import convert
+from ..errors import StaticKeyError
+from .small_vit import small_vit
+
+SMALL_VIT = "small_vit"
+
+
+def build_model(
+    name: str,
+    mixer: str,
+    *,
+    img_size: int,
+    num_classes: int,
+    in_chans: int = 3,
+    seed: int = 0,
+    model_args: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """Build a vision transformer with the given mixer in every block.
+
+    Args:
+        name: ``"small_vit"`` or any timm vision transformer (``timm.list_models("*vit*")``).
+        mixer: A name in ``MIXERS``.
+        img_size: Side of the square input in pixels.
+        num_classes: Classes of the head.
+        in_chans: Channels of the input.
+        seed: All weights that mixers share are bit-identical at one seed.
+        model_args: Further constructor arguments of the host.
+
+    Returns:
+        The host with its attention swapped.
+
+    Raises:
+        UnknownNameError: No such model or mixer.
+        StaticKeyError: The host refuses its arguments, or cannot take the mixer.
+    """
+    check_name("model", name, [SMALL_VIT, *timm.list_models()])
+    torch.manual_seed(seed)
+    args = dict(model_args or {})
+    try:
+        if name == SMALL_VIT:
+            model = small_vit(img_size, num_classes=num_classes, in_chans=in_chans, **args)
+        else:
+            model = timm.create_model(
+                name, img_size=img_size, num_classes=num_classes, in_chans=in_chans, **args
+            )
+    except StaticKeyError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
+        raise StaticKeyError(f"model {name!r} refuses img_size={img_size}, {args}: {error}") from error
+    convert(model, mixer)
+    patch = model.patch_embed.patch_size[0]
+    if img_size % patch:
+        raise StaticKeyError(
+            f"the patch size {patch} of {name!r} does not divide img_size={img_size}; "
+            f"use img_size={max(img_size // patch, 1) * patch}"
+        )
+    return model
+
+
+def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Multiply-accumulates of one forward pass on one image.
+
+    Counted on the unfused path: torch's counter sees nothing inside fused attention on the CPU.
+
+    Args:
+        model: Any module from images to outputs.
+        input_size: (C, H, W).
+
+    Returns:
+        MACs; FLOPs are twice that.
+    """
+    backends = {module: module.backend for module in model.modules() if hasattr(module, "backend")}
+    training = model.training
+    parameter = next(model.parameters())
+    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
+    try:
+        for module in backends:
+            module.backend = "math"  # type: ignore[assignment]
+        model.eval()
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(image)
+    finally:
+        model.train(training)
+        for module, backend in backends.items():
+            module.backend = backend
+    return counter.get_total_flops() // 2

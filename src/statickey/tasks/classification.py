@@ -1,0 +1,153 @@
+"""Training and scoring an image classifier under Lightning."""
+
+import math
+import time
+from typing import Any
+
+import lightning as L
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torchmetrics.classification import MulticlassAccuracy
+
+from ..data import mix_seed
+from ..errors import DivergedError
+from ..layers import TokenMixer
+
+
+def no_weight_decay_names(model: nn.Module) -> set[str]:
+    """Parameters that weight decay leaves alone: the model's own list, and the keys of its mixers."""
+    own = getattr(model, "no_weight_decay", None)
+    names = set(own()) if callable(own) else set()
+    for prefix, module in model.named_modules():
+        if isinstance(module, TokenMixer):
+            names |= {f"{prefix}.{name}".lstrip(".") for name in module.no_weight_decay()}
+    return names
+
+
+class ClassificationTask(L.LightningModule):
+    """AdamW, linear warm-up, cosine decay to zero, label smoothing, an averaged copy of the weights.
+
+    Random draws inside the model (dropout, drop path) restart from (seed, epoch) at each epoch, so a run
+    resumed at an epoch boundary repeats the uninterrupted one.
+
+    Args:
+        model: Images (B, C, H, W) to logits (B, num_classes).
+        num_classes: Number of classes.
+        seed: Seed of the draws inside the model.
+        lr: Peak learning rate.
+        weight_decay: Decoupled decay of weights; not of biases, norms, position embeddings and keys.
+        warmup_epochs: Epochs of linear warm-up.
+        label_smoothing: Mass moved from the label to all classes.
+        ema_decay: Decay of the averaged weights, reached through a warm-up.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        num_classes: int,
+        seed: int = 0,
+        lr: float = 1e-3,
+        weight_decay: float = 0.05,
+        warmup_epochs: float = 1.0,
+        label_smoothing: float = 0.1,
+        ema_decay: float = 0.999,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.ema = ModelEmaV3(model, decay=ema_decay, use_warmup=True)
+        self.ema.requires_grad_(False)
+        self.seed = seed
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.warmup_epochs = warmup_epochs
+        self.label_smoothing = label_smoothing
+        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.curve: list[dict[str, float]] = []
+        """One row per finished epoch; part of the checkpoint."""
+        self._epoch_start = 0.0
+        self._seconds = 0.0
+        self._images = 0
+        self._loss_sum = 0.0
+
+    def on_train_epoch_start(self) -> None:
+        """Restart the model's draws and the epoch's counters."""
+        torch.manual_seed(mix_seed(self.seed, self.current_epoch, -1))
+        self._images, self._loss_sum = 0, 0.0
+        self._epoch_start = time.perf_counter()
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Cross-entropy of one batch.
+
+        Raises:
+            DivergedError: The loss is not finite.
+        """
+        images, labels = batch
+        loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.label_smoothing)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise DivergedError(
+                f"loss is {value} at epoch {self.current_epoch + 1}, step {batch_idx + 1} "
+                f"(seed {self.seed}); lower --lr (now {self.lr:g}) or raise --warmup_epochs"
+            )
+        self._images += len(labels)
+        self._loss_sum += value * len(labels)
+        return loss
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Let the average follow; the clock stops with the last batch, before validation."""
+        self.ema.update(self.model, step=self.global_step)
+        self._seconds = time.perf_counter() - self._epoch_start
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Accuracy of the plain weights."""
+        images, labels = batch
+        self.accuracy.update(self.model(images), labels)
+
+    def on_validation_epoch_start(self) -> None:
+        """Forget what an earlier epoch or a sanity check counted."""
+        self.accuracy.reset()
+
+    def on_train_epoch_end(self) -> None:
+        """Add the finished epoch to the curve."""
+        self.curve.append(
+            {
+                "epoch": self.current_epoch + 1,
+                "train_loss": self._loss_sum / max(self._images, 1),
+                "holdout_accuracy": 100 * self.accuracy.compute().item(),
+                "images_per_second": self._images / max(self._seconds, 1e-9),
+                "seconds": self._seconds,
+            }
+        )
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Predicted and true labels, (3, B): by the last weights, by the averaged ones, the truth."""
+        images, labels = batch
+        return torch.stack([self.model(images).argmax(1), self.ema.module(images).argmax(1), labels])
+
+    def configure_optimizers(self) -> Any:
+        """AdamW and a schedule per step."""
+        groups = param_groups_weight_decay(
+            self.model, self.weight_decay, no_weight_decay_list=tuple(no_weight_decay_names(self.model))
+        )
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _lr_factor(self, step: int) -> float:
+        total = int(self.trainer.estimated_stepping_batches)
+        warmup = self.warmup_epochs * total / max(self.trainer.max_epochs or 1, 1)
+        if step < warmup:
+            return (step + 1) / (warmup + 1)
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the curve with the weights."""
+        checkpoint["curve"] = self.curve
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take the curve up again."""
+        self.curve = list(checkpoint["curve"])
