@@ -104,9 +104,7 @@ def check_static_key_attention(
     batch, heads, num_queries, width = query.shape
     num_keys = key.shape[-2]
     if key.shape[-3] != heads or key.shape[-1] != width or (key.ndim == 4 and key.shape[0] != batch):
-        raise StaticKeyError(
-            f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch, heads or width"
-        )
+        raise StaticKeyError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch, heads or width")
     if value is not None and (value.ndim != 4 or value.shape[:3] != (batch, heads, num_keys)):
         raise StaticKeyError(f"value {tuple(value.shape)} must be ({batch}, {heads}, {num_keys}, head_dim)")
     if key_bias is not None and key_bias.shape != (heads, num_keys):

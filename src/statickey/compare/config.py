@@ -33,7 +33,7 @@ class CompareConfig:
     on_bad_image: OnBadImage
     epochs: int
     batch_size: int
-    lr: float
+    lr: float | None
     weight_decay: float
     warmup_epochs: float
     label_smoothing: float
@@ -59,7 +59,7 @@ class CompareConfig:
         check_positive(epochs=self.epochs, batch_size=self.batch_size)
         if self.img_size is not None:
             check_positive(img_size=self.img_size)
-        if not self.lr > 0:
+        if self.lr is not None and not self.lr > 0:
             raise StaticKeyError(f"lr={self.lr} must be positive")
         for name in ("label_smoothing", "ema_decay", "holdout"):
             if not 0 <= getattr(self, name) < 1:
@@ -78,6 +78,12 @@ class CompareConfig:
     def protocol(self) -> dict[str, Any]:
         """What every run of the comparison shares."""
         return {k: v for k, v in self.to_dict().items() if k not in _NOT_PART_OF_A_RUN}
+
+    def learning_rate(self, img_size: int) -> float:
+        """The peak learning rate: as given, or what mhsa trains best with on images of this size."""
+        if self.lr is not None:
+            return self.lr
+        return 3e-3 if img_size <= 16 else 1e-3
 
     def hash(self, data_fingerprint: str) -> str:
         """Identity of a run's circumstances: the protocol and the data it saw."""

@@ -18,7 +18,6 @@ from rich.progress import (
 from rich.table import Table
 
 
-
 class Display:
     """Progress bars on a terminal; one line per finished run elsewhere."""
 

@@ -1,3 +1,260 @@
-"""x."""
-def write_report(root, config, images, summary, runs):
-    return root
+"""The page of a comparison: one HTML file that needs nothing else."""
+
+import base64
+import html
+import io
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from .._files import write_text
+from ..data import ImageData
+from ..errors import OutputError
+from ..layers import TokenMixer
+from ..viz import (
+    attention_of_token,
+    capture_attention,
+    differences,
+    key_colours,
+    learning_curves,
+    static_keys,
+)
+from .config import CompareConfig
+from .display import row_cells
+from .results import FinishedRun
+from .run import WEIGHTS_FILE, data_module, new_model
+
+REPORT_FILE = "report.html"
+NUM_IMAGES = 3
+
+
+def write_report(
+    root: Path, config: CompareConfig, data: ImageData, summary: dict[str, Any], runs: Sequence[FinishedRun]
+) -> Path:
+    """Draw the comparison and write ``report.html``.
+
+    Args:
+        root: Folder of the comparison.
+        config: The comparison.
+        data: Its images.
+        summary: Its numbers.
+        runs: Its finished runs.
+
+    Returns:
+        Path of the page.
+
+    Raises:
+        OutputError: The page cannot be written, or a run's weights cannot be read.
+    """
+    names = [row["mixer"] for row in summary["mixers"]]
+    of = {name: [run for run in runs if run.mixer == name] for name in names}
+    models = {name: _load(config, data, of[name][0]) for name in names}
+    baseline = summary["baseline"]
+    sections = [
+        _section("", _verdicts(summary) + _table(summary)),
+        _section(
+            "Difference to the baseline",
+            _svg(differences(summary["mixers"], baseline, _per_seed(of, baseline)))
+            + "<p class=note>Dot: mean. Ticks: seeds. Thin line: 95 % over seeds (Student's t). "
+            "Wide band: 95 % over images (paired bootstrap, seeds fixed).</p>"
+            if len(names) > 1
+            else "",
+        ),
+        _section(
+            "Learning curves",
+            _svg(learning_curves({n: [run.result["curve"] for run in of[n]] for n in names}))
+            + "<p class=note>Line: mean over seeds. Band: lowest to highest seed. The held-out images are a part "
+            "of the training images; the test images are read once, after the last epoch.</p>",
+        ),
+        _section("Where a token looks", _attention(config, data, models, of)),
+        _section("Static keys", _keys(models, of)),
+        _section("How it was made", _making(config, summary, runs)),
+    ]
+    title = html.escape(summary["title"])
+    page = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+    page += f"<title>{title}</title><style>{_CSS}</style><main><h1>{title}</h1>{''.join(sections)}</main></html>\n"
+    write_text(root / REPORT_FILE, page)
+    return root / REPORT_FILE
+
+
+def verdict(row: Mapping[str, Any], baseline: str) -> str:
+    """What a row says about its mixer, in one sentence."""
+    difference = row["difference"]
+    if difference is None:
+        return f"no seed in common with {baseline}."
+    size = f"{difference['mean']:+.2f} points against {baseline}"
+    if difference["decided"] is None:
+        return f"{size}; one seed or no spread, so nothing is said about other seeds."
+    if not difference["decided"]:
+        return f"{size}; not decided by this data: an interval includes zero."
+    side = "above" if difference["mean"] > 0 else "below"
+    return f"{size}; {side} it by both intervals."
+
+
+def _verdicts(summary: Mapping[str, Any]) -> str:
+    baseline = summary["baseline"]
+    lines = [
+        f"<li><b>{html.escape(row['mixer'])}</b> {html.escape(verdict(row, baseline))}"
+        for row in summary["mixers"]
+        if row["mixer"] != baseline
+    ]
+    return f"<ul class=verdict>{''.join(lines)}</ul>"
+
+
+def _table(summary: Mapping[str, Any]) -> str:
+    baseline = summary["baseline"]
+    heads = ("mixer", "params", "MACs", "train img/s", "runs", "accuracy %", "EMA %", f"minus {baseline}")
+    head = "".join(f"<th>{html.escape(h)}" for h in (*heads, "95 % seeds", "95 % images"))
+    body = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row_cells(row, baseline)) for row in summary["mixers"]
+    )
+    note = html.escape(summary["reading"].replace("\n", " "))
+    return f"<div class=wide><table><tr>{head}{body}</table></div><p class=note>{note}.</p>"
+
+
+def _per_seed(of: Mapping[str, Sequence[FinishedRun]], baseline: str) -> dict[str, list[float]]:
+    base = {run.seed: run.result["accuracy"] for run in of[baseline]}
+    return {
+        name: [run.result["accuracy"] - base[run.seed] for run in runs if run.seed in base]
+        for name, runs in of.items()
+    }
+
+
+def _load(config: CompareConfig, data: ImageData, run: FinishedRun) -> nn.Module:
+    model = new_model(config, data, run.mixer, run.seed)
+    path = run.path / WEIGHTS_FILE
+    try:
+        model.load_state_dict(safetensors.torch.load_file(path))
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise OutputError(f"cannot read {path} ({reason}); delete {run.path} to repeat the run") from error
+    return model.eval()
+
+
+def _attention(
+    config: CompareConfig,
+    data: ImageData,
+    models: Mapping[str, nn.Module],
+    of: Mapping[str, Sequence[FinishedRun]],
+) -> str:
+    module = data_module(config, data, config.seeds[0])
+    part = data.test if config.score_on == "test" else module.val_part
+    picks = _one_per_class(part.labels)
+    images = (part.images[picks].float() / 255 - module.mean) / module.std
+    captured = {name: list(capture_attention(model, images).values()) for name, model in models.items()}
+    captured = {name: maps for name, maps in captured.items() if maps}
+    if not captured:
+        return "<p>None of these mixers has an attention map."
+    feat_size = next(m.feat_size for m in next(iter(models.values())).modules() if isinstance(m, TokenMixer))
+    token = (feat_size[0] // 2, feat_size[1] // 2)
+    figures = []
+    for i, pick in enumerate(picks):
+        image = part.images[pick].permute(1, 2, 0).numpy() / 255
+        figure = attention_of_token(
+            image, {name: [layer[i] for layer in maps] for name, maps in captured.items()}, feat_size, token
+        )
+        name = html.escape(data.class_names[int(part.labels[pick])])
+        figures.append(f"<figure>{_png(figure)}<figcaption>{name}</figcaption></figure>")
+    left_out = [name for name in models if name not in captured]
+    note = f" {', '.join(left_out)} has no map." if left_out else ""
+    seeds = {runs[0].seed for runs in of.values()}
+    return (
+        f"<div class=row>{''.join(figures)}</div><p class=note>Attention of the framed token, mean over heads, "
+        f"each map on its own scale from zero; seed {', '.join(map(str, sorted(seeds)))}.{html.escape(note)}</p>"
+    )
+
+
+def _one_per_class(labels: Tensor) -> list[int]:
+    firsts = [int((labels == c).nonzero()[0]) for c in torch.unique(labels)]
+    return firsts[:NUM_IMAGES]
+
+
+def _keys(models: Mapping[str, nn.Module], of: Mapping[str, Sequence[FinishedRun]]) -> str:
+    figures = []
+    for name, model in models.items():
+        layers = []
+        for mixer in model.modules():
+            key = getattr(mixer, "conv_key", getattr(mixer, "static_key", None))
+            if isinstance(mixer, TokenMixer) and key is not None:
+                layers.append(key_colours(key, mixer.num_prefix_tokens, mixer.feat_size).numpy())
+        if layers:
+            figures.append(f"<figure>{_png(static_keys(layers, f'{name}, seed {of[name][0].seed}'))}</figure>")
+    if not figures:
+        return "<p>None of these mixers has a static key."
+    return (
+        f"<div class=row>{''.join(figures)}</div><p class=note>One picture a layer and head, one cell a token "
+        "position. The first three principal components of the key's rows are red, green and blue: positions of "
+        "like colour have like keys and are attended together; grey is the average key.</p>"
+    )
+
+
+def _making(config: CompareConfig, summary: Mapping[str, Any], runs: Sequence[FinishedRun]) -> str:
+    images = summary["data"]
+    facts = {
+        "command": command_line(),
+        "training images": f"{images['train_images']:,}, {config.holdout:.0%} of them held out",
+        "scored images": f"{images['scored_images']:,} of {images['img_size']} pixels",
+        "training time": f"{sum(run.result['train_seconds'] for run in runs) / 60:.1f} min over {len(runs)} runs",
+        "configuration hash": summary["config_hash"],
+    }
+    if images["skipped"]:
+        facts["unreadable images left out"] = f"{len(images['skipped'])}: {'; '.join(images['skipped'][:5])}"
+    for number, env in enumerate(summary["environments"], start=1):
+        name = "environment" if len(summary["environments"]) == 1 else f"environment {number}"
+        facts[name] = ", ".join(f"{key} {value}" for key, value in env.items())
+    lines = "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in facts.items())
+    dump = html.escape(json.dumps(summary["config"], indent=2))
+    return f"<table class=facts>{lines}</table><details><summary>configuration</summary><pre>{dump}</pre></details>"
+
+
+def command_line() -> str:
+    """The command this process was started with, without the folder of the program."""
+    program = Path(sys.argv[0]).name
+    return shlex.join(["statickey" if program == "__main__.py" else program, *sys.argv[1:]])
+
+
+def _section(title: str, body: str) -> str:
+    if not body:
+        return ""
+    return f"<section>{f'<h2>{html.escape(title)}</h2>' if title else ''}{body}</section>"
+
+
+def _svg(figure: Figure) -> str:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", metadata={"Date": None})
+    return f"<div class=plot>{text.getvalue()[text.getvalue().index('<svg') :]}</div>"
+
+
+def _png(figure: Figure) -> str:
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=144)
+    width = figure.get_figwidth() * 96
+    data = base64.b64encode(file.getvalue()).decode()
+    return f"<img width={width:.0f} src='data:image/png;base64,{data}' alt=''>"
+
+
+_CSS = """
+body{margin:0;background:#f5f7fa;color:#1f2933;font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
+main{max-width:1080px;margin:0 auto;padding:32px 20px 60px}
+h1{font-size:26px;margin:0 0 18px;letter-spacing:-.01em}h2{font-size:17px;margin:0 0 12px}
+section{background:#fff;border:1px solid #e4e7eb;border-radius:10px;padding:20px 22px;margin:0 0 18px}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
+td,th{padding:7px 10px;text-align:right;border-bottom:1px solid #e4e7eb;white-space:nowrap}
+th{font-weight:600;color:#616e7c;font-size:13px}td:first-child,th:first-child{text-align:left}
+td:first-child{font-weight:600}tr:last-child td{border-bottom:0}
+.wide{overflow-x:auto}.note{color:#616e7c;font-size:13px;margin:10px 0 0}
+.verdict{margin:0 0 16px;padding-left:18px}.plot svg{max-width:100%;height:auto}
+.row{display:flex;flex-wrap:wrap;gap:18px}.row img{max-width:100%;height:auto}
+figure{margin:0}figcaption{text-align:center;color:#616e7c;font-size:13px}
+.facts th{width:190px;vertical-align:top}.facts td,.facts td:first-child{text-align:left;white-space:normal;
+font-weight:400;overflow-wrap:anywhere}details{margin-top:12px}pre{overflow-x:auto;font-size:12px}
+"""

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from timm.layers import Attention
@@ -67,12 +67,13 @@ def convert(
         )
     if model.dynamic_img_size:
         raise UnsupportedHostError("dynamic_img_size=True: a static key needs the grid; use img_size= instead")
-    hosts = {
+    hosts: dict[str, Any] = {
         f"blocks.{i}.attn": block.attn for i, block in enumerate(model.blocks) if hasattr(block, "attn")
     }
     if len(hosts) != len(model.blocks):
         raise UnsupportedHostError(f"blocks of type {type(model.blocks[0]).__name__} hold no attn module")
-    feat_size = tuple(model.patch_embed.grid_size)
+    height, width = model.patch_embed.grid_size
+    feat_size = (height, width)
     with torch.random.fork_rng():
         swapped = {
             name: _build_mixer(name, host, mixer, feat_size, model.num_prefix_tokens, mixer_args)
@@ -94,7 +95,7 @@ def convert(
 
 def _build_mixer(
     name: str,
-    host: nn.Module,
+    host: Any,
     mixer: str,
     feat_size: Size2,
     num_prefix_tokens: int,
@@ -132,7 +133,7 @@ def _build_mixer(
 
 
 @torch.no_grad()
-def _carry_over(host: nn.Module, mixer: TokenMixer) -> None:
+def _carry_over(host: Any, mixer: TokenMixer) -> None:
     """Copy the rows of the host's qkv that the mixer has too, and the output projection."""
     rows = {"qkv": (0, 1, 2), "qv": (0, 2), "v": (2,)}
     for name, parts in rows.items():
@@ -144,7 +145,7 @@ def _carry_over(host: nn.Module, mixer: TokenMixer) -> None:
                 source = getattr(host.qkv, tensor).chunk(3)
                 getattr(target, tensor).copy_(torch.cat([source[part] for part in parts]))
     if hasattr(mixer, "proj"):
-        mixer.proj.load_state_dict(host.proj.state_dict())
+        cast(nn.Linear, mixer.proj).load_state_dict(host.proj.state_dict())
 
 
 def _num_params(module: nn.Module) -> int:

@@ -120,7 +120,12 @@ def load_images(
     skipped: list[str] = []
     train_part = _read(train, _chosen(len(train.labels), limit), img_size, len(names), on_bad_image, skipped)
     test_part = _read(
-        test, range(len(test.labels)), img_size or train_part.images.shape[-1], len(names), on_bad_image, skipped
+        test,
+        range(len(test.labels)),
+        img_size or train_part.images.shape[-1],
+        len(names),
+        on_bad_image,
+        skipped,
     )
     pad = train_part.images.shape[-1] // 8
     return ImageData(data, train_part, test_part, tuple(names), pad, True, tuple(skipped))
@@ -142,12 +147,10 @@ def _digits(img_size: int | None, limit: int | None) -> ImageData:
     raw = load_digits()
     images = torch.from_numpy(np.rint(raw.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
     labels = torch.from_numpy(raw.target.astype(np.int64))
-    train, test = train_test_split(
-        np.arange(len(labels)), test_size=360, stratify=raw.target, random_state=0
-    )
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=raw.target, random_state=0)
     train = train[np.asarray(_chosen(len(train), limit))]
-    parts = [LabelledImages(images[index], labels[index]) for index in (train, test)]
-    return ImageData("digits", *parts, tuple("0123456789"), 0, False)
+    train_part, test_part = (LabelledImages(images[index], labels[index]) for index in (train, test))
+    return ImageData("digits", train_part, test_part, tuple("0123456789"), 0, False)
 
 
 def _torchvision_sources(data: str, data_dir: Path | None) -> tuple[_Source, _Source, list[str]]:
@@ -204,7 +207,7 @@ def _parquet_sources(root: Path) -> tuple[_Source, _Source, list[str]]:
         return _Source(labels, opened, lambda i: f"{root} row {i} ({raw[i][image].get('path')})")
 
     train, test = table("train"), table("test", "val")
-    names = next((v.names for v in train.features.values() if isinstance(v, datasets.ClassLabel)), [])
+    names: list[str] = next((v.names for v in train.features.values() if isinstance(v, datasets.ClassLabel)), [])
     return source(train), source(test), list(names)
 
 
@@ -295,7 +298,8 @@ def _square(image: Image.Image, img_size: int | None) -> Image.Image:
     width, height = image.size
     factor = img_size / min(width, height)
     image = image.resize(
-        (max(round(width * factor), img_size), max(round(height * factor), img_size)), Image.Resampling.BICUBIC
+        (max(round(width * factor), img_size), max(round(height * factor), img_size)),
+        Image.Resampling.BICUBIC,
     )
     left, top = (image.width - img_size) // 2, (image.height - img_size) // 2
     return image.crop((left, top, left + img_size, top + img_size))

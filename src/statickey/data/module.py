@@ -51,9 +51,7 @@ class EpochBatches(Sampler[BatchPlan]):
 class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
     """Batches of normalised training images, randomly cropped and mirrored."""
 
-    def __init__(
-        self, part: LabelledImages, mean: Tensor, std: Tensor, *, crop_padding: int, flip: bool
-    ) -> None:
+    def __init__(self, part: LabelledImages, mean: Tensor, std: Tensor, *, crop_padding: int, flip: bool) -> None:
         self.part, self.mean, self.std = part, mean, std
         self.crop_padding, self.flip = crop_padding, flip
 
@@ -125,9 +123,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Augmented batches, in an order of their own each epoch."""
-        images = AugmentedImages(
-            self.train_part, self.mean, self.std, crop_padding=self.crop_padding, flip=self.flip
-        )
+        images = AugmentedImages(self.train_part, self.mean, self.std, crop_padding=self.crop_padding, flip=self.flip)
         sampler = EpochBatches(len(self.train_part.labels), self.batch_size, self.seed)
         return DataLoader(images, batch_size=None, sampler=sampler)
 
@@ -141,7 +137,7 @@ class ImageDataModule(L.LightningDataModule):
 
     def _plain(self, part: LabelledImages) -> DataLoader[tuple[Tensor, Tensor]]:
         images = PlainImages(part, self.mean, self.std)
-        return DataLoader(images, batch_size=256, collate_fn=_as_is)
+        return DataLoader(images, batch_size=256, collate_fn=_as_is)  # type: ignore[arg-type]
 
 
 def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,7 @@
 """Token mixers: the static-key layers, the baselines they are compared with, and the registry of both."""
 
+from collections.abc import Callable
+
 from .baselines import (
     ConstantAttention,
     IdentityMixer,
@@ -12,7 +14,7 @@ from .baselines import (
 from .mixer import AttentionMixer, TokenMixer
 from .static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention, StaticKeyAttention
 
-MIXERS: dict[str, type[TokenMixer]] = {
+MIXERS: dict[str, Callable[..., TokenMixer]] = {
     "mhsa": SelfAttention,
     "ska": StaticKeyAttention,
     "cska": ConvStaticKeyAttention,

@@ -190,15 +190,11 @@ class ConstantAttention(TokenMixer):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(
-            dim, num_heads, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, head_dim=head_dim
-        )
+        super().__init__(dim, num_heads, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, head_dim=head_dim)
         check_rate(attn_drop=attn_drop, proj_drop=proj_drop)
         inner = self.num_heads * self.head_dim
         self.v = nn.Linear(dim, inner, bias=qkv_bias, device=device, dtype=dtype)
-        logits = torch.empty(
-            self.num_heads, self.num_tokens, self.num_tokens, device=device, dtype=dtype
-        )
+        logits = torch.empty(self.num_heads, self.num_tokens, self.num_tokens, device=device, dtype=dtype)
         if self.trainable:
             self.logits = nn.Parameter(logits)
         else:
@@ -260,9 +256,7 @@ class _FreeMixer(TokenMixer):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(
-            dim, num_heads, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, head_dim=head_dim
-        )
+        super().__init__(dim, num_heads, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, head_dim=head_dim)
         check_rate(attn_drop=attn_drop, proj_drop=proj_drop)
         if num_prefix_tokens and not self.mixes_prefix:
             raise StaticKeyError(
@@ -293,7 +287,7 @@ class PoolMixer(_FreeMixer):
     mixes_prefix: ClassVar[bool] = False
 
     def _mix(self, x: Tensor, feat_size: Size2) -> Tensor:
-        maps = x.transpose(1, 2).unflatten(2, feat_size)
+        maps = x.transpose(1, 2).reshape(x.shape[0], self.dim, *feat_size)
         pooled = F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
         return self.proj_drop((pooled - maps).flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
 
@@ -313,11 +307,10 @@ class SepConvMixer(_FreeMixer):
         hidden = 2 * self.dim
         self.pwconv1 = nn.Linear(self.dim, hidden, bias=qkv_bias, device=device, dtype=dtype)
         self.act = StarReLU(device=device, dtype=dtype)
-        self.dwconv = nn.Conv2d(
-            hidden, hidden, 7, padding=3, groups=hidden, bias=False, device=device, dtype=dtype
-        )
+        self.dwconv = nn.Conv2d(hidden, hidden, 7, padding=3, groups=hidden, bias=False, device=device, dtype=dtype)
         self.pwconv2 = nn.Linear(hidden, self.dim, bias=proj_bias, device=device, dtype=dtype)
 
     def _mix(self, x: Tensor, feat_size: Size2) -> Tensor:
-        maps = self.dwconv(self.act(self.pwconv1(x)).transpose(1, 2).unflatten(2, feat_size))
+        hidden = self.act(self.pwconv1(x)).transpose(1, 2)
+        maps = self.dwconv(hidden.reshape(*hidden.shape[:2], *feat_size))
         return self.proj_drop(self.pwconv2(maps.flatten(2).transpose(1, 2)))  # type: ignore[no-any-return]

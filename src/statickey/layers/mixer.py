@@ -120,9 +120,7 @@ class TokenMixer(nn.Module, ABC):
         self.feat_size = feat_size
 
     def _resample(self, tensor: Tensor, feat_size: Size2) -> Tensor:
-        return resample_static_key(
-            tensor, self.feat_size, feat_size, num_prefix_tokens=self.num_prefix_tokens
-        )
+        return resample_static_key(tensor, self.feat_size, feat_size, num_prefix_tokens=self.num_prefix_tokens)
 
     def no_weight_decay(self) -> set[str]:
         """Names of this mixer's parameters that weight decay must leave alone.
@@ -141,7 +139,7 @@ class TokenMixer(nn.Module, ABC):
 
 
 class AttentionMixer(TokenMixer):
-    """A mixer that weighs values by ``softmax(scale * query . key)``; subclasses say where the key comes from.
+    """A mixer that weighs values by ``softmax(scale * query . key)``; subclasses bring the key.
 
     Args:
         dim: Channels of the tokens.
@@ -176,9 +174,7 @@ class AttentionMixer(TokenMixer):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__(
-            dim, num_heads, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, head_dim=head_dim
-        )
+        super().__init__(dim, num_heads, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, head_dim=head_dim)
         check_rate(attn_drop=attn_drop, proj_drop=proj_drop)
         if mask_diagonal and self.num_tokens < 2:
             raise StaticKeyError(f"mask_diagonal=True leaves nothing to attend to on {self.num_tokens} token")

@@ -147,9 +147,7 @@ class StaticKeyAttention(AttentionMixer):
             parts.append(_call(op, seg._replace(key=key, key_bias=bias), value))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
-    def _attend_windows(
-        self, segments: list[_Segment], value: Tensor, feat_size: Size2, op: AttendOp
-    ) -> Tensor:
+    def _attend_windows(self, segments: list[_Segment], value: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
         num_prefix = self.num_prefix_tokens
         batch = value.shape[0]
         prefix_rows = torch.arange(num_prefix, device=value.device)

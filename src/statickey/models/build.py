@@ -47,25 +47,24 @@ def build_model(
     check_name("model", name, [SMALL_VIT, *timm.list_models()])
     torch.manual_seed(seed)
     args = dict(model_args or {})
+    host: Any
     try:
         if name == SMALL_VIT:
-            model = small_vit(img_size, num_classes=num_classes, in_chans=in_chans, **args)
+            host = small_vit(img_size, num_classes=num_classes, in_chans=in_chans, **args)
         else:
-            model = timm.create_model(
-                name, img_size=img_size, num_classes=num_classes, in_chans=in_chans, **args
-            )
+            host = timm.create_model(name, img_size=img_size, num_classes=num_classes, in_chans=in_chans, **args)
     except StaticKeyError:
         raise
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise StaticKeyError(f"model {name!r} refuses img_size={img_size}, {args}: {error}") from error
-    convert(model, mixer)
-    patch = model.patch_embed.patch_size[0]
+    convert(host, mixer)
+    patch: int = host.patch_embed.patch_size[0]
     if img_size % patch:
         raise StaticKeyError(
             f"the patch size {patch} of {name!r} does not divide img_size={img_size}; "
             f"use img_size={max(img_size // patch, 1) * patch}"
         )
-    return model
+    return host  # type: ignore[no-any-return]
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
@@ -94,4 +93,4 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         model.train(training)
         for module, backend in backends.items():
             module.backend = backend
-    return counter.get_total_flops() // 2
+    return int(counter.get_total_flops()) // 2

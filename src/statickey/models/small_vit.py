@@ -33,7 +33,7 @@ def small_vit(
         num_classes: Classes of the head.
         in_chans: Channels of the input.
         patch_size: Side of a patch in pixels; default a quarter of images up to 16 pixels, else an eighth.
-        embed_dim: Width; default 64 for images up to 16 pixels, else 128.
+        embed_dim: Width; default 64 for images up to 16 pixels, else 96.
         depth: Number of blocks.
         num_heads: Number of heads.
         mlp_ratio: Hidden width of the perceptrons over ``embed_dim``.
@@ -47,7 +47,7 @@ def small_vit(
     """
     tiny = img_size <= 16
     patch_size = max(img_size // (4 if tiny else 8), 1) if patch_size is None else patch_size
-    embed_dim = (64 if tiny else 128) if embed_dim is None else embed_dim
+    embed_dim = (64 if tiny else 96) if embed_dim is None else embed_dim
     check_positive(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth)
     if img_size % patch_size:
         divisors = [p for p in range(1, img_size + 1) if img_size % p == 0]

@@ -36,9 +36,7 @@ def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
     grid = query.reshape(batch, heads, height, length, width)
     grid = F.pad(grid, (0, 0, pad, pad, pad, pad))
     views = [
-        grid[:, :, row : row + height, col : col + length]
-        for row in range(kernel_size)
-        for col in range(kernel_size)
+        grid[:, :, row : row + height, col : col + length] for row in range(kernel_size) for col in range(kernel_size)
     ]
     return torch.stack(views, dim=-1).reshape(batch, heads, num_tokens, width * kernel_size * kernel_size)
 
@@ -73,9 +71,7 @@ def resample_static_key(
     prefix, grid = static_key[:, :num_prefix_tokens], static_key[:, num_prefix_tokens:]
     grid = grid.reshape(heads, height, width, -1).permute(0, 3, 1, 2)
     grid = grid.to(torch.promote_types(grid.dtype, torch.float32))
-    grid = F.interpolate(
-        grid, size=(new_height, new_width), mode="bicubic", antialias=True, align_corners=False
-    )
+    grid = F.interpolate(grid, size=(new_height, new_width), mode="bicubic", antialias=True, align_corners=False)
     grid = grid.permute(0, 2, 3, 1).reshape(heads, new_height * new_width, *trailing)
     return torch.cat([prefix, grid.to(static_key.dtype)], dim=1)
 
@@ -156,6 +152,4 @@ def _bands(feat_size: Size2, window_size: Size2) -> list[tuple[_Band, _Band]]:
         return bands + ([(whole * window, rest, 1)] if rest else [])
 
     window_height, window_width = check_feat_size(window_size)
-    return [
-        (row, col) for row in split(feat_size[0], window_height) for col in split(feat_size[1], window_width)
-    ]
+    return [(row, col) for row in split(feat_size[0], window_height) for col in split(feat_size[1], window_width)]

@@ -18,7 +18,7 @@ def static_key_attention(
     query_offset: int = 0,
 ) -> Tensor:
     """The op, token by token; arguments and shapes as ``statickey.ops.static_key_attention``."""
-    batch, heads, num_queries, width = query.shape
+    num_queries, width = query.shape[2:]
     factor = width**-0.5 if scale is None else scale
     rows = []
     for i in range(num_queries):
@@ -96,13 +96,13 @@ def resample_static_key(
             for c in range(grid.shape[1])
         ]
         out.append(torch.cat([prefix, torch.stack(planes, dim=1)]))
-    return torch.stack(out).unflatten(2, static_key.shape[2:])
+    return torch.stack(out).reshape(static_key.shape[0], -1, *static_key.shape[2:])
 
 
 def window_static_key_attention(
     query: Tensor, static_key: Tensor, value: Tensor, *, feat_size: Size2, window_size: Size2, scale: float
 ) -> Tensor:
-    """Windowed attention by masking: each query sees the tokens of its own window, through that window's keys.
+    """Windowed attention by masking: a query sees the tokens of its own window only.
 
     Args:
         query: (B, h, H*W, d).

@@ -1,0 +1,51 @@
+"""The command line: ``statickey COMMAND``."""
+
+import sys
+from collections.abc import Sequence
+
+from ..errors import StaticKeyError
+
+_TRAIN_HINT = "statickey: this command needs the training extra: pip install 'statickey[train]'"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments after the program's name; default those of the process.
+
+    Returns:
+        0, or 2 after a refusal (one line on standard error; ``--debug`` shows where it arose), or 130 after
+        Ctrl-C.
+    """
+    args = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    debug = "--debug" in args
+    args = [arg for arg in args if arg != "--debug"]
+    try:
+        from .parser import run
+    except ModuleNotFoundError as error:
+        if debug or (error.name or "").startswith("statickey"):
+            raise
+        print(f"{_TRAIN_HINT} ({error.name} is missing)", file=sys.stderr)  # noqa: T201
+        return 2
+    try:
+        run(args)
+    except StaticKeyError as error:
+        if debug:
+            raise
+        print(f"statickey: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("statickey: interrupted; the same command continues where it stopped", file=sys.stderr)  # noqa: T201
+        return 130
+    return 0
+
+
+def _with_underscores(arg: str) -> str:
+    """Options may be written with dashes."""
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value

@@ -1,0 +1,165 @@
+"""The figures of a comparison, as matplotlib figures."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from numpy.typing import NDArray
+from torch import Tensor
+
+INK, FAINT = "#1f2933", "#9aa5b1"
+_COLOURS = ("#2f4b7c", "#e4572e", "#17a398", "#c879ff", "#f2a541", "#5b8e7d", "#8f2d56", "#7b8794", "#3fa7d6")
+_STYLE: Any = {
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "grid.color": "#e4e7eb",
+    "svg.fonttype": "path",
+    "svg.hashsalt": "statickey",
+}
+
+
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each mixer, by its place in the table."""
+    return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+
+
+def learning_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Figure:
+    """Held-out accuracy and training loss against epochs.
+
+    Args:
+        curves: For each mixer, one curve a seed, one row an epoch.
+    """
+    shades = colours(list(curves))
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 3.2), layout="constrained")
+        panels = figure.subplots(1, 2)
+        for axes, key, title in zip(
+            panels,
+            ("holdout_accuracy", "train_loss"),
+            ("held-out accuracy, %", "training loss"),
+            strict=True,
+        ):
+            for name, runs in curves.items():
+                epochs = [row["epoch"] for row in runs[0]]
+                values = np.array([[row[key] for row in run] for run in runs])
+                axes.plot(epochs, values.mean(axis=0), color=shades[name], label=name, linewidth=1.8)
+                if len(values) > 1:
+                    low, high = values.min(axis=0), values.max(axis=0)
+                    axes.fill_between(epochs, low, high, color=shades[name], alpha=0.15, linewidth=0)
+            axes.set_title(title)
+            axes.set_xlabel("epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            axes.grid(axis="y")
+        panels[0].legend(frameon=False, ncols=2)
+    return figure
+
+
+def differences(rows: Sequence[Mapping[str, Any]], baseline: str, per_seed: Mapping[str, Sequence[float]]) -> Figure:
+    """Paired differences to the baseline with both intervals.
+
+    Args:
+        rows: The rows of the summary.
+        baseline: The mixer the differences are to.
+        per_seed: For each mixer, its difference at each common seed.
+    """
+    shades = colours([row["mixer"] for row in rows])
+    shown = [row for row in rows if row["difference"] is not None]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(9, 0.9 + 0.5 * len(shown)), layout="constrained")
+        axes = figure.subplots()
+        axes.axvline(0, color=INK, linewidth=1)
+        for y, row in enumerate(reversed(shown)):
+            name, difference = row["mixer"], row["difference"]
+            low, high = difference["image_interval"]
+            axes.plot([low, high], [y, y], color=shades[name], linewidth=9, alpha=0.25, solid_capstyle="butt")
+            if difference["seed_interval"] is not None:
+                axes.plot(difference["seed_interval"], [y, y], color=shades[name], linewidth=2)
+            seeds = per_seed.get(name, [])
+            axes.plot(seeds, [y] * len(seeds), "|", color=INK, markersize=9, markeredgewidth=1)
+            axes.plot(difference["mean"], y, "o", color=shades[name], markersize=7)
+        axes.set_yticks(range(len(shown)), [row["mixer"] for row in reversed(shown)])
+        axes.set_ylim(-0.6, len(shown) - 0.4)
+        axes.set_xlabel(f"accuracy minus {baseline}, percentage points")
+        axes.grid(axis="x")
+        axes.set_axisbelow(True)
+    return figure
+
+
+def attention_of_token(
+    image: NDArray[Any],
+    maps: Mapping[str, Sequence[Tensor]],
+    feat_size: tuple[int, int],
+    token: tuple[int, int],
+) -> Figure:
+    """Where one token looks, layer by layer and mixer by mixer, averaged over heads.
+
+    Args:
+        image: (H, W, C) in [0, 1].
+        maps: For each mixer, the maps of its layers, (heads, tokens, tokens) of this image.
+        feat_size: The token grid (H, W).
+        token: Row and column of the token that looks.
+    """
+    layers = max(len(layer_maps) for layer_maps in maps.values())
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(0.57 * (layers + 1) + 0.45, 0.57 * len(maps) + 0.5), layout="constrained")
+        panels = figure.subplots(len(maps), layers + 1, squeeze=False)
+        for line, (name, layer_maps) in zip(panels, maps.items(), strict=True):
+            line[0].imshow(image.squeeze(), cmap="gray", extent=(0, feat_size[1], feat_size[0], 0))
+            line[0].add_patch(_frame(token))
+            line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontweight="bold")
+            for axes, weights in zip(line[1:], layer_maps, strict=False):
+                prefix = weights.shape[-1] - feat_size[0] * feat_size[1]
+                query = prefix + token[0] * feat_size[1] + token[1]
+                seen = weights.mean(dim=0)[query, prefix:].reshape(feat_size).float().numpy()
+                axes.imshow(seen, cmap="magma", vmin=0, extent=(0, feat_size[1], feat_size[0], 0))
+                axes.add_patch(_frame(token))
+        for column, axes in enumerate(panels[0][1:], start=1):
+            axes.set_title(f"layer {column}", fontweight="normal", fontsize=8, loc="center")
+        for axes in panels.flat:
+            _blank(axes)
+    return figure
+
+
+def static_keys(layers: Sequence[NDArray[Any]], title: str) -> Figure:
+    """Static keys as coloured grids, a row a layer, a column a head.
+
+    Args:
+        layers: For each layer, (h, H, W, 3) in [0, 1].
+        title: Name of the mixer.
+    """
+    heads = layers[0].shape[0]
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(0.6 * heads + 0.6, 0.6 * len(layers) + 0.5), layout="constrained")
+        figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=10)
+        panels = figure.subplots(len(layers), heads, squeeze=False)
+        for number, (line, pictures) in enumerate(zip(panels, layers, strict=True), start=1):
+            for axes, picture in zip(line, pictures, strict=True):
+                axes.imshow(picture)
+                _blank(axes)
+            line[0].set_ylabel(f"layer {number}", fontsize=8)
+        for number, axes in enumerate(panels[0], start=1):
+            axes.set_title(f"head {number}", fontweight="normal", fontsize=8, loc="center")
+    return figure
+
+
+def _frame(token: tuple[int, int]) -> Rectangle:
+    return Rectangle((token[1], token[0]), 1, 1, fill=False, edgecolor="#35d0ba", linewidth=1.6)
+
+
+def _blank(axes: Any) -> None:
+    axes.set_xticks([])
+    axes.set_yticks([])
+    for spine in axes.spines.values():
+        spine.set_visible(False)

@@ -1,0 +1,20 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def cifar10_folder():
+    folder = Path(os.environ.get("STATICKEY_CIFAR10", SHARED_DATA / "cifar10"))
+    if not folder.is_dir():
+        pytest.skip("needs CIFAR-10 as parquet: set STATICKEY_CIFAR10 to its folder")
+    return folder

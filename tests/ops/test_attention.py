@@ -1,0 +1,162 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from statickey.errors import BackendError, StaticKeyError
+from statickey.ops import reference, static_key_attention, static_key_weights
+from tolerances import assert_close, assert_same_with_gradients
+
+CASES = {  # batch, heads, queries, keys, query width, value width
+    "square": (2, 3, 35, 35, 4, 4),
+    "one image": (1, 1, 35, 35, 5, 5),
+    "wide query": (2, 2, 35, 36, 27, 3),
+    "wide value": (2, 2, 7, 40, 3, 5),
+    "two keys": (2, 1, 2, 2, 1, 1),
+    "prefix queries": (2, 3, 5, 40, 4, 4),
+}
+BACKENDS = ("sdpa", "math")
+
+
+def tensors(batch, heads, queries, keys, dk, dv, dtype=torch.float64, dynamic=False):
+    key = (batch, heads, keys, dk) if dynamic else (heads, keys, dk)
+    shapes = ((batch, heads, queries, dk), key, (batch, heads, keys, dv), (heads, keys))
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "no diagonal"])
+@pytest.mark.parametrize("case", CASES)
+def test_matches_reference(case, masked, with_bias, backend):
+    inputs = tensors(*CASES[case])
+    if not with_bias:
+        inputs = inputs[:3]
+    offset = CASES[case][3] - CASES[case][2]
+
+    def run(op, **extra):
+        def call(query, key, value, bias=None):
+            return op(query, key, value, key_bias=bias, mask_diagonal=masked, query_offset=offset, scale=0.7, **extra)
+
+        return call
+
+    assert_same_with_gradients(
+        run(static_key_attention, backend=backend), run(reference.static_key_attention), inputs
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_learned_scale_matches_reference(backend):
+    inputs = [*tensors(2, 3, 12, 12, 4, 4), torch.tensor(0.3, dtype=torch.float64)]
+    assert_same_with_gradients(
+        lambda q, k, v, b, s: static_key_attention(q, k, v, key_bias=b, scale=s, backend=backend),
+        lambda q, k, v, b, s: reference.static_key_attention(q, k, v, key_bias=b, scale=s),
+        inputs,
+    )
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dynamic_key_is_self_attention(backend):
+    query, key, value, _ = tensors(2, 3, 9, 9, 4, 4, dynamic=True)
+    out = static_key_attention(query, key, value, backend=backend)
+    assert_close("output", out, F.scaled_dot_product_attention(query, key, value))
+
+
+def test_default_scale_is_of_the_query_width():
+    query, key, value, _ = tensors(2, 3, 9, 9, 4, 4)
+    assert_close(
+        "output", static_key_attention(query, key, value), static_key_attention(query, key, value, scale=0.5)
+    )
+
+
+def test_zero_scale_is_not_taken_for_missing():
+    query, key, value, _ = tensors(2, 3, 9, 9, 4, 4)
+    out = static_key_attention(query, key, value, scale=0.0)
+    assert_close("output", out, value.mean(dim=2, keepdim=True).expand_as(out))
+
+
+def test_weights_are_the_map_of_the_op():
+    query, key, value, bias = tensors(2, 3, 9, 9, 4, 4)
+    weights = static_key_weights(query, key, key_bias=bias, mask_diagonal=True)
+    assert_close("rows", weights.sum(-1), torch.ones(2, 3, 9, dtype=torch.float64))
+    assert weights.diagonal(dim1=-2, dim2=-1).eq(0).all()
+    out = static_key_attention(query, key, value, key_bias=bias, mask_diagonal=True)
+    assert_close("output", weights @ value, out)
+
+
+def test_common_shift_of_the_key_changes_nothing():
+    query, key, value, _ = tensors(2, 3, 9, 9, 4, 4)
+    shifted = key + torch.randn(3, 1, 4, dtype=torch.float64)
+    assert_close("output", static_key_attention(query, shifted, value), static_key_attention(query, key, value))
+
+
+def test_key_is_broadcast_not_copied(monkeypatch):
+    seen = []
+    fused = F.scaled_dot_product_attention
+
+    def spy(query, key, *args, **kwargs):
+        seen.append(key.stride(0))
+        return fused(query, key, *args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    static_key_attention(*tensors(4, 3, 9, 9, 12, 4)[:3])
+    assert seen == [0]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_half_precision_is_finite_for_large_keys(dtype, backend, dropout_p):
+    query, key, value, bias = tensors(2, 2, 20, 20, 16, 16, dtype=dtype)
+    out = static_key_attention(
+        query * 30, key * 1000, value, key_bias=bias * 100, dropout_p=dropout_p, backend=backend, scale=1.0
+    )
+    assert out.dtype == dtype
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_precision(dtype, backend):
+    inputs = tensors(2, 2, 20, 20, 16, 16, dtype=dtype)
+    query, key, value, bias = inputs
+    out = static_key_attention(query, key, value, key_bias=bias, backend=backend)
+    wide = [x.double() for x in inputs]
+    assert_close("output", out, reference.static_key_attention(*wide[:3], key_bias=wide[3]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dropout_drops_whole_weights_and_keeps_the_mean(backend):
+    query, key, _, _ = tensors(400, 1, 10, 10, 4, 4)
+    value = torch.ones(400, 1, 10, 4, dtype=torch.float64)
+    out = static_key_attention(query, key, value, dropout_p=0.5, backend=backend)
+    assert out.std() > 0.05
+    assert abs(out.mean().item() - 1) < 0.05
+
+
+WRONG = {
+    "heads": (lambda q, k, v, b: static_key_attention(q, k[:2], v), "differ in batch, heads or width"),
+    "width": (lambda q, k, v, b: static_key_attention(q[..., :3], k, v), "differ in batch, heads or width"),
+    "value": (lambda q, k, v, b: static_key_attention(q, k, v[:, :, :5]), r"value \(2, 3, 5, 4\) must be"),
+    "bias": (lambda q, k, v, b: static_key_attention(q, k, v, key_bias=b[:, :4]), r"key_bias \(3, 4\)"),
+    "rank": (lambda q, k, v, b: static_key_attention(q[0], k, v), r"query \(3, 9, 4\) must be"),
+    "type": (lambda q, k, v, b: static_key_attention(q, k.float(), v), "key is torch.float32"),
+    "offset": (
+        lambda q, k, v, b: static_key_attention(q, k, v, mask_diagonal=True, query_offset=1),
+        "query_offset=1",
+    ),
+    "one key": (
+        lambda q, k, v, b: static_key_attention(q[:, :, :1], k[:, :1], v[:, :, :1], mask_diagonal=True),
+        "at least 2 keys",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_refuses(case):
+    call, message = WRONG[case]
+    with pytest.raises(StaticKeyError, match=message):
+        call(*tensors(2, 3, 9, 9, 4, 4))
+
+
+def test_unknown_backend_is_named():
+    with pytest.raises(BackendError, match="unknown backend 'flash'; choose one of math, sdpa"):
+        static_key_attention(*tensors(2, 3, 9, 9, 4, 4)[:3], backend="flash")
