@@ -10,9 +10,10 @@ import sys
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from statickey.compare import compare
 from statickey.layers import MIXERS, FactorizedConvStaticKeyAttention, StaticKeyAttention
-from torch import Tensor, nn
 
 
 class UnitNormal(StaticKeyAttention):

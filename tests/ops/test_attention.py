@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from statickey.errors import BackendError, StaticKeyError
 from statickey.ops import reference, static_key_attention, static_key_weights
 from tolerances import assert_close, assert_same_with_gradients

@@ -1,6 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+
 from statickey.errors import FeatSizeError, StaticKeyError
 from statickey.ops import (
     reference,

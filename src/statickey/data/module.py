@@ -1,7 +1,7 @@
 """Batches whose order and augmentation depend on seed and epoch alone."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -125,7 +125,7 @@ class ImageDataModule(L.LightningDataModule):
         """Augmented batches, in an order of their own each epoch."""
         images = AugmentedImages(self.train_part, self.mean, self.std, crop_padding=self.crop_padding, flip=self.flip)
         sampler = EpochBatches(len(self.train_part.labels), self.batch_size, self.seed)
-        return DataLoader(images, batch_size=None, sampler=sampler)
+        return _loader(images, batch_size=None, sampler=sampler)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """The held-out training images."""
@@ -137,7 +137,13 @@ class ImageDataModule(L.LightningDataModule):
 
     def _plain(self, part: LabelledImages) -> DataLoader[tuple[Tensor, Tensor]]:
         images = PlainImages(part, self.mean, self.std)
-        return DataLoader(images, batch_size=256, collate_fn=_as_is)  # type: ignore[arg-type]
+        return _loader(images, batch_size=256, collate_fn=_as_is)
+
+
+def _loader(images: Dataset[tuple[Tensor, Tensor]], **options: Any) -> DataLoader[tuple[Tensor, Tensor]]:
+    # without a generator of its own, opening an iterator advances torch's global random state, and when
+    # Lightning opens it differs between a fresh and a resumed run
+    return DataLoader(images, generator=torch.Generator(), **options)
 
 
 def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,104 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from statickey.cli import main
+
+TINY = [
+    "compare",
+    "--limit",
+    "120",
+    "--epochs",
+    "2",
+    "--seeds",
+    "0",
+    "--mixers",
+    "mhsa",
+    "ska",
+    "--accelerator",
+    "cpu",
+]
+TINY += ["--model-args", '{"embed_dim": 16, "depth": 1, "num_heads": 2}']
+
+
+def test_compare_runs_and_its_config_reruns_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main([*TINY, "--out", "a"]) == 0
+    assert "small_vit on digits" in capsys.readouterr().out
+    config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    assert config["mixers"] == ["mhsa", "ska"]
+    assert main(["compare", "--config", "a/config.yaml", "--out", "b"]) == 0
+    first, second = (json.loads((tmp_path / name / "summary.json").read_text()) for name in "ab")
+    assert [r["accuracy_mean"] for r in first["mixers"]] == [r["accuracy_mean"] for r in second["mixers"]]
+    assert "reused" not in capsys.readouterr().out
+    assert main(["compare", "--config", "a/config.yaml"]) == 0
+    assert "2 of 2 runs are finished already" in capsys.readouterr().out
+
+
+def test_print_config(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", "--epochs", "3", "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    assert printed["epochs"] == 3
+    assert printed["mixers"] == ["mhsa", "ska", "cska", "fcska"]
+    assert printed["seeds"] == [0, 1, 2]
+
+
+WRONG = {
+    "mixer": (["--mixers", "skaa"], "unknown mixer 'skaa'; did you mean"),
+    "type": (["--epochs", "many"], "epochs"),
+    "option": (["--epohcs", "3"], "epohcs"),
+    "data": (["--data", "nowhere"], "data 'nowhere' is neither a folder"),
+    "choice": (["--on-bad-image", "warn"], "on_bad_image"),
+    "config": (["--config", "nowhere.yaml"], "nowhere.yaml"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_input_is_one_line_and_exit_2(case, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options, message = WRONG[case]
+    assert main([*TINY, *options]) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert "Traceback" not in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback():
+    with pytest.raises(ValueError, match="skaa"):
+        main([*TINY, "--mixers", "skaa", "--debug"])
+
+
+def test_ctrl_c_is_resumable(tmp_path):
+    command = [sys.executable, "-m", "statickey", *TINY, "--epochs", "400", "--out", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        checkpoint = tmp_path / "out" / "runs" / "mhsa-seed0" / "last.ckpt"
+        deadline = time.monotonic() + 120
+        while not checkpoint.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert checkpoint.exists()
+        os.kill(process.pid, signal.SIGINT)
+        _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"interrupted; the same command continues" in error
+    assert b"Traceback" not in error
+    assert checkpoint.exists()
+
+
+def test_import_is_light():
+    code = (
+        "import sys, statickey; heavy = {'lightning', 'matplotlib', 'onnx', 'torchmetrics', 'datasets', 'sklearn'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"
+    assert run.stderr == ""

@@ -1,0 +1,259 @@
+import csv
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from statickey import MIXERS
+from statickey.compare import compare
+from statickey.compare.config import CONFIG_FILE
+from statickey.errors import DivergedError, OutputError, StaticKeyError
+from statickey.tasks import ClassificationTask
+
+TINY = {
+    "limit": 120,
+    "epochs": 2,
+    "seeds": (0, 1),
+    "batch_size": 32,
+    "model_args": {"embed_dim": 16, "depth": 2, "num_heads": 2},
+    "accelerator": "cpu",
+}
+
+
+def run(out, **kwargs):
+    text = io.StringIO()
+    summary = compare(out=str(out), console=Console(file=text, width=160), **TINY | kwargs)
+    return summary, text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    out = tmp_path_factory.mktemp("compare") / "out"
+    return (out, *run(out, mixers=("mhsa", "ska", "cska", "sepconv")))
+
+
+def test_numbers_agree_with_what_is_on_disk(finished):
+    out, summary, _ = finished
+    assert json.loads((out / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert len(rows) == 8
+    for row in summary["mixers"]:
+        folders = [out / "runs" / f"{row['mixer']}-seed{seed}" for seed in (0, 1)]
+        results = [json.loads((f / "run.json").read_text()) for f in folders]
+        accuracies = []
+        for folder, result in zip(folders, results, strict=True):
+            arrays = np.load(folder / "predictions.npz")
+            accuracies.append(100 * (arrays["last"] == arrays["truth"]).mean())
+            assert result["accuracy"] == pytest.approx(accuracies[-1])
+            assert result["ema_accuracy"] == pytest.approx(100 * (arrays["ema"] == arrays["truth"]).mean())
+            assert result["scored_images"] == len(arrays["truth"]) == 360
+            assert len(result["curve"]) == 2
+            assert result["params"] == sum(v.numel() for v in load_file(folder / "model.safetensors").values())
+            assert not (folder / "last.ckpt").exists()
+        assert row["accuracy_mean"] == pytest.approx(np.mean(accuracies))
+        assert row["accuracy_std"] == pytest.approx(np.std(accuracies, ddof=1))
+    macs = {row["mixer"]: row["macs"] for row in summary["mixers"]}
+    assert macs["ska"] < macs["mhsa"] < macs["cska"]
+
+
+def test_differences_are_paired_with_the_baseline(finished):
+    _out, summary, _ = finished
+    assert summary["baseline"] == "mhsa"
+    rows = {row["mixer"]: row for row in summary["mixers"]}
+    assert rows["mhsa"]["difference"] is None
+    difference = rows["ska"]["difference"]
+    assert difference["mean"] == pytest.approx(rows["ska"]["accuracy_mean"] - rows["mhsa"]["accuracy_mean"])
+    assert difference["seeds"] == (0, 1)
+    low, high = difference["image_interval"]
+    assert low <= difference["mean"] <= high
+
+
+def test_terminal_shows_the_table_without_bars(finished):
+    _, _, text = finished
+    for word in ("mixer", "params", "MACs", "img/s", "accuracy %", "minus mhsa", "sepconv", "report.html", "8/8"):
+        assert word in text
+    assert "\x1b[" not in text
+
+
+def test_report_is_self_contained(finished):
+    out, _summary, _ = finished
+    page = (out / "report.html").read_text()
+    assert not re.search(r"(src|href)=['\"](?!data:|#)", page)
+    for word in ("Learning curves", "Where a token looks", "Static keys", "sepconv has no map", "configuration"):
+        assert word in page
+    assert page.count("<figure>") == 3 + 2
+    assert str(out.parent) not in page.replace(str(out), "")
+
+
+def test_finished_runs_are_reused_and_mixers_join(finished):
+    out, _summary, _ = finished
+    before = {p: p.stat().st_mtime_ns for p in out.glob("runs/*/run.json")}
+    again, text = run(out, mixers=("mhsa", "identity"), seeds=(1,))
+    assert "1 of 2 runs are finished already" in text
+    assert all(p.stat().st_mtime_ns == stamp for p, stamp in before.items())
+    assert [row["mixer"] for row in again["mixers"]][:2] == ["mhsa", "identity"]
+    assert len(again["mixers"]) == 5
+    config = (out / CONFIG_FILE).read_text()
+    assert "- sepconv" in config
+    assert "- identity" in config
+
+
+def test_other_configuration_is_refused_with_the_difference(finished):
+    out, _, _ = finished
+    before = (out / CONFIG_FILE).read_bytes()
+    with pytest.raises(
+        OutputError, match=r"another configuration \(epochs: 2 there, 3 here; weight_decay: 0.05 there, 0.1 here\)"
+    ):
+        run(out, epochs=3, weight_decay=0.1)
+    assert (out / CONFIG_FILE).read_bytes() == before
+
+
+def test_runs_from_other_data_are_refused(tmp_path):
+    out = tmp_path / "out"
+    run(out, mixers=("ska",), seeds=(0,))
+    path = out / "runs" / "ska-seed0" / "run.json"
+    result = json.loads(path.read_text())
+    path.write_text(json.dumps(result | {"config_hash": "0000"}))
+    with pytest.raises(OutputError, match=r"from other data \(0000, now"):
+        run(out, mixers=("ska",), seeds=(0,))
+    path.write_text("{")
+    with pytest.raises(OutputError, match=r"is broken .* delete this folder"):
+        run(out, mixers=("ska",), seeds=(0,))
+
+
+def weights(out, name):
+    return load_file(out / "runs" / name / "model.safetensors")
+
+
+class Interruption(Exception):
+    """Stands in for a power cut."""
+
+
+def test_interrupted_run_continues_and_ends_in_the_same_bits(tmp_path, monkeypatch):
+    options = {
+        "mixers": ("cska",),
+        "seeds": (0,),
+        "epochs": 3,
+        "model_args": TINY["model_args"] | {"drop_path_rate": 0.3},
+    }
+    run(tmp_path / "whole", **options)
+    step = ClassificationTask.training_step
+
+    def breaks(self, batch, batch_idx):
+        if self.current_epoch == 2 and batch_idx == 1:
+            raise Interruption
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(ClassificationTask, "training_step", breaks)
+    with pytest.raises(Interruption):
+        run(tmp_path / "parts", **options)
+    folder = tmp_path / "parts" / "runs" / "cska-seed0"
+    assert [p.name for p in folder.iterdir()] == ["last.ckpt"]
+    steps = []
+
+    def counts(self, batch, batch_idx):
+        steps.append(self.current_epoch)
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(ClassificationTask, "training_step", counts)
+    run(tmp_path / "parts", **options)
+    assert set(steps) == {2}
+    whole, parts = (weights(tmp_path / name, "cska-seed0") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    curve = json.loads((folder / "run.json").read_text())["curve"]
+    assert [row["epoch"] for row in curve] == [1, 2, 3]
+
+
+def test_diverged_run_keeps_its_last_good_checkpoint(tmp_path, monkeypatch):
+    step = ClassificationTask.training_step
+
+    def poisoned(self, batch, batch_idx):
+        images, labels = batch
+        return step(self, (images * (float("nan") if self.current_epoch else 1.0), labels), batch_idx)
+
+    monkeypatch.setattr(ClassificationTask, "training_step", poisoned)
+    with pytest.raises(DivergedError, match="ska seed 0: loss is nan at epoch 2, step 1"):
+        run(tmp_path, mixers=("ska",), seeds=(0,))
+    assert (tmp_path / "runs" / "ska-seed0" / "last.ckpt").is_file()
+
+
+def test_torn_checkpoint_is_refused_by_name(tmp_path):
+    folder = tmp_path / "runs" / "ska-seed0"
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(OutputError, match=r"ska-seed0/last.ckpt is not a checkpoint"):
+        run(tmp_path, mixers=("ska",), seeds=(0,))
+
+
+def test_same_seed_gives_all_mixers_the_same_start_batches_and_augmentation(tmp_path, monkeypatch):
+    starts, batches = {}, {}
+    step, begin = ClassificationTask.training_step, ClassificationTask.on_train_epoch_start
+
+    def record_batch(self, batch, batch_idx):
+        batches.setdefault(type(self.model.blocks[0].attn), []).append([x.clone() for x in batch])
+        return step(self, batch, batch_idx)
+
+    def record_start(self):
+        if self.current_epoch == 0:
+            state = {k: v.clone() for k, v in self.model.state_dict().items()}
+            starts[type(self.model.blocks[0].attn)] = state
+        begin(self)
+
+    monkeypatch.setattr(ClassificationTask, "training_step", record_batch)
+    monkeypatch.setattr(ClassificationTask, "on_train_epoch_start", record_start)
+    options = TINY["model_args"] | {"drop_path_rate": 0.3}
+    run(tmp_path, mixers=("mhsa", "ska", "cska"), seeds=(5,), crop_padding=1, flip=True, model_args=options)
+    first, *others = starts.values()
+    assert len(others) == 2
+    for other in others:
+        shared = set(first) & set(other)
+        assert {"pos_embed", "blocks.0.attn.proj.weight", "blocks.1.mlp.fc2.weight"} <= shared
+        assert all(torch.equal(first[name], other[name]) for name in shared)
+    first, *others = batches.values()
+    for other in others:
+        assert len(first) == len(other) == 6
+        assert all(torch.equal(a, b) for x, y in zip(first, other, strict=True) for a, b in zip(x, y, strict=True))
+    assert not torch.equal(first[0][0], first[3][0])
+
+
+def test_holdout_scores_and_own_mixer(tmp_path, monkeypatch):
+    class Mine(MIXERS["ska"]):
+        pass
+
+    monkeypatch.setitem(MIXERS, "mine", Mine)
+    summary, _ = run(tmp_path, mixers=("mine",), seeds=(0,), score_on="holdout")
+    assert summary["baseline"] == "mine"
+    assert summary["data"]["scored_images"] == 12
+
+
+WRONG = {
+    "mixer": ({"mixers": ("mhsaa",)}, "unknown mixer 'mhsaa'; did you mean mhsa"),
+    "twice": ({"mixers": ("ska", "ska")}, "none twice"),
+    "seed": ({"seeds": (-1,)}, "must not be negative"),
+    "epochs": ({"epochs": 0}, "epochs=0 must be a positive integer"),
+    "model": ({"model": "vit_tinny"}, "unknown model 'vit_tinny'"),
+    "data": ({"data": "nowhere", "limit": None}, "data 'nowhere' is neither"),
+    "heads": ({"model_args": {"num_heads": 5}}, "small_vit"),
+    "patch": ({"model_args": {"patch_size": 3}}, "patch_size=3 does not divide img_size=8"),
+    "lr": ({"lr": 0.0}, "lr=0.0 must be positive"),
+    "score": ({"score_on": "train"}, "score_on='train'"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_refuses_and_writes_nothing(tmp_path, case):
+    options, message = WRONG[case]
+    with pytest.raises(StaticKeyError, match=message):
+        run(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match=r"cannot write .*choose another --out"):
+        run(tmp_path / "file" / "out", mixers=("ska",))

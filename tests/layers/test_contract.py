@@ -1,0 +1,142 @@
+"""What every mixer of the registry must do."""
+
+import inspect
+
+import pytest
+import torch
+
+from statickey import MIXERS
+from statickey.errors import FeatSizeError, StaticKeyError
+from tolerances import assert_close
+
+HEAD = [
+    "dim",
+    "num_heads",
+    "feat_size",
+    "num_prefix_tokens",
+    "head_dim",
+    "qkv_bias",
+    "proj_bias",
+    "attn_drop",
+    "proj_drop",
+    "device",
+    "dtype",
+]
+NEEDS_A_GRID_ONLY = {"pool", "sepconv"}
+
+
+@pytest.fixture(params=MIXERS)
+def name(request):
+    return request.param
+
+
+def make(name, feat_size=(7, 5), **kwargs):
+    prefix = 0 if name in NEEDS_A_GRID_ONLY else 2
+    return MIXERS[name](12, 3, feat_size=feat_size, num_prefix_tokens=prefix, **kwargs)
+
+
+def tokens(mixer, feat_size=None):
+    height, width = mixer.feat_size if feat_size is None else feat_size
+    return torch.randn(2, mixer.num_prefix_tokens + height * width, mixer.dim)
+
+
+def test_constructor_head(name):
+    parameters = inspect.signature(MIXERS[name]).parameters
+    assert [p for p in parameters if p in HEAD] == HEAD
+    assert parameters["num_heads"].default == 8
+    assert all(p.kind is p.KEYWORD_ONLY for p in list(parameters.values())[2:])
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    assert parameters["feat_size"].default is inspect.Parameter.empty
+
+
+def test_tokens_to_tokens(name):
+    mixer = make(name)
+    assert mixer.layout == "NLC"
+    x = tokens(mixer)
+    out = mixer(x)
+    assert out.shape == x.shape
+    assert out.isfinite().all()
+    assert torch.equal(mixer(x, (7, 5)), out)
+
+
+def test_other_grid(name):
+    mixer = make(name)
+    x = tokens(mixer, (4, 6))
+    out = mixer(x, (4, 6))
+    mixer.set_input_size((4, 6))
+    assert mixer.feat_size == (4, 6)
+    assert_close("output", mixer(x), out)
+
+
+def test_wrong_token_count(name):
+    mixer = make(name)
+    with pytest.raises(FeatSizeError, match="tokens, but feat_size"):
+        mixer(tokens(mixer, (4, 6)))
+
+
+def test_every_parameter_gets_a_gradient(name):
+    mixer = make(name, qkv_bias=True)
+    if name not in {"identity", "pool"}:
+        mixer(tokens(mixer)).square().sum().backward()
+    for parameter_name, parameter in mixer.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        if not (name == "mhsa" and parameter_name == "qkv.bias"):
+            assert parameter.grad.abs().sum() > 0, parameter_name
+
+
+def test_state_dict_round_trip(name):
+    mixer, twin = make(name), make(name)
+    twin.load_state_dict(mixer.state_dict())
+    x = tokens(mixer)
+    assert torch.equal(twin(x), mixer(x))
+
+
+def test_dtype_and_device(name):
+    mixer = make(name, device="meta", dtype=torch.bfloat16)
+    assert all(p.is_meta and p.dtype == torch.bfloat16 for p in [*mixer.parameters(), *mixer.buffers()])
+
+
+def test_no_weight_decay_names_exist(name):
+    mixer = make(name)
+    names = mixer.no_weight_decay()
+    assert names <= set(dict(mixer.named_parameters()))
+    assert bool(names) == (name in {"ska", "cska", "fcska", "constant", "synthesizer"})
+
+
+def test_maps_are_distributions(name):
+    mixer = make(name)
+    if name in {"identity", "pool", "sepconv"}:
+        assert not hasattr(mixer, "attention_weights")
+        return
+    weights = mixer.attention_weights(tokens(mixer))
+    assert weights.shape == (2, 3, 37, 37)
+    assert_close("rows", weights.sum(-1), torch.ones(2, 3, 37))
+
+
+def test_masks_are_refused(name):
+    mixer = make(name)
+    with pytest.raises(StaticKeyError, match="attention mask"):
+        mixer(tokens(mixer), attn_mask=torch.zeros(1))
+
+
+@pytest.mark.parametrize("grid_only", sorted(NEEDS_A_GRID_ONLY))
+def test_grid_mixers_refuse_prefix_tokens(grid_only):
+    with pytest.raises(StaticKeyError, match="class_token=False"):
+        MIXERS[grid_only](12, 3, feat_size=(7, 5), num_prefix_tokens=1)
+
+
+def test_controls_do_what_they_are_named_for():
+    x = torch.randn(2, 35, 12)
+    assert MIXERS["identity"](12, 3, feat_size=(7, 5))(x) is x
+    frozen = MIXERS["random"](12, 3, feat_size=(7, 5))
+    assert "logits" not in dict(frozen.named_parameters())
+    assert "logits" in frozen.state_dict()
+    learned = MIXERS["constant"](12, 3, feat_size=(7, 5))
+    assert torch.equal(learned.attention_weights(x)[0], learned.attention_weights(torch.randn(2, 35, 12))[1])
+    pooled = MIXERS["pool"](12, 3, feat_size=(7, 5))(torch.ones(1, 35, 12))
+    assert_close("pool of a constant", pooled, torch.zeros(1, 35, 12))
+    synthesizer = MIXERS["synthesizer"](12, 3, feat_size=(7, 5))
+    query, value = synthesizer.qv(x).reshape(2, 35, 2, 3, 4).permute(2, 0, 3, 1, 4)
+    logits = torch.einsum("bhnd,hmd->bhnm", query.relu(), synthesizer.static_key) + synthesizer.key_bias[:, None]
+    out = synthesizer.proj((logits.softmax(-1) @ value).transpose(1, 2).flatten(2))
+    assert_close("synthesizer", synthesizer(x), out)

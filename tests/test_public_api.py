@@ -1,0 +1,26 @@
+import statickey
+
+PUBLIC = {
+    "MIXERS",
+    "ConvStaticKeyAttention",
+    "ConversionReport",
+    "FactorizedConvStaticKeyAttention",
+    "StaticKeyAttention",
+    "StaticKeyError",
+    "TokenMixer",
+    "convert",
+    "resample_static_key",
+    "static_key_attention",
+    "static_key_weights",
+    "unfold_queries",
+}
+
+
+def test_public_names_are_pinned():
+    assert set(statickey.__all__) == PUBLIC
+    assert all(hasattr(statickey, name) for name in PUBLIC)
+
+
+def test_mixer_names_are_pinned():
+    names = "mhsa ska cska fcska identity pool sepconv random constant synthesizer"
+    assert list(statickey.MIXERS) == names.split()
