@@ -93,9 +93,10 @@ if __name__ == "__main__":
     MIXERS.update(VARIANTS)
     compare(
         sys.argv[1],
-        mixers=["mhsa", *VARIANTS],
+        mixers=list(VARIANTS),
         seeds=(0, 1),
-        limit=10_000,
+        limit=12_000,
+        holdout=0.25,
         epochs=5,
         score_on="holdout",
         out="runs/key-init",

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -122,13 +121,14 @@ def compare(
     )
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     display = Display(console)
-    images = load_images(
-        data,
-        data_dir=None if data_dir is None else Path(data_dir),
-        img_size=img_size,
-        limit=limit,
-        on_bad_image=on_bad_image,
-    )
+    with display.busy("reading images"):
+        images = load_images(
+            data,
+            data_dir=None if data_dir is None else Path(data_dir),
+            img_size=img_size,
+            limit=limit,
+            on_bad_image=on_bad_image,
+        )
     for line in images.skipped[:5]:
         display.say(f"[yellow]skipped[/yellow] {line}")
     if len(images.skipped) > 5:
@@ -143,7 +143,7 @@ def compare(
     runs = read_runs(root, config_hash)
     summary = summarize(config, images, runs)
     write_results(root, summary, runs)
-    with display.console.status("drawing the report") if display.console.is_terminal else nullcontext():
+    with display.busy("drawing the report"):
         report = write_report(root, config, images, summary, runs)
     display.console.print(results_table(summary))
     display.say(f"report: {report}")

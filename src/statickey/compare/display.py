@@ -1,7 +1,7 @@
 """What the terminal shows while runs are under way, and the table at the end."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -44,6 +44,10 @@ class Display:
     def say(self, text: str) -> None:
         """Print one line."""
         self.console.print(text, highlight=False)
+
+    def busy(self, text: str) -> AbstractContextManager[Any]:
+        """Show a spinner while the context lasts."""
+        return self.console.status(text) if self.console.is_terminal else nullcontext()
 
     @contextmanager
     def runs(self, num_runs: int) -> Iterator["RunsDisplay"]:

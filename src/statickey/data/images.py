@@ -113,7 +113,7 @@ def load_images(
                 f"data {data!r} is neither a folder nor one of digits, {', '.join(TORCHVISION_SETS)}; "
                 "give the path of an image folder (train/CLASS/*.jpg, val/CLASS/*.jpg) or of parquet files"
             )
-        if any(root.rglob("*.parquet")):
+        if _parquet_files(root, ""):
             train, test, names = _parquet_sources(root)
         else:
             train, test, names = _folder_sources(root)
@@ -173,15 +173,20 @@ def _torchvision_sources(data: str, data_dir: Path | None) -> tuple[_Source, _So
     return source(parts[0]), source(parts[1]), list(parts[0].classes)
 
 
+def _parquet_files(root: Path, stem: str) -> list[Path]:
+    """Parquet files in the folder or one level below, where the hub keeps them."""
+    return sorted([*root.glob(f"{stem}*.parquet"), *root.glob(f"*/{stem}*.parquet")])
+
+
 def _parquet_sources(root: Path) -> tuple[_Source, _Source, list[str]]:
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     def table(*stems: str) -> Any:
-        files = sorted(path for stem in stems for path in root.rglob(f"{stem}*.parquet"))
+        files = [path for stem in stems for path in _parquet_files(root, stem)]
         if not files:
-            found = ", ".join(sorted(path.name for path in root.rglob("*.parquet"))[:6])
+            found = ", ".join(path.name for path in _parquet_files(root, "")[:6])
             raise DataError(f"no {' or '.join(f'{s}*.parquet' for s in stems)} under {root} (found {found})")
         tables = []
         for path in files:
