@@ -89,7 +89,9 @@ def test_common_shift_of_the_key_changes_nothing():
     assert_close("output", static_key_attention(query, shifted, value), static_key_attention(query, key, value))
 
 
-def test_key_is_broadcast_not_copied(monkeypatch):
+@pytest.mark.parametrize("widths", [(12, 4), (4, 4), (4, 12)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_key_is_broadcast_not_copied(monkeypatch, widths, with_bias):
     seen = []
     fused = F.scaled_dot_product_attention
 
@@ -98,7 +100,8 @@ def test_key_is_broadcast_not_copied(monkeypatch):
         return fused(query, key, *args, **kwargs)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    static_key_attention(*tensors(4, 3, 9, 9, 12, 4)[:3])
+    query, key, value, bias = tensors(4, 3, 9, 9, *widths)
+    static_key_attention(query, key, value, key_bias=bias if with_bias else None)
     assert seen == [0]
 
 
@@ -161,3 +164,13 @@ def test_refuses(case):
 def test_unknown_backend_is_named():
     with pytest.raises(BackendError, match="unknown backend 'flash'; choose one of math, sdpa"):
         static_key_attention(*tensors(2, 3, 9, 9, 4, 4)[:3], backend="flash")
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_fused_kernel_runs_in_training(with_bias):
+    query, key, value, bias = (x.float().requires_grad_() for x in tensors(2, 3, 35, 35, 18, 4))
+    with torch.profiler.profile() as profile:
+        static_key_attention(query, key, value, key_bias=bias if with_bias else None).sum().backward()
+    kernels = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu_backward" in kernels
+    assert "aten::_scaled_dot_product_attention_math" not in kernels

@@ -15,7 +15,7 @@ from ..errors import OutputError, StaticKeyError
 from ..layers import MIXERS
 
 CONFIG_FILE = "config.yaml"
-_NOT_PART_OF_A_RUN = ("mixers", "seeds", "out")
+_NOT_PART_OF_A_RUN = ("mixers", "seeds", "out", "data", "data_dir")  # data count by their content
 
 
 @dataclass(frozen=True, kw_only=True)

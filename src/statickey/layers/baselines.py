@@ -15,7 +15,6 @@ from .._checks import check_rate
 from .._typing import Size2
 from ..errors import StaticKeyError
 from .mixer import AttendOp, AttentionMixer, TokenMixer
-from .static_key import KEY_STD
 
 
 class SelfAttention(AttentionMixer):
@@ -205,8 +204,8 @@ class ConstantAttention(TokenMixer):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Learned maps start near uniform (std ``KEY_STD``); frozen ones are drawn unit normal."""
-        nn.init.normal_(self.logits, std=KEY_STD if self.trainable else 1.0)
+        """Learned maps start near uniform (std 0.02); frozen ones are drawn unit normal."""
+        nn.init.normal_(self.logits, std=0.02 if self.trainable else 1.0)
 
     def _resample(self, tensor: Tensor, feat_size: Size2) -> Tensor:
         for _ in range(2):  # rows, then columns

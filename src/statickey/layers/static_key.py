@@ -11,7 +11,7 @@ from ..errors import FeatSizeError, StaticKeyError
 from ..ops import unfold_queries, window_key_rows, window_merge, window_partition
 from .mixer import AttendOp, AttentionMixer
 
-KEY_STD = 0.02
+KEY_STD = 1.0
 """Standard deviation of fresh keys; docs/results/key_init.md has the measurement behind it."""
 
 

@@ -49,9 +49,9 @@ def static_key_attention(
     """
     check_backend(backend, _BACKENDS)
     check_static_key_attention(query, static_key, value, key_bias, mask_diagonal, query_offset)
-    query, key_bias, factor = _apply_scale(query, key_bias, scale)
-    run = _BACKENDS[backend]
-    return run(query, static_key, value, key_bias, factor, mask_diagonal, query_offset, dropout_p)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    mask = _diagonal_mask(query, static_key.shape[-2], query_offset) if mask_diagonal else None
+    return _BACKENDS[backend](query, static_key, value, key_bias, scale, mask, dropout_p)
 
 
 def static_key_weights(
@@ -80,36 +80,18 @@ def static_key_weights(
         StaticKeyError: Shapes or dtypes do not fit together.
     """
     check_static_key_attention(query, static_key, None, key_bias, mask_diagonal, query_offset)
-    query, key_bias, factor = _apply_scale(query, key_bias, scale)
-    return _weights(query, static_key, key_bias, factor, mask_diagonal, query_offset)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    mask = _diagonal_mask(query, static_key.shape[-2], query_offset) if mask_diagonal else None
+    return _weights(query, static_key, key_bias, scale, mask)
 
 
-def _apply_scale(
-    query: Tensor, key_bias: Tensor | None, scale: float | Tensor | None
-) -> tuple[Tensor, Tensor | None, float]:
-    """Fold a learned scale into query and bias; keep a plain one as the kernel's own factor."""
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    if key_bias is not None:
-        key_bias = key_bias * scale
-    if isinstance(scale, Tensor):
-        return query * scale.to(query.dtype), key_bias, 1.0
-    return query, key_bias, scale
-
-
-def _mask(
-    query: Tensor, num_keys: int, key_bias: Tensor | None, mask_diagonal: bool, query_offset: int
-) -> Tensor | None:
-    """The additive mask of bias and diagonal: None, (h, 1, M), (N, M) or (h, N, M)."""
-    mask = None if key_bias is None else key_bias.to(query.dtype).unsqueeze(1)
-    if mask_diagonal:
-        num_queries = query.shape[2]
-        own = torch.arange(num_queries, device=query.device).unsqueeze(1) + query_offset
-        hidden = own == torch.arange(num_keys, device=query.device)
-        diagonal = torch.zeros(num_queries, num_keys, dtype=query.dtype, device=query.device)
-        diagonal = diagonal.masked_fill(hidden, float("-inf"))
-        mask = diagonal if mask is None else mask + diagonal
-    return mask
+def _diagonal_mask(query: Tensor, num_keys: int, query_offset: int) -> Tensor:
+    """Minus infinity where a query would meet its own token, (N, M)."""
+    num_queries = query.shape[2]
+    own = torch.arange(num_queries, device=query.device).unsqueeze(1) + query_offset
+    hidden = own == torch.arange(num_keys, device=query.device)
+    zeros = torch.zeros(num_queries, num_keys, dtype=query.dtype, device=query.device)
+    return zeros.masked_fill(hidden, float("-inf"))
 
 
 def _sdpa(
@@ -117,24 +99,25 @@ def _sdpa(
     key: Tensor,
     value: Tensor,
     key_bias: Tensor | None,
-    scale: float,
-    mask_diagonal: bool,
-    query_offset: int,
+    scale: float | Tensor,
+    mask: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    batch, heads, num_queries, key_width = query.shape
-    num_keys, value_width = value.shape[-2:]
+    if key_bias is not None:
+        # as an additive mask the bias would keep the fused kernels out of training (none gives a mask its
+        # gradient on the CPU): it becomes one more column of the key, against a query of one
+        query = F.pad(query, (0, 1), value=1.0)
+        column = key_bias.unsqueeze(-1).expand(*key.shape[:-1], 1)
+        key = torch.cat([key, column], dim=-1)
+    if isinstance(scale, Tensor):
+        query, scale = query * scale, 1.0
+    key_width, value_width = query.shape[-1], value.shape[-1]
+    if key_width != value_width:
+        # fused kernels want one width for all three, CUDA's a multiple of 8: zeros change no sum
+        width = -(-max(key_width, value_width) // 8) * 8
+        query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
     if key.ndim == 3:
-        key = key.expand(batch, -1, -1, -1)
-    # fused kernels want one width for all three: pad the narrower side with zeros, which changes no sum
-    if value_width < key_width:
-        value = F.pad(value, (0, key_width - value_width))
-    elif value_width > key_width:
-        query = F.pad(query, (0, value_width - key_width))
-        key = F.pad(key, (0, value_width - key_width))
-    mask = _mask(query, num_keys, key_bias, mask_diagonal, query_offset)
-    if mask is not None:
-        mask = mask.expand(batch, heads, num_queries, num_keys)
+        key = key.expand(query.shape[0], -1, -1, -1)
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
     return out[..., :value_width]
 
@@ -144,27 +127,26 @@ def _math(
     key: Tensor,
     value: Tensor,
     key_bias: Tensor | None,
-    scale: float,
-    mask_diagonal: bool,
-    query_offset: int,
+    scale: float | Tensor,
+    mask: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    weights = _weights(query, key, key_bias, scale, mask_diagonal, query_offset)
-    return F.dropout(weights, dropout_p) @ value
+    return F.dropout(_weights(query, key, key_bias, scale, mask), dropout_p) @ value
 
 
 def _weights(
-    query: Tensor, key: Tensor, key_bias: Tensor | None, scale: float, mask_diagonal: bool, query_offset: int
+    query: Tensor, key: Tensor, key_bias: Tensor | None, scale: float | Tensor, mask: Tensor | None
 ) -> Tensor:
-    dtype = query.dtype
     # half-precision logits overflow for large keys: scores and softmax are taken in float32
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
-        logits = (query.to(wide) * scale) @ key.to(wide).transpose(-2, -1)
-        mask = _mask(query, key.shape[-2], key_bias, mask_diagonal, query_offset)
+        logits = query.to(wide) @ key.to(wide).transpose(-2, -1)
+        if key_bias is not None:
+            logits = logits + key_bias.to(wide).unsqueeze(-2)
+        logits = logits * scale
         if mask is not None:
             logits = logits + mask
-        return logits.softmax(dim=-1).to(dtype)
+        return logits.softmax(dim=-1).to(query.dtype)
 
 
 _BACKENDS = {"sdpa": _sdpa, "math": _math}

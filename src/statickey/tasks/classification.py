@@ -133,7 +133,9 @@ class ClassificationTask(L.LightningModule):
         groups = param_groups_weight_decay(
             self.model, self.weight_decay, no_weight_decay_list=tuple(no_weight_decay_names(self.model))
         )
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=True)
+        # Lightning cannot clip gradients for a fused optimizer under mixed precision
+        fused = "mixed" not in str(self.trainer.precision)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=fused)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
