@@ -40,13 +40,24 @@ def check_head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
         check_positive(head_dim=head_dim)
         return head_dim
     if dim % num_heads:
-        divisors = [h for h in range(1, dim + 1) if dim % h == 0]
-        near = sorted(sorted(divisors, key=lambda h: abs(h - num_heads))[:3])
+        near = nearest_divisors(dim, num_heads)
         raise StaticKeyError(
             f"dim={dim} is not divisible by num_heads={num_heads}; "
             f"use num_heads in {near} or pass head_dim explicitly"
         )
     return dim // num_heads
+
+
+def nearest_divisors(whole: int, wanted: int) -> list[int]:
+    """The three divisors of ``whole`` that are nearest to ``wanted``, ascending."""
+    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+    return sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:3])
+
+
+def check_rank(name: str, tensor: torch.Tensor, axes: str) -> None:
+    """Refuse a tensor without exactly these axes, written like ``"B h N d"``."""
+    if tensor.ndim != len(axes.split()):
+        raise StaticKeyError(f"{name} {tuple(tensor.shape)} must be ({', '.join(axes.split())})")
 
 
 def check_feat_size(feat_size: Size2) -> Size2:
@@ -92,6 +103,7 @@ def check_static_key_attention(
     key: torch.Tensor,
     value: torch.Tensor | None,
     key_bias: torch.Tensor | None,
+    scale: float | torch.Tensor | None,
     mask_diagonal: bool,
     query_offset: int,
 ) -> None:
@@ -104,7 +116,12 @@ def check_static_key_attention(
     batch, heads, num_queries, width = query.shape
     num_keys = key.shape[-2]
     if key.shape[-3] != heads or key.shape[-1] != width or (key.ndim == 4 and key.shape[0] != batch):
-        raise StaticKeyError(f"query {tuple(query.shape)} and key {tuple(key.shape)} differ in batch, heads or width")
+        raise StaticKeyError(
+            f"query {tuple(query.shape)} and key {tuple(key.shape)} differ: with {batch} images, {heads} heads and "
+            f"width {width} the key must be ({heads}, M, {width}) or ({batch}, {heads}, M, {width})"
+        )
+    if isinstance(scale, torch.Tensor) and scale.ndim != 0:
+        raise StaticKeyError(f"scale {tuple(scale.shape)} must be a number or a 0-dim tensor")
     if value is not None and (value.ndim != 4 or value.shape[:3] != (batch, heads, num_keys)):
         raise StaticKeyError(f"value {tuple(value.shape)} must be ({batch}, {heads}, {num_keys}, head_dim)")
     if key_bias is not None and key_bias.shape != (heads, num_keys):

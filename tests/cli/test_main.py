@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from statickey.cli import main
+from statickey.tasks import ClassificationTask
 
 TINY = [
     "compare",
@@ -78,8 +79,9 @@ def test_debug_shows_the_traceback():
         main([*TINY, "--mixers", "skaa", "--debug"])
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill sends no SIGINT there")
 def test_ctrl_c_is_resumable(tmp_path):
-    command = [sys.executable, "-m", "statickey", *TINY, "--epochs", "400", "--out", "out"]
+    command = [sys.executable, "-m", "statickey", *TINY, "--mixers", "mhsa", "--epochs", "60", "--out", "out"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
         checkpoint = tmp_path / "out" / "runs" / "mhsa-seed0" / "last.ckpt"
         deadline = time.monotonic() + 120
@@ -92,6 +94,22 @@ def test_ctrl_c_is_resumable(tmp_path):
     assert b"interrupted; the same command continues" in error
     assert b"Traceback" not in error
     assert checkpoint.exists()
+    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert "mhsa" in again.stdout
+    curve = json.loads(checkpoint.with_name("run.json").read_text())["curve"]
+    assert [row["epoch"] for row in curve] == list(range(1, 61))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill sends no SIGINT there")
+def test_ctrl_c_while_scoring_leaves_the_signal_as_it_was(tmp_path, monkeypatch, capsys):
+    def interrupted(self, batch, batch_idx):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ClassificationTask, "predict_step", interrupted)
+    before = signal.getsignal(signal.SIGINT)
+    assert main([*TINY, "--out", str(tmp_path / "out")]) == 130
+    assert signal.getsignal(signal.SIGINT) is before
+    assert "interrupted" in capsys.readouterr().err
 
 
 def test_import_is_light():

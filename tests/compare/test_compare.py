@@ -2,16 +2,19 @@ import csv
 import io
 import json
 import re
+import time
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from rich.console import Console
 from safetensors.torch import load_file
 
 from statickey import MIXERS
 from statickey.compare import compare
 from statickey.compare.config import CONFIG_FILE
+from statickey.data import ImageData, LabelledImages
 from statickey.errors import DivergedError, OutputError, StaticKeyError
 from statickey.tasks import ClassificationTask
 
@@ -96,8 +99,9 @@ def test_finished_runs_are_reused_and_mixers_join(finished):
     again, text = run(out, mixers=("mhsa", "identity"), seeds=(1,))
     assert "1 of 2 runs are finished already" in text
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in before.items())
-    assert [row["mixer"] for row in again["mixers"]][:2] == ["mhsa", "identity"]
-    assert len(again["mixers"]) == 5
+    assert [row["mixer"] for row in again["mixers"]] == ["mhsa", "ska", "cska", "sepconv", "identity"]
+    assert again["config"]["seeds"] == [0, 1]
+    assert "--mixers mhsa ska cska sepconv identity --seeds 0 1" in (out / "report.html").read_text()
     config = (out / CONFIG_FILE).read_text()
     assert "- sepconv" in config
     assert "- identity" in config
@@ -120,7 +124,8 @@ def test_runs_from_other_data_are_refused(tmp_path):
     result = json.loads(path.read_text())
     path.write_text(json.dumps(result | {"config_hash": "0000"}))
     with pytest.raises(OutputError, match=r"from other data \(0000, now"):
-        run(out, mixers=("ska",), seeds=(0,))
+        run(out, mixers=("ska", "mhsa"), seeds=(0,))
+    assert not (out / "runs" / "mhsa-seed0").exists()  # refused before any training
     path.write_text("{")
     with pytest.raises(OutputError, match=r"is broken .* delete this folder"):
         run(out, mixers=("ska",), seeds=(0,))
@@ -128,6 +133,12 @@ def test_runs_from_other_data_are_refused(tmp_path):
 
 def weights(out, name):
     return load_file(out / "runs" / name / "model.safetensors")
+
+
+def run_on_other_data(out, monkeypatch, options):
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageData, "fingerprint", lambda self: "other pixels")
+        run(out, **options)
 
 
 class Interruption(Exception):
@@ -154,6 +165,8 @@ def test_interrupted_run_continues_and_ends_in_the_same_bits(tmp_path, monkeypat
         run(tmp_path / "parts", **options)
     folder = tmp_path / "parts" / "runs" / "cska-seed0"
     assert [p.name for p in folder.iterdir()] == ["last.ckpt"]
+    with pytest.raises(OutputError, match=r"the checkpoint is of another configuration or other data"):
+        run_on_other_data(tmp_path / "parts", monkeypatch, options)
     steps = []
 
     def counts(self, batch, batch_idx):
@@ -238,7 +251,15 @@ WRONG = {
     "epochs": ({"epochs": 0}, "epochs=0 must be a positive integer"),
     "model": ({"model": "vit_tinny"}, "unknown model 'vit_tinny'"),
     "data": ({"data": "nowhere", "limit": None}, "data 'nowhere' is neither"),
-    "heads": ({"model_args": {"num_heads": 5}}, "small_vit"),
+    "heads": ({"model_args": {"num_heads": 5}}, "dim=64 is not divisible by num_heads=5; use num_heads in"),
+    "timm patch": (
+        {"model": "vit_tiny_patch16_224", "model_args": {}},
+        "patch size 16 of 'vit_tiny_patch16_224' does not",
+    ),
+    "holdout": ({"holdout": 0.0}, "holdout=0.0 must be in"),
+    "few images": ({"limit": 4}, "holdout=0.1 of 4 training images"),
+    "precision": ({"precision": "fp9"}, "precision='fp9' is not to be had here"),
+    "accelerator": ({"accelerator": "abacus"}, "accelerator='abacus'"),
     "patch": ({"model_args": {"patch_size": 3}}, "patch_size=3 does not divide img_size=8"),
     "lr": ({"lr": 0.0}, "lr=0.0 must be positive"),
     "score": ({"score_on": "train"}, "score_on='train'"),
@@ -257,3 +278,58 @@ def test_out_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match=r"cannot write .*choose another --out"):
         run(tmp_path / "file" / "out", mixers=("ska",))
+
+
+def test_mixed_precision_trains(tmp_path):
+    summary, _ = run(tmp_path, mixers=("cska",), seeds=(0,), precision="bf16-mixed")
+    assert summary["mixers"][0]["accuracy_mean"] > 5
+
+
+def test_one_class_is_refused(tmp_path, monkeypatch):
+    part = LabelledImages(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.zeros(20, dtype=torch.long))
+    data = ImageData("one", part, part, ("only",), 0, False)
+    monkeypatch.setattr("statickey.compare.main.load_images", lambda *args, **kwargs: data)
+    with pytest.raises(StaticKeyError, match="a classifier needs two"):
+        run(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_are_escaped_in_the_page(tmp_path, monkeypatch):
+    images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
+    part = LabelledImages(images, torch.arange(40) % 2)
+    data = ImageData("odd", part, part, ("<b>&", "[red]b"), 0, False, skipped=("<i>bad [x].png</i>",))
+    monkeypatch.setattr("statickey.compare.main.load_images", lambda *args, **kwargs: data)
+    _, text = run(tmp_path, mixers=("ska",), seeds=(0,), limit=None)
+    page = (tmp_path / "report.html").read_text()
+    assert "<b>&</figcaption>" not in page
+    assert "&lt;b&gt;&amp;</figcaption>" in page
+    assert "<i>bad" not in page
+    assert "[x].png" in text
+
+
+def test_one_process_at_a_time(tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(OutputError, match="another process is writing to"):
+        run(tmp_path, mixers=("ska",), seeds=(0,))
+
+
+def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, monkeypatch):
+    def spoil(self, *args):
+        if self.current_epoch == 1:
+            self.model.head.weight.data[0, 0] = float("nan")
+
+    monkeypatch.setattr(ClassificationTask, "on_train_batch_end", spoil)
+    monkeypatch.setattr(ClassificationTask, "training_step", lambda self, batch, i: self.model(batch[0]).mean())
+    with pytest.raises(DivergedError, match=r"pos_embed is not finite after epoch 2"):
+        run(tmp_path, mixers=("ska",), seeds=(0,))
+    kept = torch.load(tmp_path / "runs" / "ska-seed0" / "last.ckpt", weights_only=True)
+    assert len(kept["curve"]) == 1
+    assert all(v.isfinite().all() for k, v in kept["state_dict"].items() if k.startswith("model."))
+
+
+@pytest.mark.slow
+def test_defaults_finish_in_time_and_learn(tmp_path):
+    start = time.monotonic()
+    summary = compare(out=str(tmp_path), console=Console(file=io.StringIO()))
+    assert time.monotonic() - start < 180
+    assert [row["mixer"] for row in summary["mixers"]] == ["mhsa", "ska", "cska", "fcska"]
+    assert all(row["accuracy_mean"] > 95 for row in summary["mixers"])

@@ -123,6 +123,37 @@ def test_bad_image_is_named_or_skipped(tmp_path):
     assert [line.split(":")[0].rsplit("/", 2)[1:] for line in data.skipped] == [["a", "1.png"], ["b", "2.png"]]
 
 
+def test_parquet_test_part_is_not_mixed_with_validation(tmp_path):
+    make_parquet(tmp_path)
+    (tmp_path / "validation.parquet").write_bytes((tmp_path / "test.parquet").read_bytes())
+    assert len(load_images(str(tmp_path)).test.labels) == 4
+    (tmp_path / "test.parquet").unlink()
+    assert len(load_images(str(tmp_path)).test.labels) == 4
+
+
+def test_parquet_splits_must_agree_on_class_names(tmp_path):
+    make_parquet(tmp_path)
+    part = datasets.Dataset.from_parquet(str(tmp_path / "test.parquet"), cache_dir=str(tmp_path / "cache"))
+    names = datasets.ClassLabel(names=["dog", "cat", "eel"])
+    part.cast_column("label", names).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(DataError, match=r"class names in .* differ: \['cat', 'dog', 'eel'\] in train"):
+        load_images(str(tmp_path))
+
+
+def test_class_without_a_training_image_left(tmp_path):
+    with pytest.raises(DataError, match=r"has test images but no training image is left of .*limit=1"):
+        load_images(str(make_folder(tmp_path)), limit=1)
+
+
+def test_empty_parquet_cell_is_named(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    part = datasets.Dataset.from_dict({"image": [None], "label": [0]}, features=features)
+    for name in ("train", "test"):
+        part.to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(DataError, match=r"row 0: the cell is empty"):
+        load_images(str(tmp_path))
+
+
 def test_bad_parquet_cell_is_named(tmp_path):
     with pytest.raises(DataError, match=r"row 2 \(2.png\)"):
         load_images(str(make_parquet(tmp_path, broken=(2,))))

@@ -253,6 +253,14 @@ def test_windows_have_no_single_map(cls):
 
 
 @pytest.mark.parametrize("cls", LAYERS)
+def test_windows_without_the_diagonal(cls):
+    layer = make(cls, off_grid="window", mask_diagonal=True)
+    assert layer(tokens(layer, feat_size=(14, 8)), (14, 8)).isfinite().all()
+    with pytest.raises(FeatSizeError, match=r"windows of \(7, 5\) leave one of a single token on feat_size=\(8, 6\)"):
+        layer(tokens(layer, feat_size=(8, 6)), (8, 6))
+
+
+@pytest.mark.parametrize("cls", LAYERS)
 def test_attention_weights_reproduce_the_output(cls):
     layer = make(cls, num_prefix_tokens=2, mask_diagonal=True)
     x = tokens(layer)

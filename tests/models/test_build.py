@@ -54,15 +54,15 @@ def test_one_seed_one_set_of_weights():
             StaticKeyError,
             r"patch_size=5 does not divide img_size=32; use one of \[2, 4, 8\]",
         ),
-        ("small_vit", {"embed_dim": 50}, StaticKeyError, "refuses"),
+        ("small_vit", {"embed_dim": 50}, StaticKeyError, "dim=50 is not divisible by num_heads=4; use num_heads in"),
         ("small_vit", {"widht": 50}, StaticKeyError, "widht"),
         (
             "vit_tiny_patch16_224",
             {"patch_size": 12},
             StaticKeyError,
-            "patch size 12 .* does not divide img_size=32; use img_size=24",
+            "patch size 12 .* does not divide img_size=32; resize to img_size=24",
         ),
-        ("resnet18", {}, StaticKeyError, "resnet18"),
+        ("resnet18", {}, StaticKeyError, "ResNet is not a timm VisionTransformer|refuses img_size"),
     ],
 )
 def test_refuses(name, args, error, message):

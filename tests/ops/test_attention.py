@@ -137,8 +137,8 @@ def test_dropout_drops_whole_weights_and_keeps_the_mean(backend):
 
 
 WRONG = {
-    "heads": (lambda q, k, v, b: static_key_attention(q, k[:2], v), "differ in batch, heads or width"),
-    "width": (lambda q, k, v, b: static_key_attention(q[..., :3], k, v), "differ in batch, heads or width"),
+    "heads": (lambda q, k, v, b: static_key_attention(q, k[:2], v), "with 2 images, 3 heads"),
+    "width": (lambda q, k, v, b: static_key_attention(q[..., :3], k, v), "width 3 the key must be"),
     "value": (lambda q, k, v, b: static_key_attention(q, k, v[:, :, :5]), r"value \(2, 3, 5, 4\) must be"),
     "bias": (lambda q, k, v, b: static_key_attention(q, k, v, key_bias=b[:, :4]), r"key_bias \(3, 4\)"),
     "rank": (lambda q, k, v, b: static_key_attention(q[0], k, v), r"query \(3, 9, 4\) must be"),
@@ -147,6 +147,8 @@ WRONG = {
         lambda q, k, v, b: static_key_attention(q, k, v, mask_diagonal=True, query_offset=1),
         "query_offset=1",
     ),
+    "dropout": (lambda q, k, v, b: static_key_attention(q, k, v, dropout_p=1.5), "dropout_p=1.5"),
+    "scale": (lambda q, k, v, b: static_key_attention(q, k, v, scale=torch.ones(3, 1, 1)), r"scale \(3, 1, 1\)"),
     "one key": (
         lambda q, k, v, b: static_key_attention(q[:, :, :1], k[:, :1], v[:, :, :1], mask_diagonal=True),
         "at least 2 keys",

@@ -43,6 +43,7 @@ def test_unfold_is_contiguous_for_the_fused_kernel():
     ("call", "error", "message"),
     [
         (lambda: unfold_queries(torch.zeros(1, 1, 6, 2), (2, 2), 3), FeatSizeError, "6 tokens"),
+        (lambda: unfold_queries(torch.zeros(1, 4, 2), (2, 2), 3), StaticKeyError, r"query \(1, 4, 2\) must be"),
         (lambda: unfold_queries(torch.zeros(1, 1, 4, 2), (2, 2), 2), StaticKeyError, "kernel_size=2"),
         (lambda: resample_static_key(torch.zeros(1, 5, 2), (2, 2), (3, 3)), FeatSizeError, "5 rows"),
         (lambda: resample_static_key(torch.zeros(1, 4, 2), (2, 2), (0, 3)), FeatSizeError, "positive"),

@@ -2,19 +2,21 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from .._checks import check_name, check_positive
+from .._checks import check_name, check_positive, check_rate
 from .._files import write_text
 from ..data import OnBadImage
 from ..errors import OutputError, StaticKeyError
 from ..layers import MIXERS
 
 CONFIG_FILE = "config.yaml"
+_MERGED = ("mixers", "seeds")
 _NOT_PART_OF_A_RUN = ("mixers", "seeds", "out", "data", "data_dir")  # data count by their content
 
 
@@ -47,6 +49,17 @@ class CompareConfig:
     precision: str
     out: str
 
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> "CompareConfig":
+        """From the arguments of ``compare``, as plain values; others of its locals are ignored."""
+        values = {field.name: arguments[field.name] for field in fields(cls)}
+        for name in ("data", "data_dir", "out"):
+            values[name] = None if values[name] is None else str(values[name])
+        values["mixers"], values["seeds"] = tuple(values["mixers"]), tuple(values["seeds"])
+        args = values["model_args"]
+        values["model_args"] = {} if args is None else json.loads(json.dumps(dict(args)))
+        return cls(**values)
+
     def __post_init__(self) -> None:
         for mixer in self.mixers:
             check_name("mixer", mixer, MIXERS)
@@ -61,11 +74,14 @@ class CompareConfig:
             check_positive(img_size=self.img_size)
         if self.lr is not None and not self.lr > 0:
             raise StaticKeyError(f"lr={self.lr} must be positive")
-        for name in ("label_smoothing", "ema_decay", "holdout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise StaticKeyError(f"{name}={getattr(self, name)} must be in [0, 1)")
+        check_rate(label_smoothing=self.label_smoothing, ema_decay=self.ema_decay)
+        if not 0 < self.holdout < 1:
+            raise StaticKeyError(
+                f"holdout={self.holdout} must be in (0, 1): the learning curves need held-out images"
+            )
         for name in ("weight_decay", "warmup_epochs", "clip_grad", "crop_padding"):
-            if (getattr(self, name) or 0) < 0:
+            value = getattr(self, name)
+            if value is not None and value < 0:
                 raise StaticKeyError(f"{name}={getattr(self, name)} must not be negative")
         if self.score_on not in ("test", "holdout"):
             raise StaticKeyError(f"score_on={self.score_on!r} must be 'test' or 'holdout'")
@@ -90,31 +106,32 @@ class CompareConfig:
         text = json.dumps([self.protocol(), data_fingerprint], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def claim(self, out: Path) -> None:
+    def claim(self, out: Path) -> "CompareConfig":
         """Write the configuration into ``out``, or check that it belongs there.
 
-        Mixers and seeds may differ from an earlier call: their runs join the others.
+        Returns:
+            This configuration, with the mixers and seeds of earlier calls first: their runs are joined.
 
         Raises:
             OutputError: ``out`` holds a comparison under another protocol, or cannot be written.
         """
         path = out / CONFIG_FILE
-        values = self.to_dict()
+        merged = self
         if path.is_file():
             try:
                 earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
                 before = {k: v for k, v in earlier.items() if k not in _NOT_PART_OF_A_RUN}
-            except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+                kept = {name: tuple(dict.fromkeys([*earlier[name], *getattr(self, name)])) for name in _MERGED}
+            except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
                 raise OutputError(f"{path} is not a comparison's configuration; choose another --out") from error
             if before != self.protocol():
                 raise OutputError(
                     f"{out} holds a comparison under another configuration "
                     f"({_difference(before, self.protocol())}); choose another --out, or repeat the earlier options"
                 )
-            for name in ("mixers", "seeds"):
-                kept = list(earlier[name])
-                values[name] = kept + [v for v in values[name] if v not in kept]
-        write_text(path, yaml.safe_dump(values, sort_keys=False))
+            merged = replace(self, mixers=kept["mixers"], seeds=kept["seeds"])
+        write_text(path, yaml.safe_dump(merged.to_dict(), sort_keys=False))
+        return merged
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -42,7 +42,7 @@ class Display:
         )
 
     def say(self, text: str) -> None:
-        """Print one line."""
+        """Print one line, in rich's markup: escape what is not ours."""
         self.console.print(text, highlight=False)
 
     def busy(self, text: str) -> AbstractContextManager[Any]:
@@ -101,8 +101,8 @@ class RunProgress(L.Callback):
         self._progress.advance(self._task)
         self._progress.advance(self._everything)
 
-    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Show how the epoch went."""
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Show how the epoch before went; the task adds to its curve after the callbacks' turn."""
         curve = getattr(pl_module, "curve", [])
         if curve:
             row = curve[-1]

@@ -5,11 +5,11 @@ import html
 import io
 import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
 import safetensors
 import safetensors.torch
 import torch
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .._files import write_text
-from ..data import ImageData
+from ..data import ImageData, normalize
 from ..errors import OutputError
 from ..layers import TokenMixer
 from ..viz import (
@@ -149,7 +149,7 @@ def _attention(
     module = data_module(config, data, config.seeds[0])
     part = data.test if config.score_on == "test" else module.val_part
     picks = _one_per_class(part.labels)
-    images = (part.images[picks].float() / 255 - module.mean) / module.std
+    images = normalize(part.images[picks], module.mean, module.std)
     captured = {name: list(capture_attention(model, images).values()) for name, model in models.items()}
     captured = {name: maps for name, maps in captured.items() if maps}
     if not captured:
@@ -200,7 +200,7 @@ def _keys(models: Mapping[str, nn.Module], of: Mapping[str, Sequence[FinishedRun
 def _making(config: CompareConfig, summary: Mapping[str, Any], runs: Sequence[FinishedRun]) -> str:
     images = summary["data"]
     facts = {
-        "command": command_line(),
+        "command": command_line(config),
         "training images": f"{images['train_images']:,}, {config.holdout:.0%} of them held out",
         "scored images": f"{images['scored_images']:,} of {images['img_size']} pixels",
         "training time": f"{sum(run.result['train_seconds'] for run in runs) / 60:.1f} min over {len(runs)} runs",
@@ -208,6 +208,8 @@ def _making(config: CompareConfig, summary: Mapping[str, Any], runs: Sequence[Fi
     }
     if images["skipped"]:
         facts["unreadable images left out"] = f"{len(images['skipped'])}: {'; '.join(images['skipped'][:5])}"
+    if len(summary["environments"]) > 1:
+        facts["note"] = "the runs were made in different environments: do not compare their images/s"
     for number, env in enumerate(summary["environments"], start=1):
         name = "environment" if len(summary["environments"]) == 1 else f"environment {number}"
         facts[name] = ", ".join(f"{key} {value}" for key, value in env.items())
@@ -216,10 +218,18 @@ def _making(config: CompareConfig, summary: Mapping[str, Any], runs: Sequence[Fi
     return f"<table class=facts>{lines}</table><details><summary>configuration</summary><pre>{dump}</pre></details>"
 
 
-def command_line() -> str:
-    """The command this process was started with, without the folder of the program."""
-    program = Path(sys.argv[0]).name
-    return shlex.join(["statickey" if program == "__main__.py" else program, *sys.argv[1:]])
+def command_line(config: CompareConfig) -> str:
+    """The command that makes this comparison, all its mixers and seeds included."""
+    words = ["statickey", "compare"]
+    for name, value in config.to_dict().items():
+        if value is None or (name == "model_args" and not value):
+            continue
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, list):
+            words += [option, *map(str, value)]
+        else:
+            words += [option, json.dumps(value) if isinstance(value, dict | bool) else str(value)]
+    return shlex.join(words)
 
 
 def _section(title: str, body: str) -> str:
@@ -230,7 +240,8 @@ def _section(title: str, body: str) -> str:
 
 def _svg(figure: Figure) -> str:
     text = io.StringIO()
-    figure.savefig(text, format="svg", metadata={"Date": None})
+    with mpl.rc_context({"svg.hashsalt": "statickey", "svg.fonttype": "path"}):
+        figure.savefig(text, format="svg", metadata={"Date": None})
     return f"<div class=plot>{text.getvalue()[text.getvalue().index('<svg') :]}</div>"
 
 

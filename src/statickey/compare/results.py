@@ -81,14 +81,15 @@ def summarize(config: CompareConfig, data: ImageData, runs: list[FinishedRun]) -
     """The comparison in numbers: per mixer means, spreads and the paired difference to the baseline.
 
     Args:
-        config: The comparison.
+        config: The comparison, with the mixers of all calls.
         data: Its images.
-        runs: All finished runs; those of mixers the call did not name come last.
+        runs: All its finished runs.
 
     Returns:
         Plain values, ready for JSON.
     """
-    names = list(dict.fromkeys([*config.mixers, *(run.mixer for run in runs)]))
+    finished = {run.mixer for run in runs}
+    names = [name for name in config.mixers if name in finished]
     baseline = "mhsa" if "mhsa" in names else names[0]
     correct = {n: {run.seed: run.correct for run in runs if run.mixer == n} for n in names}
     rows = []

@@ -4,6 +4,8 @@ import signal
 import statistics
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,13 @@ import lightning as L
 import numpy as np
 import safetensors.torch
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from .._files import write_atomic, write_json
 from ..data import ImageData, ImageDataModule
+from ..errors import StaticKeyError
+from ..layers import AttentionMixer
 from ..models import build_model, count_macs
 from ..tasks import AtomicCheckpointIO, ClassificationTask
 from .config import CompareConfig
@@ -75,6 +80,36 @@ def data_module(config: CompareConfig, data: ImageData, seed: int) -> ImageDataM
     )
 
 
+def new_trainer(config: CompareConfig, callbacks: list[L.Callback]) -> L.Trainer:
+    """The trainer of one run.
+
+    Raises:
+        StaticKeyError: Lightning refuses the accelerator or the precision on this machine.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            return L.Trainer(
+                max_epochs=config.epochs,
+                accelerator=config.accelerator,
+                devices=1,
+                precision=config.precision,  # type: ignore[arg-type]
+                gradient_clip_val=config.clip_grad if config.clip_grad > 0 else None,
+                callbacks=callbacks,
+                plugins=[AtomicCheckpointIO()],
+                logger=False,
+                enable_checkpointing=bool(callbacks),
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                num_sanity_val_steps=0,
+            )
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        reason = str(error).splitlines()[0]
+        raise StaticKeyError(
+            f"accelerator={config.accelerator!r} with precision={config.precision!r} is not to be had here: {reason}"
+        ) from error
+
+
 def train_run(
     config: CompareConfig, data: ImageData, folder: RunFolder, config_hash: str, progress: RunProgress
 ) -> dict[str, Any]:
@@ -95,6 +130,7 @@ def train_run(
         model,
         num_classes=len(data.class_names),
         seed=folder.seed,
+        run_id=config_hash,
         lr=config.learning_rate(data.img_size),
         weight_decay=config.weight_decay,
         warmup_epochs=config.warmup_epochs,
@@ -108,27 +144,13 @@ def train_run(
         save_on_train_epoch_end=True,
     )
     start = time.perf_counter()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="lightning")
-        trainer = L.Trainer(
-            max_epochs=config.epochs,
-            accelerator=config.accelerator,
-            devices=1,
-            precision=config.precision,  # type: ignore[arg-type]
-            gradient_clip_val=config.clip_grad or None,
-            callbacks=[progress, keep_last],
-            plugins=[AtomicCheckpointIO()],
-            default_root_dir=folder.path,
-            logger=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-        )
-        resume = folder.checkpoint if folder.checkpoint.is_file() else None
-        _fit(trainer, task, module, resume)
-        scored = module.test_dataloader() if config.score_on == "test" else module.val_dataloader()
-        predicted = trainer.predict(task, scored)
-    last, averaged, truth = torch.cat(list(predicted or []), dim=1).cpu().numpy()  # type: ignore[arg-type]
+    trainer = new_trainer(config, [progress, keep_last])
+    resume = folder.checkpoint if folder.checkpoint.is_file() else None
+    scored = module.test_dataloader() if config.score_on == "test" else module.val_dataloader()
+    with _interruptible():
+        trainer.fit(task, module, ckpt_path=resume, weights_only=True)
+        predicted: Any = trainer.predict(task, scored)
+    last, averaged, truth = torch.cat(predicted, dim=1).cpu().numpy()
     result = {
         "mixer": folder.mixer,
         "seed": folder.seed,
@@ -142,7 +164,9 @@ def train_run(
         "images_per_second": statistics.median(row["images_per_second"] for row in task.curve),
         "train_seconds": sum(row["seconds"] for row in task.curve),
         "wall_seconds_this_session": time.perf_counter() - start,
-        "backend": sorted({str(m.backend) for m in model.modules() if hasattr(m, "backend")}),
+        "backend": sorted({m.backend for m in model.modules() if isinstance(m, AttentionMixer)}),
+        "crop_padding": module.crop_padding,
+        "flip": module.flip,
         "config_hash": config_hash,
         "config": config.protocol(),
         "environment": environment(trainer.strategy.root_device.type),
@@ -157,11 +181,14 @@ def train_run(
     return result
 
 
-def _fit(trainer: L.Trainer, task: L.LightningModule, module: L.LightningDataModule, resume: Path | None) -> None:
-    """Fit; Lightning answers Ctrl-C with an exit and a muted signal, callers expect the interrupt itself."""
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Lightning answers Ctrl-C with an exit and a muted signal; callers expect the interrupt itself."""
     handler = signal.getsignal(signal.SIGINT)
     try:
-        trainer.fit(task, module, ckpt_path=resume, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module="lightning")
+            yield
     except SystemExit as error:
         raise KeyboardInterrupt from error
     finally:

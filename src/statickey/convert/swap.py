@@ -125,7 +125,7 @@ def _build_mixer(
             proj_drop=host.proj_drop.p,
             device=weight.device,
             dtype=weight.dtype,
-            **(mixer_args or {}),
+            **({} if mixer_args is None else mixer_args),
         )
     except TypeError as error:
         raise StaticKeyError(f"mixer {mixer!r}: {error}") from None

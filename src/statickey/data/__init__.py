@@ -1,7 +1,7 @@
 """Images for training: where they come from and how they are batched."""
 
 from .images import ImageData, LabelledImages, OnBadImage, load_images
-from .module import EpochBatches, ImageDataModule, mix_seed
+from .module import EpochBatches, ImageDataModule, mix_seed, normalize
 
 __all__ = [
     "EpochBatches",
@@ -11,4 +11,5 @@ __all__ = [
     "OnBadImage",
     "load_images",
     "mix_seed",
+    "normalize",
 ]

@@ -18,7 +18,7 @@ from ..errors import DataError
 OnBadImage = Literal["fail", "skip"]
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
-_LIMIT_BYTES = 6 * 2**30
+_LIMIT_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class ImageData:
 class _Source:
     """Where one split's images are: labels now, pixels on demand."""
 
-    labels: Sequence[int]
+    labels: Sequence[int | None]
     open: Callable[[int], Image.Image]
     describe: Callable[[int], str]
 
@@ -98,8 +98,9 @@ def load_images(
     Raises:
         DataError: The data is missing, empty, inconsistent or unreadable; the message names the place.
     """
-    if limit is not None and limit < 1:
-        raise DataError(f"limit={limit} leaves no training image; use a positive number or leave it out")
+    for name, value in (("limit", limit), ("img_size", img_size)):
+        if value is not None and value < 1:
+            raise DataError(f"{name}={value} must be a positive number; or leave it out")
     if on_bad_image not in ("fail", "skip"):
         raise DataError(f"on_bad_image={on_bad_image!r} must be 'fail' or 'skip'")
     if data == "digits":
@@ -117,16 +118,25 @@ def load_images(
             train, test, names = _parquet_sources(root)
         else:
             train, test, names = _folder_sources(root)
+    for split, source in (("train", train), ("test", test)):
+        if not source.labels:
+            raise DataError(f"the {split} part of {data} has no image; add some")
     skipped: list[str] = []
     train_part = _read(train, _chosen(len(train.labels), limit), img_size, len(names), on_bad_image, skipped)
     test_part = _read(
         test,
         range(len(test.labels)),
-        img_size or train_part.images.shape[-1],
+        train_part.images.shape[-1],
         len(names),
         on_bad_image,
         skipped,
     )
+    absent = set(test_part.labels.tolist()) - set(train_part.labels.tolist())
+    if absent:
+        raise DataError(
+            f"class {names[min(absent)]!r} has test images but no training image is left of {data} "
+            f"(limit={limit}, {len(skipped)} unreadable); raise --limit or mend the data"
+        )
     pad = train_part.images.shape[-1] // 8
     return ImageData(data, train_part, test_part, tuple(names), pad, True, tuple(skipped))
 
@@ -184,7 +194,7 @@ def _parquet_sources(root: Path) -> tuple[_Source, _Source, list[str]]:
     import pyarrow.parquet as pq
 
     def table(*stems: str) -> Any:
-        files = [path for stem in stems for path in _parquet_files(root, stem)]
+        files: list[Path] = next(filter(None, (_parquet_files(root, stem) for stem in stems)), [])
         if not files:
             found = ", ".join(path.name for path in _parquet_files(root, "")[:6])
             raise DataError(f"no {' or '.join(f'{s}*.parquet' for s in stems)} under {root} (found {found})")
@@ -194,7 +204,10 @@ def _parquet_sources(root: Path) -> tuple[_Source, _Source, list[str]]:
                 tables.append(pq.read_table(path))
             except (OSError, pa.ArrowException) as error:
                 raise DataError(f"cannot read {path}: {error}; replace this file") from error
-        return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(tables)))
+        try:
+            return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(tables)))
+        except pa.ArrowException as error:
+            raise DataError(f"the parquet files under {root} differ in their columns: {error}") from error
 
     def source(part: Any) -> _Source:
         features = part.features
@@ -203,17 +216,30 @@ def _parquet_sources(root: Path) -> tuple[_Source, _Source, list[str]]:
         if image is None or label is None:
             raise DataError(f"{root} needs an Image and a ClassLabel column; its columns are {features}")
         raw = part.cast_column(image, datasets.Image(decode=False))
-        labels = part[label][:] if not isinstance(part[label], list) else part[label]
+        labels = part.data.column(label).to_pylist()
 
         def opened(i: int) -> Image.Image:
             cell = raw[i][image]
+            if cell is None:
+                raise ValueError("the cell is empty")
             return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
 
-        return _Source(labels, opened, lambda i: f"{root} row {i} ({raw[i][image].get('path')})")
+        def describe(i: int) -> str:
+            cell = raw[i][image]
+            return f"{root} row {i}" + (f" ({cell['path']})" if cell and cell["path"] else "")
+
+        return _Source(labels, opened, describe)
+
+    def class_names(part: Any) -> list[str]:
+        return next((list(v.names) for v in part.features.values() if isinstance(v, datasets.ClassLabel)), [])
 
     train, test = table("train"), table("test", "val")
-    names: list[str] = next((v.names for v in train.features.values() if isinstance(v, datasets.ClassLabel)), [])
-    return source(train), source(test), list(names)
+    sources = source(train), source(test)
+    if class_names(train) != class_names(test):
+        raise DataError(
+            f"the class names in {root} differ: {class_names(train)} in train, {class_names(test)} in test"
+        )
+    return *sources, class_names(train)
 
 
 def _folder_sources(root: Path) -> tuple[_Source, _Source, list[str]]:
@@ -257,13 +283,11 @@ def _read(
     on_bad_image: OnBadImage,
     skipped: list[str],
 ) -> LabelledImages:
-    if not indices:
-        raise DataError("the data set has no image in one of its splits")
-    pixels: list[NDArray[np.uint8]] = []
+    pixels = np.empty((0, 0, 0, 3), np.uint8)
     labels: list[int] = []
     for i in indices:
-        label = int(source.labels[i])
-        if not 0 <= label < num_classes:
+        label = source.labels[i]
+        if label is None or not 0 <= label < num_classes:
             raise DataError(f"{source.describe(i)} has label {label}, outside the {num_classes} classes")
         try:
             with source.open(i) as image:
@@ -276,24 +300,33 @@ def _read(
                 ) from error
             skipped.append(reason)
             continue
-        if array.shape[0] != array.shape[1] or (pixels and array.shape != pixels[0].shape):
-            other = pixels[0].shape[:2] if pixels else array.shape[:2]
+        if not labels:
+            pixels = _allocate(array, len(indices), source.describe(i))
+        if array.shape != pixels.shape[1:]:
             raise DataError(
-                f"{source.describe(i)} is {array.shape[1]}x{array.shape[0]} pixels"
-                + (f", others are {other[1]}x{other[0]}" if pixels else ", not square")
-                + "; pass --img-size to bring all to one size"
+                f"{source.describe(i)} is {array.shape[1]}x{array.shape[0]} pixels, others are "
+                f"{pixels.shape[2]}x{pixels.shape[1]}; pass --img-size to bring all to one size"
             )
-        pixels.append(array)
+        pixels[len(labels)] = array
         labels.append(label)
-        if len(pixels) == 1 and array.nbytes * len(indices) > _LIMIT_BYTES:
-            raise DataError(
-                f"{len(indices)} images of {array.shape[0]} pixels need {array.nbytes * len(indices) / 2**30:.0f} "
-                f"GiB in memory, more than {_LIMIT_BYTES / 2**30:.0f}; use a smaller --img-size or --limit"
-            )
-    if not pixels:
+    if not labels:
         raise DataError(f"no readable image left; the first bad one is {skipped[0]}")
-    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+    images = torch.from_numpy(pixels[: len(labels)]).permute(0, 3, 1, 2).contiguous()
     return LabelledImages(images, torch.tensor(labels))
+
+
+def _allocate(first: NDArray[np.uint8], count: int, name: str) -> NDArray[np.uint8]:
+    if first.shape[0] != first.shape[1]:
+        raise DataError(
+            f"{name} is {first.shape[1]}x{first.shape[0]} pixels, not square; pass --img-size to crop all to squares"
+        )
+    size = first.nbytes * count
+    if size > _LIMIT_BYTES:
+        raise DataError(
+            f"{count} images of {first.shape[0]} pixels need {size / 2**30:.1f} GiB in memory, more than "
+            f"{_LIMIT_BYTES / 2**30:.0f}; use a smaller --img-size or --limit"
+        )
+    return np.empty((count, *first.shape), np.uint8)
 
 
 def _square(image: Image.Image, img_size: int | None) -> Image.Image:

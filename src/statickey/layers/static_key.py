@@ -167,6 +167,11 @@ class StaticKeyAttention(AttentionMixer):
             for (shape, query), (_, val) in zip(queries, values, strict=True):
                 covered = window_key_rows(self.feat_size, shape, value.device)
                 rows = torch.cat([prefix_rows, num_prefix + covered])
+                if self.mask_diagonal and len(rows) < 2:
+                    raise FeatSizeError(
+                        f"windows of {self.feat_size} leave one of a single token on feat_size={feat_size}, which "
+                        "mask_diagonal=True leaves nothing to attend to; use a multiple of the window"
+                    )
                 if num_prefix:
                     windows = val.shape[0] // batch
                     shared = value[:, :, :num_prefix].repeat_interleave(windows, dim=0)

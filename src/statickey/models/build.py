@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from .._checks import check_name
 from ..convert import convert
 from ..errors import StaticKeyError
+from ..layers import AttentionMixer
 from .small_vit import small_vit
 
 SMALL_VIT = "small_vit"
@@ -46,7 +47,7 @@ def build_model(
     """
     check_name("model", name, [SMALL_VIT, *timm.list_models()])
     torch.manual_seed(seed)
-    args = dict(model_args or {})
+    args = {} if model_args is None else dict(model_args)
     host: Any
     try:
         if name == SMALL_VIT:
@@ -57,13 +58,13 @@ def build_model(
         raise
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise StaticKeyError(f"model {name!r} refuses img_size={img_size}, {args}: {error}") from error
-    convert(host, mixer)
-    patch: int = host.patch_embed.patch_size[0]
+    patch = getattr(getattr(host, "patch_embed", None), "patch_size", (1,))[0]
     if img_size % patch:
         raise StaticKeyError(
-            f"the patch size {patch} of {name!r} does not divide img_size={img_size}; "
-            f"use img_size={max(img_size // patch, 1) * patch}"
+            f"the patch size {patch} of {name!r} does not divide img_size={img_size}; resize to "
+            f"img_size={max(img_size // patch, 1) * patch}, or pass another patch_size in model_args"
         )
+    convert(host, mixer)
     return host  # type: ignore[no-any-return]
 
 
@@ -79,13 +80,13 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
     Returns:
         MACs; FLOPs are twice that.
     """
-    backends = {module: module.backend for module in model.modules() if hasattr(module, "backend")}
+    backends = {module: module.backend for module in model.modules() if isinstance(module, AttentionMixer)}
     training = model.training
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     try:
         for module in backends:
-            module.backend = "math"  # type: ignore[assignment]
+            module.backend = "math"
         model.eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(image)

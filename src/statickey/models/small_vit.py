@@ -4,7 +4,7 @@ import timm
 import torch
 from torch import nn
 
-from .._checks import check_positive
+from .._checks import check_head_dim, check_positive, nearest_divisors
 from ..errors import StaticKeyError
 
 POS_EMBED_STD = 0.3
@@ -48,12 +48,12 @@ def small_vit(
     tiny = img_size <= 16
     patch_size = max(img_size // (4 if tiny else 8), 1) if patch_size is None else patch_size
     embed_dim = (64 if tiny else 96) if embed_dim is None else embed_dim
-    check_positive(img_size=img_size, patch_size=patch_size, embed_dim=embed_dim, depth=depth)
+    check_positive(img_size=img_size, patch_size=patch_size, depth=depth)
+    check_head_dim(embed_dim, num_heads, None)
     if img_size % patch_size:
-        divisors = [p for p in range(1, img_size + 1) if img_size % p == 0]
-        near = sorted(sorted(divisors, key=lambda p: abs(p - patch_size))[:3])
         raise StaticKeyError(
-            f"patch_size={patch_size} does not divide img_size={img_size}; use one of {near}, "
+            f"patch_size={patch_size} does not divide img_size={img_size}; "
+            f"use one of {nearest_divisors(img_size, patch_size)}, "
             f"or img_size={img_size - img_size % patch_size or patch_size}"
         )
     model = timm.models.VisionTransformer(

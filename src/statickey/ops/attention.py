@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_backend, check_static_key_attention
+from .._checks import check_backend, check_rate, check_static_key_attention
 from .._typing import Backend
 
 
@@ -48,7 +48,8 @@ def static_key_attention(
         Hu, Zhou, Rostami, Static Key Attention in Vision, arXiv 2412.07049.
     """
     check_backend(backend, _BACKENDS)
-    check_static_key_attention(query, static_key, value, key_bias, mask_diagonal, query_offset)
+    check_rate(dropout_p=dropout_p)
+    check_static_key_attention(query, static_key, value, key_bias, scale, mask_diagonal, query_offset)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     mask = _diagonal_mask(query, static_key.shape[-2], query_offset) if mask_diagonal else None
     return _BACKENDS[backend](query, static_key, value, key_bias, scale, mask, dropout_p)
@@ -79,7 +80,7 @@ def static_key_weights(
     Raises:
         StaticKeyError: Shapes or dtypes do not fit together.
     """
-    check_static_key_attention(query, static_key, None, key_bias, mask_diagonal, query_offset)
+    check_static_key_attention(query, static_key, None, key_bias, scale, mask_diagonal, query_offset)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     mask = _diagonal_mask(query, static_key.shape[-2], query_offset) if mask_diagonal else None
     return _weights(query, static_key, key_bias, scale, mask)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_feat_size, check_kernel_size
+from .._checks import check_feat_size, check_kernel_size, check_rank
 from .._typing import Size2
 from ..errors import FeatSizeError
 
@@ -28,6 +28,7 @@ def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
         StaticKeyError: The kernel size is not odd.
     """
     check_kernel_size(kernel_size)
+    check_rank("query", query, "B h N d")
     batch, heads, num_tokens, width = query.shape
     height, length = check_feat_size(feat_size)
     if num_tokens != height * length:
@@ -95,6 +96,7 @@ def window_partition(tokens: Tensor, feat_size: Size2, window_size: Size2) -> li
     Raises:
         FeatSizeError: The tokens do not fill the map.
     """
+    check_rank("tokens", tokens, "B h N d")
     height, width = check_feat_size(feat_size)
     batch, heads, num_tokens, dim = tokens.shape
     if num_tokens != height * width:
@@ -135,7 +137,16 @@ def window_merge(windows: list[Tensor], feat_size: Size2, window_size: Size2) ->
 
 
 def window_key_rows(window_size: Size2, part_size: Size2, device: torch.device | None = None) -> Tensor:
-    """Indices of the key rows that a border window of shape ``part_size`` still covers, (rows*cols,)."""
+    """Indices of the key rows that a smaller window at the border still covers.
+
+    Args:
+        window_size: The window (wh, ww) the key is built for.
+        part_size: The smaller window (rows, cols), from ``window_partition``.
+        device: Where to make the indices.
+
+    Returns:
+        (rows*cols,), row-major.
+    """
     rows = torch.arange(part_size[0], device=device).unsqueeze(1) * window_size[1]
     return (rows + torch.arange(part_size[1], device=device)).flatten()
 

@@ -1,5 +1,6 @@
 """Checkpoints that are whole or absent, and are read without running code."""
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OutputError: The file cannot be written; the previous checkpoint is untouched.
         """
-        write_atomic(Path(path), lambda file: torch.save(checkpoint, file))
+        # through memory: torch.save hides a full disk behind an error of its own archive writer
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_atomic(Path(path), lambda file: file.write(buffer.getbuffer()))
 
     def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
         """Load a training state of tensors and plain values.

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..data import mix_seed
-from ..errors import DivergedError
+from ..errors import DivergedError, OutputError
 from ..layers import TokenMixer
 
 
@@ -37,6 +37,7 @@ class ClassificationTask(L.LightningModule):
         model: Images (B, C, H, W) to logits (B, num_classes).
         num_classes: Number of classes.
         seed: Seed of the draws inside the model.
+        run_id: Identity of the run's circumstances; a checkpoint of other circumstances is refused.
         lr: Peak learning rate.
         weight_decay: Decoupled decay of weights; not of biases, norms, position embeddings and keys.
         warmup_epochs: Epochs of linear warm-up.
@@ -50,6 +51,7 @@ class ClassificationTask(L.LightningModule):
         *,
         num_classes: int,
         seed: int = 0,
+        run_id: str = "",
         lr: float = 1e-3,
         weight_decay: float = 0.05,
         warmup_epochs: float = 1.0,
@@ -61,6 +63,7 @@ class ClassificationTask(L.LightningModule):
         self.ema = ModelEmaV3(model, decay=ema_decay, use_warmup=True)
         self.ema.requires_grad_(False)
         self.seed = seed
+        self.run_id = run_id
         self.lr = lr
         self.weight_decay = weight_decay
         self.warmup_epochs = warmup_epochs
@@ -91,7 +94,7 @@ class ClassificationTask(L.LightningModule):
         if not math.isfinite(value):
             raise DivergedError(
                 f"loss is {value} at epoch {self.current_epoch + 1}, step {batch_idx + 1} "
-                f"(seed {self.seed}); lower --lr (now {self.lr:g}) or raise --warmup_epochs"
+                f"(seed {self.seed}); use another --out with a lower --lr (now {self.lr:g}) or more --warmup-epochs"
             )
         self._images += len(labels)
         self._loss_sum += value * len(labels)
@@ -112,7 +115,17 @@ class ClassificationTask(L.LightningModule):
         self.accuracy.reset()
 
     def on_train_epoch_end(self) -> None:
-        """Add the finished epoch to the curve."""
+        """Add the finished epoch to the curve; runs before the epoch's checkpoint is written.
+
+        Raises:
+            DivergedError: A weight is not finite, which the loss of the last step could not show.
+        """
+        for name, parameter in self.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise DivergedError(
+                    f"{name} is not finite after epoch {self.current_epoch + 1} (seed {self.seed}); "
+                    f"use another --out with a lower --lr (now {self.lr:g})"
+                )
         self.curve.append(
             {
                 "epoch": self.current_epoch + 1,
@@ -149,7 +162,17 @@ class ClassificationTask(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the curve with the weights."""
         checkpoint["curve"] = self.curve
+        checkpoint["run_id"] = self.run_id
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the curve up again."""
+        """Take the curve up again.
+
+        Raises:
+            OutputError: The checkpoint is of a run in other circumstances.
+        """
+        if checkpoint.get("run_id") != self.run_id:
+            raise OutputError(
+                f"the checkpoint is of another configuration or other data ({checkpoint.get('run_id')}, now "
+                f"{self.run_id}); choose another --out, or delete last.ckpt to start this run anew"
+            )
         self.curve = list(checkpoint["curve"])

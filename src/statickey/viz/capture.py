@@ -22,13 +22,14 @@ def capture_attention(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
     maps: dict[str, Tensor] = {}
 
     def record(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            maps[name] = module.attention_weights(*args).cpu()  # type: ignore[operator]
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            feat_size = args[1] if len(args) > 1 else kwargs.get("feat_size")
+            maps[name] = module.attention_weights(args[0], feat_size).cpu()  # type: ignore[operator]
 
         return hook
 
     handles = [
-        module.register_forward_hook(record(name))
+        module.register_forward_hook(record(name), with_kwargs=True)
         for name, module in model.named_modules()
         if isinstance(module, TokenMixer) and hasattr(module, "attention_weights")
     ]

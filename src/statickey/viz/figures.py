@@ -11,7 +11,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 INK, FAINT = "#1f2933", "#9aa5b1"
-_COLOURS = ("#2f4b7c", "#e4572e", "#17a398", "#c879ff", "#f2a541", "#5b8e7d", "#8f2d56", "#7b8794", "#3fa7d6")
+_COLOURS = (
+    "#2f4b7c",
+    "#e4572e",
+    "#17a398",
+    "#c879ff",
+    "#f2a541",
+    "#5b8e7d",
+    "#8f2d56",
+    "#7b8794",
+    "#3fa7d6",
+    "#b5651d",
+)
 _STYLE: Any = {
     "font.size": 9,
     "text.color": INK,
@@ -25,8 +36,6 @@ _STYLE: Any = {
     "xtick.color": INK,
     "ytick.color": INK,
     "grid.color": "#e4e7eb",
-    "svg.fonttype": "path",
-    "svg.hashsalt": "statickey",
 }
 
 

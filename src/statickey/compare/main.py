@@ -1,20 +1,23 @@
 """The main job: train one network with different token mixers, and say how sure the difference is."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
+from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.markup import escape
 
-from .._files import write_text
+from .._files import explained_write, write_text
 from ..data import ImageData, OnBadImage, load_images
-from ..errors import StaticKeyError
+from ..errors import DataError, OutputError, StaticKeyError
 from .config import CompareConfig
 from .display import Display, results_table
 from .report import write_report
 from .results import read_runs, summarize, write_results
-from .run import RunFolder, new_model, train_run
+from .run import RunFolder, data_module, new_model, new_trainer, train_run
 
 README = """Results of `statickey compare`.
 config.yaml   reruns or continues it: statickey compare --config config.yaml
@@ -93,61 +96,67 @@ def compare(
         StaticKeyError: An argument, the data or the folder is not usable; the message says what to do.
         KeyboardInterrupt: Ctrl-C; the same call continues.
     """
-    config = CompareConfig(
-        data=data,
-        data_dir=data_dir,
-        mixers=tuple(mixers),
-        seeds=tuple(seeds),
-        model=model,
-        model_args=dict(model_args or {}),
-        img_size=img_size,
-        limit=limit,
-        on_bad_image=on_bad_image,
-        epochs=epochs,
-        batch_size=batch_size,
-        lr=lr,
-        weight_decay=weight_decay,
-        warmup_epochs=warmup_epochs,
-        label_smoothing=label_smoothing,
-        clip_grad=clip_grad,
-        ema_decay=ema_decay,
-        crop_padding=crop_padding,
-        flip=flip,
-        holdout=holdout,
-        score_on=score_on,
-        accelerator=accelerator,
-        precision=precision,
-        out=str(out),
-    )
+    config = CompareConfig.of(locals())
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     display = Display(console)
     with display.busy("reading images"):
         images = load_images(
-            data,
+            config.data,
             data_dir=None if data_dir is None else Path(data_dir),
             img_size=img_size,
             limit=limit,
             on_bad_image=on_bad_image,
         )
     for line in images.skipped[:5]:
-        display.say(f"[yellow]skipped[/yellow] {line}")
+        display.say(f"[yellow]skipped[/yellow] {escape(line)}")
     if len(images.skipped) > 5:
         display.say(f"[yellow]skipped[/yellow] {len(images.skipped)} unreadable images in all")
+    _check_before_writing(config, images)
+    root = Path(config.out)
+    config_hash = config.hash(images.fingerprint())
+    with _locked(root):
+        merged = config.claim(root)
+        read_runs(root, config_hash)
+        write_text(root / "README.txt", README)
+        _train_missing(config, images, root, config_hash, display)
+        runs = read_runs(root, config_hash)
+        summary = summarize(merged, images, runs)
+        write_results(root, summary, runs)
+        with display.busy("drawing the report"):
+            report = write_report(root, merged, images, summary, runs)
+    display.console.print(results_table(summary))
+    display.say(f"report: {escape(str(report))}")
+    return summary
+
+
+def _check_before_writing(config: CompareConfig, images: ImageData) -> None:
+    """Build everything once, so that a refusal comes before the first file."""
+    if len(images.class_names) < 2:
+        raise DataError(f"{config.data} has the one class {images.class_names}; a classifier needs two")
     for mixer in config.mixers:
         new_model(config, images, mixer, config.seeds[0])
-    root = Path(out)
-    config.claim(root)
-    write_text(root / "README.txt", README)
-    config_hash = config.hash(images.fingerprint())
-    _train_missing(config, images, root, config_hash, display)
-    runs = read_runs(root, config_hash)
-    summary = summarize(config, images, runs)
-    write_results(root, summary, runs)
-    with display.busy("drawing the report"):
-        report = write_report(root, config, images, summary, runs)
-    display.console.print(results_table(summary))
-    display.say(f"report: {report}")
-    return summary
+    data_module(config, images, config.seeds[0])
+    new_trainer(config, [])
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Hold the folder; the lock goes with the process, however it ends.
+
+    Raises:
+        OutputError: Another process holds it, or the folder cannot be written.
+    """
+    with explained_write(root):
+        root.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(root / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            raise OutputError(f"another process is writing to {root}; wait for it or choose another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _train_missing(config: CompareConfig, images: ImageData, root: Path, config_hash: str, display: Display) -> None:
