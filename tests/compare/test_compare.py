@@ -87,7 +87,13 @@ def test_report_is_self_contained(finished):
     out, _summary, _ = finished
     page = (out / "report.html").read_text()
     assert not re.search(r"(src|href)=['\"](?!data:|#)", page)
-    for word in ("Learning curves", "Where a token looks", "Static keys", "sepconv has no map", "configuration"):
+    for word in (
+        "Learning curves",
+        "Where a token looks",
+        "What the static keys learned",
+        "sepconv has no map",
+        "configuration",
+    ):
         assert word in page
     assert page.count("<figure>") == 3 + 2
     assert str(out.parent) not in page.replace(str(out), "")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .._files import write_text
 from ..data import ImageData, normalize
 from ..errors import OutputError
-from ..layers import TokenMixer
+from ..layers import ConvStaticKeyAttention, StaticKeyAttention, TokenMixer
 from ..viz import (
     attention_of_token,
     capture_attention,
@@ -76,7 +76,7 @@ def write_report(
             "of the training images; the test images are read once, after the last epoch.</p>",
         ),
         _section("Where a token looks", _attention(config, data, models, of)),
-        _section("Static keys", _keys(models, of)),
+        _section("What the static keys learned", _keys(config, data, models, of)),
         _section("How it was made", _making(config, summary, runs)),
     ]
     title = html.escape(summary["title"])
@@ -178,23 +178,35 @@ def _one_per_class(labels: Tensor) -> list[int]:
     return firsts[:NUM_IMAGES]
 
 
-def _keys(models: Mapping[str, nn.Module], of: Mapping[str, Sequence[FinishedRun]]) -> str:
+def _keys(
+    config: CompareConfig,
+    data: ImageData,
+    models: Mapping[str, nn.Module],
+    of: Mapping[str, Sequence[FinishedRun]],
+) -> str:
     figures = []
     for name, model in models.items():
-        layers = []
-        for mixer in model.modules():
-            key = getattr(mixer, "conv_key", getattr(mixer, "static_key", None))
-            if isinstance(mixer, TokenMixer) and key is not None:
-                layers.append(key_colours(key, mixer.num_prefix_tokens, mixer.feat_size).numpy())
+        fresh = new_model(config, data, name, of[name][0].seed)
+        layers = [
+            key_colours(_key(mixer) - _key(start), mixer.num_prefix_tokens, mixer.feat_size).numpy()
+            for mixer, start in zip(model.modules(), fresh.modules(), strict=True)
+            if isinstance(mixer, StaticKeyAttention)
+        ]
         if layers:
             figures.append(f"<figure>{_png(static_keys(layers, f'{name}, seed {of[name][0].seed}'))}</figure>")
     if not figures:
         return "<p>None of these mixers has a static key."
     return (
-        f"<div class=row>{''.join(figures)}</div><p class=note>One picture a layer and head, one cell a token "
-        "position. The first three principal components of the key's rows are red, green and blue: positions of "
-        "like colour have like keys and are attended together; grey is the average key.</p>"
+        f"<div class=row>{''.join(figures)}</div><p class=note>What training added to each key: one picture a layer "
+        "and head, one cell a token position. The first three principal components of the rows' change are red, "
+        "green and blue: positions of like colour changed alike; grey is the average change. (The keys themselves are "
+        "dominated by their random start.)</p>"
     )
+
+
+def _key(mixer: nn.Module) -> Tensor:
+    name = "conv_key" if isinstance(mixer, ConvStaticKeyAttention) else "static_key"
+    return mixer.get_parameter(name)
 
 
 def _making(config: CompareConfig, summary: Mapping[str, Any], runs: Sequence[FinishedRun]) -> str:
