@@ -129,7 +129,7 @@ def test_runs_from_other_data_are_refused(tmp_path):
     path = out / "runs" / "ska-seed0" / "run.json"
     result = json.loads(path.read_text())
     path.write_text(json.dumps(result | {"config_hash": "0000"}))
-    with pytest.raises(OutputError, match=r"from other data \(0000, now"):
+    with pytest.raises(OutputError, match=r"was made from other data, or under another configuration \(0000, now"):
         run(out, mixers=("ska", "mhsa"), seeds=(0,))
     assert not (out / "runs" / "mhsa-seed0").exists()  # refused before any training
     path.write_text("{")

@@ -106,14 +106,14 @@ class CompareConfig:
         text = json.dumps([self.protocol(), data_fingerprint], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    def claim(self, out: Path) -> "CompareConfig":
-        """Write the configuration into ``out``, or check that it belongs there.
+    def joined(self, out: Path) -> "CompareConfig":
+        """Check that this comparison belongs into ``out``, and join it with what is there.
 
         Returns:
             This configuration, with the mixers and seeds of earlier calls first: their runs are joined.
 
         Raises:
-            OutputError: ``out`` holds a comparison under another protocol, or cannot be written.
+            OutputError: ``out`` holds a comparison under another protocol.
         """
         path = out / CONFIG_FILE
         merged = self
@@ -130,8 +130,15 @@ class CompareConfig:
                     f"({_difference(before, self.protocol())}); choose another --out, or repeat the earlier options"
                 )
             merged = replace(self, mixers=kept["mixers"], seeds=kept["seeds"])
-        write_text(path, yaml.safe_dump(merged.to_dict(), sort_keys=False))
         return merged
+
+    def write(self, out: Path) -> None:
+        """Write the configuration, which ``--config`` reads.
+
+        Raises:
+            OutputError: It cannot be written.
+        """
+        write_text(out / CONFIG_FILE, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
 
 def _difference(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -115,8 +115,9 @@ def compare(
     root = Path(config.out)
     config_hash = config.hash(images.fingerprint())
     with _locked(root):
-        merged = config.claim(root)
-        read_runs(root, config_hash)
+        merged = config.joined(root)
+        read_runs(root, config_hash)  # refuses runs from other data before hours are spent beside them
+        merged.write(root)
         write_text(root / "README.txt", README)
         _train_missing(config, images, root, config_hash, display)
         runs = read_runs(root, config_hash)

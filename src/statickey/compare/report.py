@@ -198,8 +198,8 @@ def _keys(
         return "<p>None of these mixers has a static key."
     return (
         f"<div class=row>{''.join(figures)}</div><p class=note>What training added to each key: one picture a layer "
-        "and head, one cell a token position. The first three principal components of the rows' change are red, "
-        "green and blue: positions of like colour changed alike; grey is the average change. (The keys themselves are "
+        "and head, one cell a token position. Red, green and blue are the first three principal components of the "
+        "rows' change: positions of like colour changed alike; grey is the average change. (The keys themselves are "
         "dominated by their random start.)</p>"
     )
 

@@ -70,7 +70,7 @@ def read_runs(root: Path, config_hash: str) -> list[FinishedRun]:
             raise OutputError(f"{path.parent} is broken ({error}); delete this folder to repeat the run") from error
         if found != config_hash:
             raise OutputError(
-                f"{path.parent} was made under another configuration or from other data "
+                f"{path.parent} was made from other data, or under another configuration "
                 f"({found}, now {config_hash}); choose another --out, or delete this folder to repeat the run"
             )
         runs.append(FinishedRun(path.parent, result, correct))
