@@ -199,8 +199,8 @@ def _keys(
     return (
         f"<div class=row>{''.join(figures)}</div><p class=note>What training added to each key: one picture a layer "
         "and head, one cell a token position. Red, green and blue are the first three principal components of the "
-        "rows' change: positions of like colour changed alike; grey is the average change. (The keys themselves are "
-        "dominated by their random start.)</p>"
+        "rows' change: positions of like colour changed alike; grey is the average change. (Where a key starts "
+        "large, its random start would hide this.)</p>"
     )
 
 
