@@ -89,13 +89,24 @@ def check_tokens(x: torch.Tensor, dim: int, feat_size: Size2, num_prefix_tokens:
         )
 
 
-def check_no_mask(attn_mask: torch.Tensor | None, is_causal: bool) -> None:
-    """Refuse the mask keywords of timm's Block when they are really used."""
-    if attn_mask is not None or is_causal:
-        raise StaticKeyError(
-            f"attn_mask={'a tensor' if attn_mask is not None else None}, is_causal={is_causal}: "
-            "token mixers of this package take no attention mask; leave both at their defaults"
-        )
+def check_map(maps: torch.Tensor, dim: int, num_prefix_tokens: int) -> None:
+    """Refuse an input that is not a map of tokens, (B, H, W, dim) once its channels are last."""
+    if maps.ndim != 4 or maps.shape[3] != dim:
+        raise FeatSizeError(f"x has shape {tuple(maps.shape)} with channels last, expected (B, H, W, {dim})")
+    if num_prefix_tokens:
+        raise FeatSizeError(f"a map has no place for num_prefix_tokens={num_prefix_tokens}; pass tokens (B, N, {dim})")
+
+
+def check_not_causal(is_causal: bool) -> None:
+    """Refuse causal attention, which timm's Block can ask for."""
+    if is_causal:
+        raise StaticKeyError("is_causal=True: tokens of an image have no order; pass an attn_mask instead")
+
+
+def check_no_mask(mixer: str, attn_mask: torch.Tensor | None) -> None:
+    """Refuse a mask in a mixer that has no attention map to put it on."""
+    if attn_mask is not None:
+        raise StaticKeyError(f"attn_mask given, but {mixer} makes no attention map from its input; leave it None")
 
 
 def check_static_key_attention(
@@ -106,6 +117,7 @@ def check_static_key_attention(
     scale: float | torch.Tensor | None,
     mask_diagonal: bool,
     query_offset: int,
+    attn_mask: torch.Tensor | None,
 ) -> None:
     """Refuse inputs of the op whose shapes or dtypes do not fit together."""
     if query.ndim != 4 or key.ndim not in (3, 4):
@@ -130,6 +142,11 @@ def check_static_key_attention(
     for name, tensor in named.items():
         if tensor is not None and tensor.dtype != query.dtype:
             raise StaticKeyError(f"{name} is {tensor.dtype}, the query {query.dtype}; cast one of them")
+    if attn_mask is not None:
+        full = (batch, heads, num_queries, num_keys)
+        missing = len(full) - attn_mask.ndim
+        if missing < 0 or any(size not in (1, want) for size, want in zip(attn_mask.shape, full[missing:], strict=True)):
+            raise StaticKeyError(f"attn_mask {tuple(attn_mask.shape)} must broadcast to (B, h, N, M) = {full}")
     if mask_diagonal:
         if num_keys < 2:
             raise StaticKeyError("mask_diagonal=True needs at least 2 keys, else nothing is left to attend to")

@@ -10,3 +10,6 @@ Backend: TypeAlias = Literal["sdpa", "math"]
 
 OffGrid: TypeAlias = Literal["resample", "window"]
 """What a layer does on a grid its key was not built for."""
+
+InputFmt: TypeAlias = Literal["NLC", "NHWC", "NCHW"]
+"""Tokens (batch, tokens, channels), or maps of them with the channels last or first."""

@@ -1,5 +1,23 @@
-"""Swap the attention of an existing timm model."""
+"""Swap the attention of an existing timm model, or of one's own."""
 
+from . import metaformers, transformers, windows
+from .host import HostRule, MixerSlot, Site, StaticKeyHost, TokenSlot, register_host_rule, token_mixers
+from .metaformers import stage_grids
 from .swap import ConversionReport, ConvertedModule, convert
 
-__all__ = ["ConversionReport", "ConvertedModule", "convert"]
+__all__ = [
+    "ConversionReport",
+    "ConvertedModule",
+    "HostRule",
+    "MixerSlot",
+    "Site",
+    "StaticKeyHost",
+    "TokenSlot",
+    "convert",
+    "metaformers",
+    "register_host_rule",
+    "stage_grids",
+    "token_mixers",
+    "transformers",
+    "windows",
+]

@@ -1,151 +1,249 @@
-"""The one swap path: a model's attention modules are replaced by mixers, all of them or none."""
+"""The one swap path: places of a model are filled by mixers, all of those asked for or none."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
-from typing import Any, cast
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
-from timm.layers import Attention
-from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .._checks import check_name
 from .._typing import Size2
 from ..errors import StaticKeyError, UnsupportedHostError
-from ..layers import MIXERS, TokenMixer
+from ..layers import MIXERS, AttentionMixer, SelfAttention, TokenMixer
+from .host import Site, become_converted, find_rule
+
+Layers = str | Sequence[int] | Sequence[str]
 
 
 @dataclass(frozen=True)
 class ConvertedModule:
-    """One attention module that was replaced."""
+    """One module that was replaced; MACs are those of one image."""
 
     name: str
+    replaced: str
     feat_size: Size2
     params_before: int
     params_after: int
+    macs_before: int
+    macs_after: int
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What ``convert`` did."""
+    """What ``convert`` did. ``print`` it for a table."""
 
     mixer: str
     modules: tuple[ConvertedModule, ...]
+    params_before: int
+    params_after: int
+
+    @property
+    def macs_before(self) -> int:
+        """Multiply-accumulates of the replaced modules, for one image."""
+        return sum(module.macs_before for module in self.modules)
+
+    @property
+    def macs_after(self) -> int:
+        """Multiply-accumulates of the modules in their place, for one image."""
+        return sum(module.macs_after for module in self.modules)
+
+    def __str__(self) -> str:
+        width = max(len(module.name) for module in self.modules)
+        lines = [
+            f"{m.name:<{width}}  {m.replaced} -> {self.mixer}  {m.feat_size[0]}x{m.feat_size[1]}  "
+            f"params {m.params_before:,} -> {m.params_after:,}  MACs {m.macs_before:,} -> {m.macs_after:,}"
+            for m in self.modules
+        ]
+        lines.append(
+            f"{len(self.modules)} modules, model params {self.params_before:,} -> {self.params_after:,}, "
+            f"MACs of these modules {self.macs_before:,} -> {self.macs_after:,}"
+        )
+        return "\n".join(lines)
 
 
 def convert(
     model: nn.Module,
     mixer: str,
     *,
+    layers: Layers = "all",
     keep_weights: bool = True,
     mixer_args: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
-    """Replace the attention of a timm vision transformer by a mixer, in place.
+    """Replace the attention of a model by a mixer, in place.
 
-    The mixers' own parameters are drawn under a forked random state, so a model built and converted at one
-    seed shares every other weight, bit for bit, with its siblings that got another mixer.
+    Hosts: timm's VisionTransformer (ViT, DeiT), MetaFormer, Swin and Swin-V2 (a key per window position,
+    position bias kept), CaiT (patch blocks; talking heads kept), BEiT (position bias kept), EVA without rotary
+    embedding, and what ``register_host_rule`` adds. Norms of queries, layer scale, drop path and register tokens
+    stay. The model's class gains what mixers need: keys in ``no_weight_decay``, resampling in
+    ``set_input_size``, for MetaFormers also ``group_matcher``.
+
+    The mixers' own parameters are drawn under a forked random state, each place from a seed of its own. So
+    models built and converted at one seed share every other weight, bit for bit, whichever mixers they got.
 
     Args:
-        model: A timm ``VisionTransformer`` with plain attention and a fixed input size.
+        model: A model of a known kind.
         mixer: A name in ``MIXERS``.
-        keep_weights: Carry over the host's query, value and output projections where the mixer has them.
-        mixer_args: Further constructor arguments of the mixer, such as ``kernel_size``.
+        layers: ``"all"`` attention modules; or indices into them, in order of depth, negative ones from the
+            end; or one or more module names or patterns (``"stages.1.*"``), which may also name
+            convolutional token mixers of a MetaFormer.
+        keep_weights: Carry over the query, value and output projections.
+        mixer_args: Further constructor arguments of the mixer, such as ``kernel_size`` or ``head_dim``.
 
     Returns:
-        Which modules were replaced, their grids and parameters. On any error the model is unchanged.
+        Which modules were replaced, their grids, parameters and MACs. On any error the model is unchanged.
 
     Raises:
         UnknownNameError: No mixer of that name.
-        UnsupportedHostError: The model, or one of its attention modules, is of a kind this cannot swap.
-        StaticKeyError: The mixer refuses its arguments.
+        UnsupportedHostError: The model, or one of its modules, is of a kind this cannot swap.
+        StaticKeyError: ``layers`` names nothing, or the mixer refuses its arguments.
     """
     check_name("mixer", mixer, MIXERS)
-    if not isinstance(model, VisionTransformer):
-        raise UnsupportedHostError(
-            f"{type(model).__name__} is not a timm VisionTransformer; build the host with "
-            "timm.create_model('vit_small_patch16_224') or another vit_* / deit_* name"
-        )
-    if model.dynamic_img_size:
-        raise UnsupportedHostError("dynamic_img_size=True: a static key needs the grid; use img_size= instead")
-    hosts: dict[str, Any] = {
-        f"blocks.{i}.attn": block.attn for i, block in enumerate(model.blocks) if hasattr(block, "attn")
-    }
-    if len(hosts) != len(model.blocks):
-        raise UnsupportedHostError(f"blocks of type {type(model.blocks[0]).__name__} hold no attn module")
-    height, width = model.patch_embed.grid_size
-    feat_size = (height, width)
+    rule = find_rule(model)
+    sites = rule.sites(model)
+    chosen = select_sites(sites, layers)
+    before = _num_params(model)
+    args = {} if mixer_args is None else dict(mixer_args)
+    new: dict[str, TokenMixer] = {}
     with torch.random.fork_rng():
-        swapped = {
-            name: _build_mixer(name, host, mixer, feat_size, model.num_prefix_tokens, mixer_args)
-            for name, host in hosts.items()
-        }
-    if keep_weights:
-        for name, host in hosts.items():
-            _carry_over(host, swapped[name])
-    for name, new in swapped.items():
-        model.get_submodule(name.removesuffix(".attn")).attn = new
-    return ConversionReport(
-        mixer,
-        tuple(
-            ConvertedModule(name, feat_size, _num_params(host), _num_params(swapped[name]))
-            for name, host in hosts.items()
-        ),
+        # drawn here, not kept: what the host draws next does not depend on the swap
+        seed = int(torch.randint(2**31, (), device="cpu"))
+        for index, (name, site) in enumerate(sites.items()):
+            if name in chosen:
+                torch.manual_seed(seed + index)
+                like = next(site.module.parameters(), next(model.parameters()))
+                new[name] = _build_mixer(name, site, mixer, args, keep_weights, like)
+    for name, built in new.items():
+        site = sites[name]
+        parent, _, attribute = name.rpartition(".")
+        installed = built if site.wrap is None else site.wrap(built)
+        setattr(model.get_submodule(parent), attribute, installed.train(site.module.training))
+    become_converted(model, rule)
+    if rule.finish is not None:
+        rule.finish(model)
+    modules = tuple(
+        ConvertedModule(
+            name,
+            type(sites[name].module).__name__,
+            sites[name].feat_size,
+            _num_params(sites[name].module),
+            _num_params(model.get_submodule(name)),
+            sites[name].macs,
+            built.macs() * sites[name].windows,
+        )
+        for name, built in new.items()
     )
+    return ConversionReport(mixer, modules, before, _num_params(model))
+
+
+def select_sites(sites: Mapping[str, Site], layers: Layers) -> set[str]:
+    """The names that ``layers`` of ``convert`` stands for.
+
+    Raises:
+        UnsupportedHostError: The host has no attention left, or a chosen module is a mixer without weights.
+        StaticKeyError: An index or a pattern names nothing.
+    """
+    attention = [name for name, site in sites.items() if site.is_attention]
+    wanted: Sequence[Any] = [layers] if isinstance(layers, str) else list(layers)
+    if not wanted:
+        raise StaticKeyError('layers=() names no module; pass "all", indices or name patterns')
+    chosen: set[str] = set()
+    for item in wanted:
+        if item == "all":
+            if not attention:
+                raise UnsupportedHostError(
+                    f"no attention module to replace; name token mixers instead, of {', '.join(sites) or 'none'}"
+                )
+            chosen.update(attention)
+        elif isinstance(item, int) and not isinstance(item, bool):
+            if not -len(attention) <= item < len(attention):
+                raise StaticKeyError(f"layers has index {item}, but the model has {len(attention)} attention modules")
+            chosen.add(attention[item])
+        elif isinstance(item, str):
+            matches = [name for name in sites if fnmatchcase(name, item) or fnmatchcase(name, f"{item}.*")]
+            if not matches:
+                raise StaticKeyError(f"layers={item!r} matches none of {', '.join(sites)}")
+            chosen.update(matches)
+        else:
+            raise StaticKeyError(f'layers has {item!r}; pass "all", indices or name patterns')
+    return chosen
 
 
 def _build_mixer(
-    name: str,
-    host: Any,
-    mixer: str,
-    feat_size: Size2,
-    num_prefix_tokens: int,
-    mixer_args: Mapping[str, Any] | None,
+    name: str, site: Site, mixer: str, args: dict[str, Any], keep_weights: bool, like: torch.Tensor
 ) -> TokenMixer:
-    plain = (
-        type(host) is Attention
-        and host.gate is None
-        and all(isinstance(norm, nn.Identity) for norm in (host.q_norm, host.k_norm, host.norm))
-    )
-    if not plain:
-        raise UnsupportedHostError(
-            f"{name} is a {type(host).__name__} with parts that cannot be carried over; "
-            "supported: timm's Attention without qk_norm, scale_norm and gate"
-        )
-    weight = host.qkv.weight
+    if "head_dim" in args and "num_heads" not in args:
+        args = args | {"num_heads": max(site.dim // args["head_dim"], 1)}
+    elif "num_heads" in args and "head_dim" not in args:
+        args = args | {"head_dim": None}
+    settings: dict[str, Any] = {
+        "num_heads": site.num_heads,
+        "head_dim": site.head_dim,
+        "feat_size": site.feat_size,
+        "num_prefix_tokens": site.num_prefix_tokens,
+        "qkv_bias": site.with_qkv_bias,
+        "proj_bias": site.with_proj_bias,
+        "attn_drop": site.attn_drop,
+        "proj_drop": site.proj_drop,
+        "device": like.device,
+        "dtype": like.dtype,
+    }
     try:
-        new = MIXERS[mixer](
-            host.proj.out_features,
-            host.num_heads,
-            feat_size=feat_size,
-            num_prefix_tokens=num_prefix_tokens,
-            head_dim=host.head_dim,
-            qkv_bias=host.qkv.bias is not None,
-            proj_bias=host.proj.bias is not None,
-            attn_drop=host.attn_drop.p,
-            proj_drop=host.proj_drop.p,
-            device=weight.device,
-            dtype=weight.dtype,
-            **({} if mixer_args is None else mixer_args),
-        )
+        new = MIXERS[mixer](site.dim, **(settings | args))
     except TypeError as error:
         raise StaticKeyError(f"mixer {mixer!r}: {error}") from None
-    return new.train(host.training)
+    new.input_fmt = site.input_fmt
+    if site.init_weights is not None:
+        for module in new.modules():
+            site.init_weights(module)
+        if isinstance(new, AttentionMixer):
+            new.reset_parameters()
+    _keep_parts(name, site, mixer, new)
+    if keep_weights and site.qkv_weight is not None:
+        _carry_over(name, site, new)
+    return new
+
+
+def _keep_parts(name: str, site: Site, mixer: str, new: TokenMixer) -> None:
+    """Move copies of the norms and the head mixing of the host into the mixer."""
+    kept = {"q_norm": site.q_norm, "out_norm": site.out_norm, "head_mix": site.head_mix}
+    kept = {part: module for part, module in kept.items() if not isinstance(module, nn.Identity | None)}
+    if kept and not isinstance(new, AttentionMixer):
+        raise UnsupportedHostError(f"{name} has {', '.join(kept)}, for which mixer {mixer!r} has no place")
+    for part, module in kept.items():
+        setattr(new, part, deepcopy(module))
+    if isinstance(new, SelfAttention) and site.k_norm is not None:
+        new.k_norm = deepcopy(site.k_norm)
 
 
 @torch.no_grad()
-def _carry_over(host: Any, mixer: TokenMixer) -> None:
+def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
     """Copy the rows of the host's qkv that the mixer has too, and the output projection."""
-    rows = {"qkv": (0, 1, 2), "qv": (0, 2), "v": (2,)}
-    for name, parts in rows.items():
-        target = getattr(mixer, name, None)
+    for target_name, parts in {"qkv": (0, 1, 2), "qv": (0, 2), "v": (2,)}.items():
+        target = getattr(mixer, target_name, None)
         if target is None:
             continue
+        for tensor, source in {"weight": site.qkv_weight, "bias": site.qkv_bias}.items():
+            if source is not None:
+                rows = torch.cat([source.chunk(3)[part] for part in parts])
+                _copy(f"{name}.{target_name}.{tensor}", rows, getattr(target, tensor))
+    proj = getattr(mixer, "proj", None)
+    if proj is not None and site.proj is not None:
         for tensor in ("weight", "bias"):
-            if getattr(host.qkv, tensor) is not None:
-                source = getattr(host.qkv, tensor).chunk(3)
-                getattr(target, tensor).copy_(torch.cat([source[part] for part in parts]))
-    if hasattr(mixer, "proj"):
-        cast(nn.Linear, mixer.proj).load_state_dict(host.proj.state_dict())
+            if getattr(site.proj, tensor) is not None:
+                _copy(f"{name}.proj.{tensor}", getattr(site.proj, tensor), getattr(proj, tensor))
+
+
+def _copy(name: str, source: torch.Tensor, target: torch.Tensor | None) -> None:
+    if target is None or target.shape != source.shape:
+        shape = None if target is None else tuple(target.shape)
+        raise StaticKeyError(
+            f"{name}: {tuple(source.shape)} in the host, {shape} in the mixer; keep the host's heads and biases "
+            "in mixer_args, or pass keep_weights=False"
+        )
+    target.copy_(source)
 
 
 def _num_params(module: nn.Module) -> int:

@@ -11,7 +11,7 @@ from .baselines import (
     SepConvMixer,
     SynthesizerAttention,
 )
-from .mixer import AttentionMixer, TokenMixer
+from .mixer import AttentionMixer, HeadMix, TokenMixer
 from .static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention, StaticKeyAttention
 
 MIXERS: dict[str, Callable[..., TokenMixer]] = {
@@ -34,6 +34,7 @@ __all__ = [
     "ConstantAttention",
     "ConvStaticKeyAttention",
     "FactorizedConvStaticKeyAttention",
+    "HeadMix",
     "IdentityMixer",
     "PoolMixer",
     "RandomAttention",

@@ -4,21 +4,23 @@ All share one constructor head, so that a swap can build any of them from the at
 option that a mixer has no use for (a bias where there is no projection) is accepted and documented as unused.
 """
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from timm.models.metaformer import StarReLU
 from torch import Tensor, nn
 
-from .._checks import check_rate
+from .._checks import check_map, check_no_mask, check_not_causal, check_rate
 from .._typing import Size2
 from ..errors import StaticKeyError
-from .mixer import AttendOp, AttentionMixer, TokenMixer
+from .mixer import AttendOp, AttentionMixer, GridState, TokenMixer
 
 
 class SelfAttention(AttentionMixer):
     """Multi-head self-attention (mhsa), fused: query, key and value all come from the input.
+
+    Attributes: ``qkv``, ``proj``, ``log_temperature`` when it is learned, and ``k_norm`` beside ``q_norm``.
 
     Args:
         dim: Channels of the tokens.
@@ -72,13 +74,20 @@ class SelfAttention(AttentionMixer):
         )
         inner = self.num_heads * self.head_dim
         self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias, device=device, dtype=dtype)
+        self.k_norm: nn.Module = nn.Identity()
         self.reset_parameters()
 
+    def macs(self, feat_size: Size2 | None = None) -> int:
+        """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""
+        tokens = self._count(feat_size)[1]
+        return self._attention_macs(tokens, tokens**2, self.head_dim, 3)
+
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
-        return op(*self._split_heads(self.qkv(x), 3))
+        query, key, value = self._split_heads(self.qkv(x), 3)
+        return op(self.q_norm(query), self.k_norm(key), value)
 
 
-class SynthesizerAttention(AttentionMixer):
+class SynthesizerAttention(GridState, AttentionMixer):
     """Dense Synthesizer: each token's logits come from a two-layer perceptron of that token.
 
     ``softmax(relu(q(x)) @ static_key^T + key_bias) @ v(x)``: a static key behind a non-linear query.
@@ -144,14 +153,20 @@ class SynthesizerAttention(AttentionMixer):
         nn.init.uniform_(self.static_key, -bound, bound)
         nn.init.zeros_(self.key_bias)
 
+    def macs(self, feat_size: Size2 | None = None) -> int:
+        """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""
+        tokens = self._count(feat_size)[1]
+        return self._attention_macs(tokens, tokens**2, self.head_dim, 2)
+
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
         query, value = self._split_heads(self.qv(x), 2)
+        query = self.q_norm(query)
         key = self._resample(self.static_key, feat_size).to(query.dtype)
         bias = self._resample(self.key_bias, feat_size).to(query.dtype)
         return op(F.relu(query), key, value, key_bias=bias)
 
 
-class ConstantAttention(TokenMixer):
+class ConstantAttention(GridState, TokenMixer):
     """A learned map per head that does not see the input at all: ``softmax(logits) @ v(x)``.
 
     Args:
@@ -212,12 +227,26 @@ class ConstantAttention(TokenMixer):
             tensor = super()._resample(tensor, feat_size).transpose(1, 2)
         return tensor
 
-    def attention_weights(self, x: Tensor, feat_size: Size2 | None = None) -> Tensor:
-        """The map of every head, the same for every image, (B, h, N, N)."""
-        weights = self._resample(self.logits, self._check_grid(x, feat_size)).softmax(dim=-1)
+    def attention_weights(
+        self, x: Tensor, feat_size: Size2 | None = None, *, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        """The map of every head, the same for every image, (B, h, N, N); a mask is refused."""
+        check_no_mask(type(self).__name__, attn_mask)
+        if self.input_fmt == "NLC":
+            feat_size = self._check_grid(x, feat_size)
+        else:
+            feat_size = (x.shape[1], x.shape[2]) if self.input_fmt == "NHWC" else (x.shape[2], x.shape[3])
+        weights = self._resample(self.logits, feat_size).softmax(dim=-1)
         return weights.expand(x.shape[0], -1, -1, -1)
 
-    def _mix(self, x: Tensor, feat_size: Size2) -> Tensor:
+    def macs(self, feat_size: Size2 | None = None) -> int:
+        """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""
+        tokens = self._count(feat_size)[1]
+        inner = self.num_heads * self.head_dim
+        return 2 * self.dim * inner * tokens + inner * tokens**2
+
+    def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:
+        check_no_mask(type(self).__name__, attn_mask)
         batch, tokens, _ = x.shape
         value = self.v(x).reshape(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
         weights = self._resample(self.logits, feat_size).softmax(dim=-1).to(value.dtype)
@@ -272,44 +301,80 @@ class _FreeMixer(TokenMixer):
 class IdentityMixer(_FreeMixer):
     """No mixing: tokens pass through. What the rest of the network does alone."""
 
-    def _mix(self, x: Tensor, feat_size: Size2) -> Tensor:
+    def macs(self, feat_size: Size2 | None = None) -> int:
+        """None."""
+        return 0
+
+    def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:
+        check_no_mask(type(self).__name__, attn_mask)
         return x
 
 
-class PoolMixer(_FreeMixer):
+class _MapMixer(_FreeMixer):
+    """A mixer of maps (B, dim, H, W), without a place for prefix tokens."""
+
+    layout: ClassVar[Literal["NLC", "NCHW"]] = "NCHW"
+    mixes_prefix: ClassVar[bool] = False
+
+    def forward(
+        self,
+        x: Tensor,
+        feat_size: Size2 | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Mix tokens or a map; see ``TokenMixer.forward``."""
+        check_no_mask(type(self).__name__, attn_mask)
+        if self.input_fmt != "NCHW":
+            return super().forward(x, feat_size, is_causal=is_causal)
+        check_not_causal(is_causal)
+        check_map(x.permute(0, 2, 3, 1), self.dim, self.num_prefix_tokens)
+        return self.proj_drop(self._mix_map(x))  # type: ignore[no-any-return]
+
+    def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:
+        maps = x.transpose(1, 2).reshape(x.shape[0], self.dim, *feat_size)
+        return self.proj_drop(self._mix_map(maps)).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
+
+    def _mix_map(self, maps: Tensor) -> Tensor:
+        """(B, dim, H, W) to the same."""
+        raise NotImplementedError
+
+
+class PoolMixer(_MapMixer):
     """3 x 3 average pooling minus the token itself; no parameters.
 
     Source:
         Yu et al., MetaFormer Is Actually What You Need for Vision, arXiv 2111.11418.
     """
 
-    mixes_prefix: ClassVar[bool] = False
+    def macs(self, feat_size: Size2 | None = None) -> int:
+        """None: sums are not products."""
+        return 0
 
-    def _mix(self, x: Tensor, feat_size: Size2) -> Tensor:
-        maps = x.transpose(1, 2).reshape(x.shape[0], self.dim, *feat_size)
-        pooled = F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False)
-        return self.proj_drop((pooled - maps).flatten(2).transpose(1, 2))  # type: ignore[no-any-return]
+    def _mix_map(self, maps: Tensor) -> Tensor:
+        return F.avg_pool2d(maps, 3, stride=1, padding=1, count_include_pad=False) - maps
 
 
-class SepConvMixer(_FreeMixer):
+class SepConvMixer(_MapMixer):
     """Inverted separable convolution: pointwise to twice the width, StarReLU, 7 x 7 depth-wise, pointwise.
 
-    ``qkv_bias`` gives the first pointwise layer a bias, ``proj_bias`` the last.
+    ``qkv_bias`` gives the first pointwise layer a bias, ``proj_bias`` the last. Names are timm's.
 
     Source:
         Yu et al., MetaFormer Baselines for Vision, arXiv 2210.13452.
     """
 
-    mixes_prefix: ClassVar[bool] = False
-
     def _build(self, qkv_bias: bool, proj_bias: bool, device: Any, dtype: Any) -> None:
         hidden = 2 * self.dim
-        self.pwconv1 = nn.Linear(self.dim, hidden, bias=qkv_bias, device=device, dtype=dtype)
-        self.act = StarReLU(device=device, dtype=dtype)
+        self.pwconv1 = nn.Conv2d(self.dim, hidden, 1, bias=qkv_bias, device=device, dtype=dtype)
+        self.act1 = StarReLU(device=device, dtype=dtype)
         self.dwconv = nn.Conv2d(hidden, hidden, 7, padding=3, groups=hidden, bias=False, device=device, dtype=dtype)
-        self.pwconv2 = nn.Linear(hidden, self.dim, bias=proj_bias, device=device, dtype=dtype)
+        self.pwconv2 = nn.Conv2d(hidden, self.dim, 1, bias=proj_bias, device=device, dtype=dtype)
 
-    def _mix(self, x: Tensor, feat_size: Size2) -> Tensor:
-        hidden = self.act(self.pwconv1(x)).transpose(1, 2)
-        maps = self.dwconv(hidden.reshape(*hidden.shape[:2], *feat_size))
-        return self.proj_drop(self.pwconv2(maps.flatten(2).transpose(1, 2)))  # type: ignore[no-any-return]
+    def macs(self, feat_size: Size2 | None = None) -> int:
+        """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""
+        return self._count(feat_size)[0] * (4 * self.dim**2 + 2 * self.dim * 49)
+
+    def _mix_map(self, maps: Tensor) -> Tensor:
+        return self.pwconv2(self.dwconv(self.act1(self.pwconv1(maps))))  # type: ignore[no-any-return]

@@ -1,24 +1,40 @@
-"""What every token mixer is: a module from tokens to tokens that knows its grid."""
+"""What every token mixer is: a module from tokens, or a map of them, to the same, that knows its grid."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
+from timm.layers import register_notrace_module
 from torch import Tensor, nn
 
-from .._checks import check_feat_size, check_head_dim, check_no_mask, check_rate, check_tokens
-from .._typing import Backend, Size2
-from ..errors import StaticKeyError
+from .._checks import (
+    check_feat_size,
+    check_head_dim,
+    check_map,
+    check_no_mask,
+    check_not_causal,
+    check_rate,
+    check_tokens,
+)
+from .._typing import Backend, InputFmt, Size2
+from ..errors import FeatSizeError, StaticKeyError
 from ..ops import resample_static_key, static_key_attention, static_key_weights
 
 AttendOp = Callable[..., Tensor]
 
 
+@register_notrace_module
 class TokenMixer(nn.Module, ABC):
     """Base of all mixers: ``mixer(x, feat_size=None)`` maps tokens (B, N, dim) to tokens (B, N, dim).
 
     Tokens are row-major over the grid (H, W), prefix tokens first, so N = num_prefix_tokens + H*W.
+
+    Attributes: ``input_fmt``, the format of input and output: ``"NLC"`` tokens, or maps ``"NHWC"`` or
+    ``"NCHW"``, whose shape tells the grid (set where a host works on maps); ``grids``, what a host with a
+    dynamic input size noted about its token counts, else None.
 
     Args:
         dim: Channels of the tokens.
@@ -31,8 +47,8 @@ class TokenMixer(nn.Module, ABC):
         StaticKeyError: An argument is out of range, or ``num_heads`` does not divide ``dim``.
     """
 
-    layout: ClassVar[Literal["NLC"]] = "NLC"
-    """Layout of input and output: (batch, tokens, channels)."""
+    layout: ClassVar[Literal["NLC", "NCHW"]] = "NLC"
+    """What the mixer computes on; any ``input_fmt`` is brought to it."""
 
     grid_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters and buffers whose second axis runs over the tokens of the grid the mixer is built for."""
@@ -54,6 +70,8 @@ class TokenMixer(nn.Module, ABC):
         if not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
             raise StaticKeyError(f"num_prefix_tokens={num_prefix_tokens!r} must be zero or a positive integer")
         self.num_prefix_tokens = num_prefix_tokens
+        self.input_fmt: InputFmt = "NLC"
+        self.grids: dict[int, Size2] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -71,27 +89,51 @@ class TokenMixer(nn.Module, ABC):
         """Mix tokens.
 
         Args:
-            x: Tokens, (B, N, dim).
-            feat_size: The grid (H, W) of this input when it is not the one the mixer is built for.
-            attn_mask: Accepted because timm's blocks pass it; must be None.
+            x: Tokens, (B, N, dim); or a map, (B, H, W, dim) or (B, dim, H, W), where ``input_fmt`` says so.
+            feat_size: The grid (H, W) of tokens when it is not the one the mixer is built for; a map has its own.
+            attn_mask: Added to the scaled logits, or boolean and true where attention is allowed; broadcasts to
+                (B, h, N, N).
             is_causal: Accepted because timm's blocks pass it; must be False.
 
         Returns:
-            (B, N, dim).
+            In the shape of ``x``.
 
         Raises:
             FeatSizeError: The tokens do not fill the grid.
-            StaticKeyError: A mask is really used.
+            StaticKeyError: Causal attention, or a mask for a mixer without attention, is asked for.
         """
-        check_no_mask(attn_mask, is_causal)
-        return self._mix(x, self._check_grid(x, feat_size))
+        check_not_causal(is_causal)
+        if self.input_fmt == "NLC":
+            return self._mix(x, self._check_grid(x, feat_size), attn_mask)
+        maps = x.permute(0, 2, 3, 1) if self.input_fmt == "NCHW" else x
+        check_map(maps, self.dim, self.num_prefix_tokens)
+        out = self._mix(maps.flatten(1, 2), (maps.shape[1], maps.shape[2]), attn_mask).reshape(maps.shape)
+        return out.permute(0, 3, 1, 2) if self.input_fmt == "NCHW" else out
 
     @abstractmethod
-    def _mix(self, x: Tensor, feat_size: Size2) -> Tensor:
+    def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:
         """Mix tokens of a checked shape."""
 
+    @abstractmethod
+    def macs(self, feat_size: Size2 | None = None) -> int:
+        """Multiply-accumulates of one image, in closed form: products and convolutions only.
+
+        Args:
+            feat_size: The grid (H, W); default the one the mixer is built for.
+        """
+
+    def _count(self, feat_size: Size2 | None) -> tuple[int, int]:
+        """Grid tokens and all tokens on ``feat_size``."""
+        height, width = self.feat_size if feat_size is None else check_feat_size(feat_size)
+        return height * width, self.num_prefix_tokens + height * width
+
     def _check_grid(self, x: Tensor, feat_size: Size2 | None) -> Size2:
-        feat_size = self.feat_size if feat_size is None else check_feat_size(feat_size)
+        if feat_size is not None:
+            feat_size = check_feat_size(feat_size)
+        elif self.grids is None:
+            feat_size = self.feat_size
+        else:
+            feat_size = self.grids.get(x.shape[1], self.feat_size)
         check_tokens(x, self.dim, feat_size, self.num_prefix_tokens)
         return feat_size
 
@@ -119,6 +161,28 @@ class TokenMixer(nn.Module, ABC):
             setattr(self, name, new)
         self.feat_size = feat_size
 
+    def resample_state(self, state: dict[str, Tensor], feat_size: Size2) -> dict[str, Tensor]:
+        """Bring the tensors of this mixer that were saved on another grid to the grid it is built for.
+
+        Args:
+            state: Tensors by their names in ``state_dict()``; names that are not tied to a grid pass through.
+            feat_size: The grid (H, W) they were saved on.
+
+        Returns:
+            The same names, the tensors of ``grid_parameters`` resampled.
+
+        Raises:
+            FeatSizeError: A tensor has another number of rows than that grid.
+        """
+        wanted, self.feat_size = self.feat_size, check_feat_size(feat_size)
+        try:
+            return {
+                name: self._resample(tensor, wanted) if name in self.grid_parameters else tensor
+                for name, tensor in state.items()
+            }
+        finally:
+            self.feat_size = wanted
+
     def _resample(self, tensor: Tensor, feat_size: Size2) -> Tensor:
         return resample_static_key(tensor, self.feat_size, feat_size, num_prefix_tokens=self.num_prefix_tokens)
 
@@ -138,8 +202,60 @@ class TokenMixer(nn.Module, ABC):
         )
 
 
+class GridState(nn.Module):
+    """Base of mixers with ``grid_parameters``: a checkpoint carries the grid (H, W) beside the key."""
+
+    feat_size: Size2
+
+    def get_extra_state(self) -> Tensor:
+        """The grid, as a tensor that any checkpoint format can hold, (2,)."""
+        return torch.tensor(self.feat_size, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Refuse a key of another grid with as many tokens, which no shape would give away.
+
+        Raises:
+            FeatSizeError: The checkpoint was saved on another grid.
+        """
+        saved = tuple(int(size) for size in state)
+        if saved != self.feat_size:
+            raise FeatSizeError(
+                f"the checkpoint's key belongs to feat_size={saved}, this layer is built for {self.feat_size}; build "
+                "the model with the img_size it was saved at, or load through statickey.models.checkpoint_filter_fn"
+            )
+
+
+class HeadMix(nn.Module):
+    """Talking heads: logits and weights of all heads are mixed linearly, before and after the softmax.
+
+    Args:
+        before: (h -> h), on the scaled logits.
+        after: (h -> h), on the weights.
+
+    Source:
+        Shazeer et al., Talking-Heads Attention, arXiv 2003.02436.
+    """
+
+    def __init__(self, before: nn.Linear, after: nn.Linear) -> None:
+        super().__init__()
+        self.before = before
+        self.after = after
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """Mix over the head axis, (B, h, N, M) to the same."""
+        return self.before(logits.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
+
+    def weights(self, weights: Tensor) -> Tensor:
+        """Mix over the head axis, (B, h, N, M) to the same; rows no longer sum to one."""
+        return self.after(weights.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
+
+
 class AttentionMixer(TokenMixer):
     """A mixer that weighs values by ``softmax(scale * query . key)``; subclasses bring the key.
+
+    Attributes: ``backend``, the op's backend; ``q_norm``, applied to each head's query, ``out_norm``, applied
+    before ``proj``, and ``head_mix`` (a ``HeadMix``, else None): what a host had around its attention, kept by
+    ``convert``.
 
     Args:
         dim: Channels of the tokens.
@@ -186,7 +302,10 @@ class AttentionMixer(TokenMixer):
         self.log_temperature = (
             nn.Parameter(torch.empty((), device=device, dtype=dtype)) if learned_temperature else None
         )
+        self.q_norm: nn.Module = nn.Identity()
+        self.head_mix: HeadMix | None = None
         self.attn_drop = nn.Dropout(attn_drop)
+        self.out_norm: nn.Module = nn.Identity()
         self.proj = nn.Linear(self.num_heads * self.head_dim, dim, bias=proj_bias, device=device, dtype=dtype)
         self.proj_drop = nn.Dropout(proj_drop)
 
@@ -195,21 +314,48 @@ class AttentionMixer(TokenMixer):
         if self.log_temperature is not None:
             nn.init.constant_(self.log_temperature, torch.tensor(self.scale).log().item())
 
-    def attention_weights(self, x: Tensor, feat_size: Size2 | None = None) -> Tensor:
+    def attention_weights(
+        self, x: Tensor, feat_size: Size2 | None = None, *, attn_mask: Tensor | None = None
+    ) -> Tensor:
         """The attention map of every head, always computed and stored in full.
 
         Args:
-            x: Tokens, (B, N, dim).
+            x: As in ``forward``.
             feat_size: As in ``forward``.
+            attn_mask: As in ``forward``.
 
         Returns:
-            (B, h, N, N), rows sum to one.
+            (B, h, N, N), rows sum to one (unless heads are mixed after the softmax).
         """
-        return self._attend(x, self._check_grid(x, feat_size), self._weights_op)
+        if self.input_fmt == "NLC":
+            feat_size = self._check_grid(x, feat_size)
+        else:
+            maps = x.permute(0, 2, 3, 1) if self.input_fmt == "NCHW" else x
+            feat_size, x = (maps.shape[1], maps.shape[2]), maps.flatten(1, 2)
+        if self._tiles(feat_size):
+            raise FeatSizeError(
+                f"off_grid='window' has no single attention map on feat_size={feat_size}; "
+                f"ask for it on feat_size={self.feat_size}"
+            )
+        return self._attend(x, feat_size, partial(self._weights_op, attn_mask=attn_mask))
 
-    def _mix(self, x: Tensor, feat_size: Size2) -> Tensor:
-        out = self._attend(x, feat_size, self._attention_op)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
+    def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:
+        if attn_mask is not None and self._tiles(feat_size):
+            raise FeatSizeError(f"attn_mask needs one map of all tokens, off_grid='window' tiles feat_size={feat_size}")
+        op = partial(self._attention_op, attn_mask=attn_mask)
+        out = self._attend(x, feat_size, op).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(self.out_norm(out)))  # type: ignore[no-any-return]
+
+    def _tiles(self, feat_size: Size2) -> bool:
+        """Whether attention on this grid is split into windows."""
+        return False
+
+    def _attention_macs(self, num_tokens: int, num_logits: int, key_width: int, num_projections: int) -> int:
+        """Projections, logits against keys of one width, head mixing, values and output projection."""
+        inner = self.num_heads * self.head_dim
+        mixing = 0 if self.head_mix is None else 2 * self.num_heads**2 * num_logits
+        products = self.num_heads * num_logits * (key_width + self.head_dim)
+        return (num_projections + 1) * self.dim * inner * num_tokens + products + mixing
 
     @abstractmethod
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
@@ -219,8 +365,21 @@ class AttentionMixer(TokenMixer):
         return self.scale if self.log_temperature is None else self.log_temperature.exp()
 
     def _attention_op(
-        self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None = None, query_offset: int = 0
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_bias: Tensor | None = None,
+        query_offset: int = 0,
+        attn_mask: Tensor | None = None,
     ) -> Tensor:
+        dropout_p = self.attn_drop.p if self.training else 0.0
+        if self.head_mix is not None:  # the whole map is needed: no fused kernel mixes heads
+            weights = self._weights_op(
+                query, key, value, key_bias=key_bias, query_offset=query_offset, attn_mask=attn_mask
+            )
+            return F.dropout(weights, dropout_p) @ value
         return static_key_attention(
             query,
             key,
@@ -229,24 +388,42 @@ class AttentionMixer(TokenMixer):
             scale=self._logit_scale(),
             mask_diagonal=self.mask_diagonal,
             query_offset=query_offset,
-            dropout_p=self.attn_drop.p if self.training else 0.0,
+            attn_mask=_rows_of(attn_mask, query_offset, query.shape[2]),
+            dropout_p=dropout_p,
             backend=self.backend,
         )
 
     def _weights_op(
-        self, query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None = None, query_offset: int = 0
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        key_bias: Tensor | None = None,
+        query_offset: int = 0,
+        attn_mask: Tensor | None = None,
     ) -> Tensor:
-        return static_key_weights(
+        weights = static_key_weights(
             query,
             key,
             key_bias=key_bias,
             scale=self._logit_scale(),
             mask_diagonal=self.mask_diagonal,
             query_offset=query_offset,
+            attn_mask=_rows_of(attn_mask, query_offset, query.shape[2]),
+            head_mix=None if self.head_mix is None else self.head_mix.logits,
         )
+        return weights if self.head_mix is None else self.head_mix.weights(weights)
 
     def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(B, N, parts*h*d) to ``parts`` tensors (B, h, N, d)."""
         batch, tokens, _ = x.shape
         heads = x.reshape(batch, tokens, parts, self.num_heads, self.head_dim)
         return heads.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _rows_of(attn_mask: Tensor | None, first_token: int, num_queries: int) -> Tensor | None:
+    """The rows of a mask that belong to consecutive queries."""
+    if attn_mask is None or attn_mask.ndim < 2 or attn_mask.shape[-2] in (1, num_queries):
+        return attn_mask
+    return attn_mask[..., first_token : first_token + num_queries, :]

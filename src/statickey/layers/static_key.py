@@ -9,7 +9,7 @@ from .._checks import check_kernel_size
 from .._typing import OffGrid, Size2
 from ..errors import FeatSizeError, StaticKeyError
 from ..ops import unfold_queries, window_key_rows, window_merge, window_partition
-from .mixer import AttendOp, AttentionMixer
+from .mixer import AttendOp, AttentionMixer, GridState
 
 KEY_STD = 1.0
 """Standard deviation of fresh keys; docs/results/key_init.md has the measurement behind it."""
@@ -24,7 +24,7 @@ class _Segment(NamedTuple):
     first_token: int
 
 
-class StaticKeyAttention(AttentionMixer):
+class StaticKeyAttention(GridState, AttentionMixer):
     """SKA: attention whose key is a learned parameter, one row per token position and head.
 
     ``out = proj(softmax(scale * q(x) @ static_key^T) @ v(x))``. Adding one vector to every row of the key
@@ -132,13 +132,9 @@ class StaticKeyAttention(AttentionMixer):
         else:
             (value,) = self._split_heads(self.v(x), 1)
             query = self._split_heads(x, 1)[0].to(value.dtype)
+        query = self.q_norm(query)
         segments = self._segments(query, feat_size)
-        if feat_size != self.feat_size and self.off_grid == "window":
-            if op == self._weights_op:
-                raise FeatSizeError(
-                    f"off_grid='window' has no single attention map on feat_size={feat_size}; "
-                    f"ask for it on feat_size={self.feat_size}"
-                )
+        if self._tiles(feat_size):
             return self._attend_windows(segments, value, feat_size, op)
         parts = []
         for seg in segments:
@@ -146,6 +142,27 @@ class StaticKeyAttention(AttentionMixer):
             bias = None if bias is None else self._resample(bias, feat_size)
             parts.append(_call(op, seg._replace(key=key, key_bias=bias), value))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+
+    def _tiles(self, feat_size: Size2) -> bool:
+        return self.off_grid == "window" and feat_size != self.feat_size
+
+    def _num_logits(self, feat_size: Size2 | None) -> tuple[int, int]:
+        """Logits per head that prefix queries make, and grid queries, on ``feat_size``."""
+        grid, tokens = self._count(feat_size)
+        prefix = self.num_prefix_tokens
+        if feat_size is None or not self._tiles(feat_size):
+            return prefix * tokens, grid * tokens
+        per_window = [
+            rows * cols * (rows * cols + prefix)
+            for rows in _extents(feat_size[0], self.feat_size[0])
+            for cols in _extents(feat_size[1], self.feat_size[1])
+        ]
+        return prefix * tokens, sum(per_window)
+
+    def macs(self, feat_size: Size2 | None = None) -> int:
+        """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""
+        tokens = self._count(feat_size)[1]
+        return self._attention_macs(tokens, sum(self._num_logits(feat_size)), self.head_dim, 1 + self.query_proj)
 
     def _attend_windows(self, segments: list[_Segment], value: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
         num_prefix = self.num_prefix_tokens
@@ -257,6 +274,11 @@ class FactorizedConvStaticKeyAttention(_ConvolvedQueryAttention):
         super().reset_parameters()
         self.query_conv.reset_parameters()
 
+    def macs(self, feat_size: Size2 | None = None) -> int:
+        """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""
+        inner = self.num_heads * self.head_dim
+        return super().macs(feat_size) + self._count(feat_size)[0] * inner * self.head_dim * self.kernel_size**2
+
     def _segments(self, query: Tensor, feat_size: Size2) -> list[_Segment]:
         prefix, grid = query.tensor_split([self.num_prefix_tokens], dim=2)
         maps = grid.transpose(2, 3).reshape(query.shape[0], -1, *feat_size)
@@ -305,6 +327,11 @@ class ConvStaticKeyAttention(_ConvolvedQueryAttention):
         if self.prefix_key is not None:
             nn.init.normal_(self.prefix_key, std=KEY_STD)
 
+    def macs(self, feat_size: Size2 | None = None) -> int:
+        """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""
+        wider = self.num_heads * self.head_dim * (self.kernel_size**2 - 1)
+        return super().macs(feat_size) + self._num_logits(feat_size)[1] * wider
+
     def _segments(self, query: Tensor, feat_size: Size2) -> list[_Segment]:
         prefix, grid = query.tensor_split([self.num_prefix_tokens], dim=2)
         unfolded = unfold_queries(grid, feat_size, self.kernel_size)
@@ -319,6 +346,11 @@ def _call(op: AttendOp, seg: _Segment, value: Tensor) -> Tensor:
     key = seg.key.to(seg.query.dtype)
     bias = None if seg.key_bias is None else seg.key_bias.to(seg.query.dtype)
     return op(seg.query, key, value, key_bias=bias, query_offset=seg.first_token)
+
+
+def _extents(extent: int, window: int) -> list[int]:
+    """Window extents along one axis, the last one cut at the border."""
+    return [min(window, extent - start) for start in range(0, extent, window)]
 
 
 def _take_rows(seg: _Segment, rows: Tensor) -> _Segment:

@@ -1,5 +1,7 @@
 """Attention against a key that does not depend on the input: the one formula of the package."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,10 +19,11 @@ def static_key_attention(
     scale: float | Tensor | None = None,
     mask_diagonal: bool = False,
     query_offset: int = 0,
+    attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
     backend: Backend = "sdpa",
 ) -> Tensor:
-    """Compute ``softmax(scale * (query @ static_key^T + key_bias)) @ value``.
+    """Compute ``softmax(scale * (query @ static_key^T + key_bias) + attn_mask) @ value``.
 
     SKA, CSKA, the factorised CSKA and self-attention are all this function: they differ in where the key
     comes from and in how wide the query is (CSKA passes the unfolded query, see ``unfold_queries``).
@@ -33,6 +36,8 @@ def static_key_attention(
         scale: Factor on the logits, bias included; a 0-dim tensor when learned. Default ``dk ** -0.5``.
         mask_diagonal: If true, query i does not attend to key ``i + query_offset``.
         query_offset: Index of the first query among the keys' tokens; only used by ``mask_diagonal``.
+        attn_mask: Added to the logits after scaling, or, if boolean, true where attention is allowed; broadcasts
+            to (B, h, N, M). A position bias that is learned, for example.
         dropout_p: Dropout rate on the attention weights.
         backend: ``"sdpa"`` runs torch's fused attention, which does not store the N x M map where its
             kernel allows (not with dropout on the CPU); ``"math"`` always stores it.
@@ -49,9 +54,9 @@ def static_key_attention(
     """
     check_backend(backend, _BACKENDS)
     check_rate(dropout_p=dropout_p)
-    check_static_key_attention(query, static_key, value, key_bias, scale, mask_diagonal, query_offset)
+    check_static_key_attention(query, static_key, value, key_bias, scale, mask_diagonal, query_offset, attn_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    mask = _diagonal_mask(query, static_key.shape[-2], query_offset) if mask_diagonal else None
+    mask = _mask(query, static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
     return _BACKENDS[backend](query, static_key, value, key_bias, scale, mask, dropout_p)
 
 
@@ -63,8 +68,10 @@ def static_key_weights(
     scale: float | Tensor | None = None,
     mask_diagonal: bool = False,
     query_offset: int = 0,
+    attn_mask: Tensor | None = None,
+    head_mix: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Compute the attention map ``softmax(scale * (query @ static_key^T + key_bias))``.
+    """Compute the attention map ``softmax(scale * (query @ static_key^T + key_bias) + attn_mask)``.
 
     Args:
         query: Queries, (B, h, N, dk).
@@ -73,6 +80,9 @@ def static_key_weights(
         scale: Factor on the logits, bias included. Default ``dk ** -0.5``.
         mask_diagonal: If true, query i does not attend to key ``i + query_offset``.
         query_offset: Index of the first query among the keys' tokens.
+        attn_mask: Added to the logits after scaling, or, if boolean, true where attention is allowed; broadcasts
+            to (B, h, N, M). A position bias that is learned, for example.
+        head_mix: A function of the scaled logits, (B, h, N, M) to the same, before mask and softmax.
 
     Returns:
         Weights that sum to one over the last axis, (B, h, N, M), in the dtype of the query.
@@ -80,10 +90,25 @@ def static_key_weights(
     Raises:
         StaticKeyError: Shapes or dtypes do not fit together.
     """
-    check_static_key_attention(query, static_key, None, key_bias, scale, mask_diagonal, query_offset)
+    check_static_key_attention(query, static_key, None, key_bias, scale, mask_diagonal, query_offset, attn_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    mask = _diagonal_mask(query, static_key.shape[-2], query_offset) if mask_diagonal else None
-    return _weights(query, static_key, key_bias, scale, mask)
+    mask = _mask(query, static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
+    return _weights(query, static_key, key_bias, scale, mask, head_mix)
+
+
+def _mask(
+    query: Tensor, num_keys: int, mask_diagonal: bool, query_offset: int, attn_mask: Tensor | None
+) -> Tensor | None:
+    """What is added to the logits, in the dtype of the query."""
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        zeros = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
+        attn_mask = zeros.masked_fill(~attn_mask, float("-inf"))
+    elif attn_mask is not None:
+        attn_mask = attn_mask.to(query.dtype)
+    if not mask_diagonal:
+        return attn_mask
+    diagonal = _diagonal_mask(query, num_keys, query_offset)
+    return diagonal if attn_mask is None else diagonal + attn_mask
 
 
 def _diagonal_mask(query: Tensor, num_keys: int, query_offset: int) -> Tensor:
@@ -136,7 +161,12 @@ def _math(
 
 
 def _weights(
-    query: Tensor, key: Tensor, key_bias: Tensor | None, scale: float | Tensor, mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    key_bias: Tensor | None,
+    scale: float | Tensor,
+    mask: Tensor | None,
+    head_mix: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     # half-precision logits overflow for large keys: scores and softmax are taken in float32
     wide = torch.promote_types(query.dtype, torch.float32)
@@ -145,6 +175,8 @@ def _weights(
         if key_bias is not None:
             logits = logits + key_bias.to(wide).unsqueeze(-2)
         logits = logits * scale
+        if head_mix is not None:
+            logits = head_mix(logits.to(query.dtype)).to(wide)
         if mask is not None:
             logits = logits + mask
         return logits.softmax(dim=-1).to(query.dtype)

@@ -1,0 +1,344 @@
+"""What a model must tell so that its attention can be swapped: its places, and what it becomes afterwards."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Self
+
+import torch
+from timm.models.metaformer import Attention as MetaFormerAttention
+from torch import Tensor, nn
+
+from .._typing import InputFmt, Size2
+from ..errors import StaticKeyError, UnsupportedHostError
+from ..layers import HeadMix, SelfAttention, TokenMixer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """A place in a host where a mixer can stand, and what of the module there a mixer takes over.
+
+    ``Site.of`` reads all it can from a module with timm's names (``qkv``, ``proj``, ``num_heads``, drops).
+
+    Args:
+        module: The module that stands there now.
+        dim: Channels.
+        num_heads: Heads of a mixer that stands there.
+        head_dim: Width of one head.
+        feat_size: The token grid (H, W) there.
+        num_prefix_tokens: Class and register tokens before the grid.
+        input_fmt: Tokens, or maps with channels last or first.
+        is_attention: Whether ``layers="all"`` means this place too.
+        qkv_weight: The packed projections (3*h*d, dim) to carry over, if any.
+        qkv_bias: Their bias (3*h*d,), if any.
+        proj: The output projection to carry over, if any.
+        with_qkv_bias: Whether a mixer's projections have a bias.
+        with_proj_bias: Whether a mixer's output projection has one.
+        attn_drop: Dropout rate on the attention weights.
+        proj_drop: Dropout rate on the output.
+        q_norm: Norm of each head's query, kept.
+        k_norm: Norm of each head's key, kept where the key is dynamic.
+        out_norm: Norm before the output projection, kept.
+        head_mix: Mixing of heads around the softmax, kept.
+        init_weights: How the host initialises a linear layer or convolution, for projections not carried over.
+        wrap: Makes the module to install from the mixer; the mixer itself by default.
+        macs: Multiply-accumulates of the module there now, for one image.
+        windows: How often a mixer there runs per image.
+    """
+
+    module: nn.Module
+    dim: int
+    num_heads: int
+    head_dim: int
+    feat_size: Size2
+    num_prefix_tokens: int = 0
+    input_fmt: InputFmt = "NLC"
+    is_attention: bool = True
+    qkv_weight: Tensor | None = None
+    qkv_bias: Tensor | None = None
+    proj: nn.Linear | None = None
+    with_qkv_bias: bool = False
+    with_proj_bias: bool = True
+    attn_drop: float = 0.0
+    proj_drop: float = 0.0
+    q_norm: nn.Module | None = None
+    k_norm: nn.Module | None = None
+    out_norm: nn.Module | None = None
+    head_mix: HeadMix | None = None
+    init_weights: Callable[[nn.Module], None] | None = None
+    wrap: Callable[[TokenMixer], nn.Module] | None = None
+    macs: int = 0
+    windows: int = 1
+
+    @classmethod
+    def of(
+        cls, module: Any, *, feat_size: Size2, num_prefix_tokens: int = 0, windows: int = 1, **fields: Any
+    ) -> Self:
+        """Read a site from an attention module with timm's names.
+
+        Args:
+            module: Has ``qkv`` (Linear) and ``proj`` (Linear), ``num_heads``, ``attn_drop``, ``proj_drop``.
+            feat_size: The token grid (H, W) it works on.
+            num_prefix_tokens: Tokens before the grid.
+            windows: How often it runs per image, for the count of multiply-accumulates.
+            fields: Any field of ``Site``; replaces what was read.
+        """
+        weight = fields.pop("qkv_weight", None)
+        weight = module.qkv.weight if weight is None else weight
+        bias = fields.pop("qkv_bias", None)
+        if bias is None and getattr(module, "qkv", None) is not None:
+            bias = module.qkv.bias
+        inner, dim = weight.shape[0] // 3, weight.shape[1]
+        head_mix = fields.get("head_mix")
+        tokens = num_prefix_tokens + feat_size[0] * feat_size[1]
+        mixing = 0 if head_mix is None else 2 * module.num_heads**2 * tokens**2
+        read = {
+            "dim": dim,
+            "num_heads": module.num_heads,
+            "head_dim": inner // module.num_heads,
+            "qkv_weight": weight,
+            "qkv_bias": bias,
+            "proj": module.proj,
+            "with_qkv_bias": bias is not None,
+            "with_proj_bias": module.proj.bias is not None,
+            "attn_drop": module.attn_drop.p,
+            "proj_drop": module.proj_drop.p,
+            "macs": windows * (4 * dim * inner * tokens + 2 * inner * tokens**2 + mixing),
+            "windows": windows,
+        }
+        return cls(module=module, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, **(read | fields))
+
+    @classmethod
+    def of_mixer(cls, mixer: TokenMixer, **fields: Any) -> Self:
+        """Read a site from a mixer that stands there already; only self-attention has weights to carry over."""
+        read: dict[str, Any] = {
+            "dim": mixer.dim,
+            "num_heads": mixer.num_heads,
+            "head_dim": mixer.head_dim,
+            "input_fmt": mixer.input_fmt,
+            "is_attention": isinstance(mixer, SelfAttention),
+            "macs": mixer.macs(),
+        }
+        if isinstance(mixer, SelfAttention):
+            read |= {
+                "qkv_weight": mixer.qkv.weight,
+                "qkv_bias": mixer.qkv.bias,
+                "proj": mixer.proj,
+                "with_qkv_bias": mixer.qkv.bias is not None,
+                "with_proj_bias": mixer.proj.bias is not None,
+                "attn_drop": mixer.attn_drop.p,
+                "proj_drop": mixer.proj_drop.p,
+                "q_norm": mixer.q_norm,
+                "k_norm": mixer.k_norm,
+                "out_norm": mixer.out_norm,
+                "head_mix": mixer.head_mix,
+            }
+        prefix = mixer.num_prefix_tokens
+        return cls(module=mixer, feat_size=mixer.feat_size, num_prefix_tokens=prefix, **(read | fields))
+
+
+class MixerSlot(nn.Module):
+    """An empty place for a mixer, given to a host as its attention class; it remembers what the host asked for.
+
+    A host built with slots draws the same random numbers whatever mixers will stand in it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 1,
+        *,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        scale_norm: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        norm_layer: Callable[..., nn.Module] | None = None,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.dim = dim
+        self.num_heads = num_heads
+        self.qkv_bias = qkv_bias
+        self.proj_bias = proj_bias
+        self.attn_drop = attn_drop
+        self.proj_drop = proj_drop
+        self.q_norm = self.out_norm = None
+        if norm_layer is not None and qk_norm:
+            self.q_norm = norm_layer(dim // num_heads, device=device, dtype=dtype)
+        if norm_layer is not None and scale_norm:
+            self.out_norm = norm_layer(dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Refuse: a slot is filled before the model runs."""
+        raise StaticKeyError("an empty mixer slot cannot run; fill it with statickey.convert")
+
+
+class MapSlot(MixerSlot):
+    """A slot in a MetaFormer stage of maps."""
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        qkv_bias: bool = False,
+        proj_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(dim, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop)
+
+
+class TokenSlot(MapSlot, MetaFormerAttention):
+    """A slot in a MetaFormer stage of tokens, which the stage recognises by this base class."""
+
+
+class StaticKeyHost(nn.Module):
+    """Mixin of converted models: what the host's own class does not know about mixers.
+
+    Attributes: ``state_dict_filter``, applied to every state dict before it is loaded, or None.
+    """
+
+    state_dict_filter: Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]] | None = None
+
+    def no_weight_decay(self) -> set[str]:
+        """The host's names, and every mixer's keys."""
+        inherited = getattr(super(), "no_weight_decay", None)
+        names: set[str] = set() if inherited is None else set(inherited())
+        for prefix, mixer in token_mixers(self).items():
+            names |= {f"{prefix}.{name}" for name in mixer.no_weight_decay()}
+        return names
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load, after refusing a tensor of another shape by name; see ``torch.nn.Module.load_state_dict``.
+
+        Raises:
+            StaticKeyError: A tensor has another shape than the model's.
+        """
+        if self.state_dict_filter is not None:
+            state_dict = self.state_dict_filter(state_dict, self)
+        check_shapes(self, state_dict)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        mixin, host = type(self).__bases__
+        return _empty, (mixin, host), self.__dict__
+
+
+def check_shapes(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Refuse the first tensor of a state dict whose shape differs from the model's.
+
+    Raises:
+        StaticKeyError: Names the tensor, both shapes and the remedy.
+    """
+    tied = {f"{prefix}.{name}" for prefix, mixer in token_mixers(model).items() for name in mixer.grid_parameters}
+    for name, own in model.state_dict(keep_vars=True).items():
+        other = state_dict.get(name)
+        if not isinstance(own, Tensor) or not isinstance(other, Tensor) or own.shape == other.shape:
+            continue
+        if name in tied or name.endswith("pos_embed"):
+            remedy = (
+                "build the model with the img_size it was saved at, or resample it: "
+                "statickey.models.checkpoint_filter_fn(state_dict, model)"
+            )
+        elif name.startswith("head"):
+            remedy = "build the model with the checkpoint's num_classes, then call reset_classifier"
+        else:
+            remedy = "build the model with the sizes (in_chans, dims, depths, heads) it was saved with"
+        raise StaticKeyError(
+            f"{name}: {tuple(other.shape)} in the checkpoint, {tuple(own.shape)} in the model; {remedy}"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostRule:
+    """How ``convert`` handles a class of models and its subclasses.
+
+    Args:
+        host: The class.
+        sites: Lists the places of a model by module name, in order of depth; raises
+            ``UnsupportedHostError`` when the model, or a module of it, cannot be swapped.
+        mixin: What the model's class gains; a subclass of ``StaticKeyHost`` may add methods.
+        finish: Called with the model after the swap.
+    """
+
+    host: type[nn.Module]
+    sites: Callable[[Any], dict[str, Site]]
+    mixin: type[StaticKeyHost] = StaticKeyHost
+    finish: Callable[[Any], None] | None = None
+
+
+_RULES: dict[type[nn.Module], HostRule] = {}
+
+
+def register_host_rule(rule: HostRule) -> None:
+    """Teach ``convert`` a class of models; a later rule for the same class replaces the earlier one.
+
+    Example:
+        A model whose blocks hold an attention module with timm's names, on a fixed 8 x 8 grid::
+
+            def sites(model):
+                return {
+                    f"blocks.{i}.attn": Site.of(block.attn, feat_size=(8, 8))
+                    for i, block in enumerate(model.blocks)
+                }
+
+            register_host_rule(HostRule(host=MyModel, sites=sites))
+            convert(MyModel(), "ska")
+
+        The mixer takes the place of the attention module and is called as that was: ``mixer(x)`` on
+        (B, N, dim). ``Site.wrap`` bridges other calling conventions.
+    """
+    _RULES[rule.host] = rule
+
+
+def find_rule(model: nn.Module) -> HostRule:
+    """The rule for the nearest class a model derives from.
+
+    Raises:
+        UnsupportedHostError: There is none; lists the attention classes found and the supported hosts.
+    """
+    for cls in type(model).__mro__:
+        if cls in _RULES:
+            return _RULES[cls]
+    names = {type(module).__name__ for module in model.modules()}
+    found = sorted(name for name in names if "attn" in name.lower() or "attention" in name.lower())
+    supported = ", ".join(sorted(f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in _RULES))
+    raise UnsupportedHostError(
+        f"{type(model).__name__} is not a host this can convert (attention classes in it: "
+        f"{', '.join(found) if found else 'none'}); supported: {supported}; for a model of your own see "
+        "statickey.convert.register_host_rule"
+    )
+
+
+def token_mixers(model: nn.Module) -> dict[str, TokenMixer]:
+    """The mixers in a model by module name, in order of depth."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TokenMixer)}
+
+
+@cache
+def converted_class(mixin: type[StaticKeyHost], host: type[nn.Module]) -> type[nn.Module]:
+    """The class of a converted ``host``; made once, so that types compare equal."""
+    return type(f"StaticKey{host.__name__}", (mixin, host), {"__module__": host.__module__})
+
+
+def become_converted(model: nn.Module, rule: HostRule) -> None:
+    """Give the model's class the rule's mixin, in place."""
+    if not isinstance(model, StaticKeyHost):
+        model.__class__ = converted_class(rule.mixin, type(model))  # type: ignore[assignment]
+
+
+def _empty(mixin: type[StaticKeyHost], host: type[nn.Module]) -> nn.Module:
+    cls = converted_class(mixin, host)
+    return cls.__new__(cls)
+
+
+def packed_bias(q_bias: Tensor | None, v_bias: Tensor | None) -> Tensor | None:
+    """The bias of a packed qkv whose key has none, (3*h*d,)."""
+    if q_bias is None or v_bias is None:
+        return None
+    return torch.cat([q_bias, torch.zeros_like(q_bias), v_bias])

@@ -1,0 +1,242 @@
+"""Rules for transformers on one patch grid: ViT and DeiT, CaiT, EVA, BEiT."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from timm.layers import Attention, RelPosBias
+from timm.models.beit import Attention as BeitAttention
+from timm.models.beit import Beit
+from timm.models.cait import Cait, TalkingHeadAttn
+from timm.models.eva import Eva, EvaAttention
+from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
+from torch import Tensor, nn
+
+from .._typing import Size2
+from ..errors import UnsupportedHostError
+from ..layers import HeadMix, TokenMixer
+from .host import HostRule, MixerSlot, Site, StaticKeyHost, packed_bias, register_host_rule, token_mixers
+
+
+class GridHost(StaticKeyHost):
+    """A host with one patch grid, ``patch_embed.grid_size``, and perhaps a dynamic input size.
+
+    Attributes: ``grids``, with a dynamic input size the grid (H, W) last seen for each number of tokens; its
+    mixers look theirs up in it.
+    """
+
+    patch_embed: Any
+    dynamic_img_size: bool
+    num_prefix_tokens: int
+    grids: dict[int, Size2]
+
+    def set_input_size(self, img_size: Size2 | None = None, patch_size: Size2 | None = None) -> None:
+        """Rebuild position embedding and keys for another input; see timm's ``set_input_size``."""
+        super().set_input_size(img_size=img_size, patch_size=patch_size)  # type: ignore[misc]
+        height, width = self.patch_embed.grid_size
+        for mixer in token_mixers(self).values():
+            mixer.set_input_size((height, width))
+
+    def _pos_embed(self, x: Tensor) -> Any:
+        if self.dynamic_img_size:  # the last place that sees the grid, before tokens are flattened
+            height, width = x.shape[1], x.shape[2]
+            self.grids[self.num_prefix_tokens + height * width] = (height, width)
+        return super()._pos_embed(x)  # type: ignore[misc]
+
+
+class EvaMixer(nn.Module):
+    """A mixer called as EVA's blocks call their attention; there is no rotary embedding to pass on."""
+
+    def __init__(self, mixer: TokenMixer) -> None:
+        super().__init__()
+        self.mixer = mixer
+
+    def forward(
+        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """(B, N, dim) to the same."""
+        assert rope is None
+        return self.mixer(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[no-any-return]
+
+
+class BeitMixer(nn.Module):
+    """A mixer with BEiT's relative position bias, called as its blocks call their attention."""
+
+    def __init__(self, mixer: TokenMixer, rel_pos: RelPosBias | None) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.rel_pos = rel_pos
+
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        """(B, N, dim) to the same."""
+        bias = shared_rel_pos_bias
+        if self.rel_pos is not None:
+            bias = self.rel_pos.get_bias() if bias is None else bias + self.rel_pos.get_bias()
+        return self.mixer(x, attn_mask=bias)  # type: ignore[no-any-return]
+
+    def set_window_size(self, window_size: Size2) -> None:
+        """Rebuild key and bias for another grid."""
+        height, width = window_size
+        self.mixer.set_input_size((height, width))
+        if self.rel_pos is not None:
+            self.rel_pos.set_window_size(window_size)
+
+
+def share_grids(model: Any) -> None:
+    """Let all mixers of a host with a dynamic input size look up grids in one table."""
+    if model.dynamic_img_size:
+        model.grids = getattr(model, "grids", {})
+        for mixer in token_mixers(model).values():
+            mixer.grids = model.grids
+
+
+def vit_sites(model: VisionTransformer) -> dict[str, Site]:
+    """Every attention in the blocks of a vision transformer."""
+    _refuse_patch_drop(model)
+    grid, prefix = _grid(model), model.num_prefix_tokens
+    init_weights = get_init_weights_vit(model.weight_init_mode, needs_reset=False)
+    sites: dict[str, Site] = {}
+    for index, block in enumerate(model.blocks):
+        found = {}
+        for name, module in block.named_modules(prefix=f"blocks.{index}"):
+            if isinstance(module, TokenMixer):
+                found[name] = Site.of_mixer(module)
+            elif isinstance(module, MixerSlot):
+                found[name] = slot_site(module, grid, prefix, init_weights=init_weights)
+            elif type(module) is Attention:
+                if module.gate is not None:
+                    raise UnsupportedHostError(f"{name} has a gate on its output, which mixers do not have")
+                parts = {"q_norm": module.q_norm, "k_norm": module.k_norm, "out_norm": module.norm}
+                found[name] = Site.of(module, feat_size=grid, num_prefix_tokens=prefix, **parts)
+        if not found:
+            raise UnsupportedHostError(f"blocks.{index} is a {type(block).__name__} without a timm.layers.Attention")
+        sites |= found
+    return sites
+
+
+def slot_site(
+    slot: MixerSlot, feat_size: Size2, num_prefix_tokens: int, *, init_weights: Callable[[nn.Module], None] | None
+) -> Site:
+    """The site of an empty slot, with what the host asked of it."""
+    return Site(
+        module=slot,
+        dim=slot.dim,
+        num_heads=slot.num_heads,
+        head_dim=slot.dim // slot.num_heads,
+        feat_size=feat_size,
+        num_prefix_tokens=num_prefix_tokens,
+        with_qkv_bias=slot.qkv_bias,
+        with_proj_bias=slot.proj_bias,
+        attn_drop=slot.attn_drop,
+        proj_drop=slot.proj_drop,
+        q_norm=slot.q_norm,
+        k_norm=slot.q_norm,
+        out_norm=slot.out_norm,
+        init_weights=init_weights,
+    )
+
+
+def cait_sites(model: Cait) -> dict[str, Site]:
+    """The patch blocks of a CaiT; its class-attention blocks stay dynamic."""
+    sites = {}
+    for index, block in enumerate(model.blocks):
+        name, attn = f"blocks.{index}.attn", block.attn
+        if isinstance(attn, TokenMixer):
+            sites[name] = Site.of_mixer(attn)
+        elif type(attn) is TalkingHeadAttn:
+            mix = HeadMix(deepcopy(attn.proj_l), deepcopy(attn.proj_w))
+            sites[name] = Site.of(attn, feat_size=_grid(model), head_mix=mix)
+        else:
+            raise UnsupportedHostError(f"{name} is a {type(attn).__name__}; supported: TalkingHeadAttn")
+    return sites
+
+
+def eva_sites(model: Eva) -> dict[str, Site]:
+    """The blocks of an EVA whose attention is plain."""
+    _refuse_patch_drop(model)
+    if model.rope is not None:
+        raise UnsupportedHostError(
+            "rotary position embedding turns keys by their position, a static key has none to turn; use a model "
+            "without it, such as eva_giant_patch14_224 or a vit_*"
+        )
+    sites = {}
+    for index, block in enumerate(model.blocks):
+        name, attn = f"blocks.{index}.attn", block.attn
+        if isinstance(attn, EvaMixer):
+            sites[name] = Site.of_mixer(attn.mixer, wrap=EvaMixer)
+            continue
+        if type(attn) is not EvaAttention or attn.gate is not None:
+            raise UnsupportedHostError(f"{name} is a {type(attn).__name__}, or gated; supported: a plain EvaAttention")
+        if attn.qkv is None:
+            parts = [attn.q_proj, attn.k_proj, attn.v_proj]
+            weight = torch.cat([part.weight for part in parts])
+            bias = packed_bias(attn.q_proj.bias, attn.v_proj.bias)
+        else:
+            weight, bias = attn.qkv.weight, packed_bias(attn.q_bias, attn.v_bias)
+        sites[name] = Site.of(
+            attn,
+            feat_size=_grid(model),
+            num_prefix_tokens=model.num_prefix_tokens,
+            qkv_weight=weight,
+            qkv_bias=bias,
+            with_qkv_bias=bias is not None,
+            q_norm=attn.q_norm,
+            k_norm=attn.k_norm,
+            out_norm=attn.norm,
+            wrap=EvaMixer,
+        )
+    return sites
+
+
+def beit_sites(model: Beit) -> dict[str, Site]:
+    """The blocks of a BEiT, each with its relative position bias."""
+    sites = {}
+    for index, block in enumerate(model.blocks):
+        name, attn = f"blocks.{index}.attn", block.attn
+        if isinstance(attn, BeitMixer):
+            sites[name] = Site.of_mixer(attn.mixer, wrap=_beit_wrapper(attn.rel_pos))
+            continue
+        if type(attn) is not BeitAttention:
+            raise UnsupportedHostError(f"{name} is a {type(attn).__name__}; supported: BEiT's Attention")
+        bias = packed_bias(attn.q_bias, attn.v_bias)
+        sites[name] = Site.of(
+            attn,
+            feat_size=_grid(model),
+            num_prefix_tokens=model.num_prefix_tokens,
+            qkv_bias=bias,
+            with_qkv_bias=bias is not None,
+            wrap=_beit_wrapper(None if attn.relative_position_bias_table is None else _rel_pos(attn)),
+        )
+    return sites
+
+
+def _beit_wrapper(rel_pos: RelPosBias | None) -> Callable[[TokenMixer], nn.Module]:
+    return lambda mixer: BeitMixer(mixer, rel_pos)
+
+
+@torch.no_grad()
+def _rel_pos(attn: BeitAttention) -> RelPosBias:
+    table = attn.relative_position_bias_table
+    with torch.random.fork_rng():
+        rel_pos = RelPosBias(attn.window_size, attn.num_heads, 1, device=table.device, dtype=table.dtype)
+    rel_pos.relative_position_bias_table.copy_(table)
+    return rel_pos
+
+
+def _grid(model: Any) -> Size2:
+    height, width = model.patch_embed.grid_size
+    return height, width
+
+
+def _refuse_patch_drop(model: Any) -> None:
+    if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
+        raise UnsupportedHostError(
+            "patch_drop_rate > 0 removes tokens at random, a static key needs all of them; build the host without it"
+        )
+
+
+register_host_rule(HostRule(host=VisionTransformer, sites=vit_sites, mixin=GridHost, finish=share_grids))
+register_host_rule(HostRule(host=Eva, sites=eva_sites, mixin=GridHost, finish=share_grids))
+register_host_rule(HostRule(host=Cait, sites=cait_sites))
+register_host_rule(HostRule(host=Beit, sites=beit_sites))

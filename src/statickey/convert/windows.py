@@ -1,0 +1,146 @@
+"""Rules for Swin and Swin-V2: attention in windows, one key per window position."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import RelPosBias, RelPosMlp
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer import WindowAttention as SwinAttention
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2 import WindowAttention as SwinV2Attention
+from torch import Tensor, nn
+
+from .._typing import Size2
+from ..errors import UnsupportedHostError
+from ..layers import TokenMixer
+from .host import HostRule, Site, packed_bias, register_host_rule
+
+
+class WindowMixer(nn.Module):
+    """A mixer of windows with the host's relative position bias, called as Swin's blocks call their attention."""
+
+    def __init__(self, mixer: TokenMixer, rel_pos: nn.Module) -> None:
+        super().__init__()
+        self.mixer = mixer
+        self.rel_pos = rel_pos
+
+    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Mix the tokens of every window.
+
+        Args:
+            x: Windows, (B * windows, N, dim).
+            mask: What the cyclic shift forbids, (windows, N, N), added to the logits.
+
+        Returns:
+            In the shape of ``x``.
+        """
+        bias = self.rel_pos.get_bias()  # type: ignore[operator]
+        if mask is not None:
+            bias = (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
+        return self.mixer(x, attn_mask=bias)  # type: ignore[no-any-return]
+
+    def set_window_size(self, window_size: Size2) -> None:
+        """Rebuild key and bias for another window."""
+        height, width = window_size
+        self.mixer.set_input_size((height, width))
+        self.rel_pos.set_window_size(window_size)  # type: ignore[operator]
+
+
+class CosineQuery(nn.Module):
+    """Swin-V2's side of the query: unit length, times a learned factor per head.
+
+    With unit-normal keys of length sqrt(d) and logits scaled by d**-0.5, logits start as the cosine times that
+    factor, as in the host.
+
+    Args:
+        logit_scale: Logarithm of the factor, (h, 1, 1).
+    """
+
+    def __init__(self, logit_scale: Tensor) -> None:
+        super().__init__()
+        self.logit_scale = nn.Parameter(logit_scale.detach().clone())
+
+    def forward(self, query: Tensor) -> Tensor:
+        """(B, h, N, d) to the same."""
+        factor = self.logit_scale.clamp(max=math.log(100.0)).exp()
+        return F.normalize(query, dim=-1) * factor
+
+
+class CosineKey(nn.Module):
+    """Swin-V2's side of a dynamic key: length sqrt(d), which the logits' scale undoes."""
+
+    def forward(self, key: Tensor) -> Tensor:
+        """(B, h, N, d) to the same."""
+        return F.normalize(key, dim=-1) * key.shape[-1] ** 0.5
+
+
+def swin_sites(model: SwinTransformer | SwinTransformerV2) -> dict[str, Site]:
+    """The window attention of every block."""
+    sites = {}
+    for stage_index, stage in enumerate(model.layers):
+        for index, block in enumerate(stage.blocks):
+            name, attn = f"layers.{stage_index}.blocks.{index}.attn", block.attn
+            if isinstance(attn, WindowMixer):
+                sites[name] = Site.of_mixer(attn.mixer, wrap=_wrapper(attn.rel_pos))
+            elif type(attn) is SwinAttention:
+                sites[name] = Site.of(attn, wrap=_wrapper(_bias_table(attn)), **_window(block))
+            elif type(attn) is SwinV2Attention:
+                bias = packed_bias(attn.q_bias, attn.v_bias)
+                sites[name] = Site.of(
+                    attn,
+                    qkv_bias=bias,
+                    with_qkv_bias=bias is not None,
+                    q_norm=CosineQuery(attn.logit_scale),
+                    k_norm=CosineKey(),
+                    wrap=_wrapper(_bias_mlp(name, attn)),
+                    **_window(block),
+                )
+            else:
+                raise UnsupportedHostError(f"{name} is a {type(attn).__name__}; supported: Swin's WindowAttention")
+    return sites
+
+
+def _window(block: Any) -> dict[str, Any]:
+    counts = [-(-extent // window) for extent, window in zip(block.input_resolution, block.window_size, strict=True)]
+    height, width = block.attn.window_size
+    return {"feat_size": (height, width), "windows": math.prod(counts)}
+
+
+def _wrapper(rel_pos: nn.Module) -> Callable[[TokenMixer], nn.Module]:
+    return lambda mixer: WindowMixer(mixer, rel_pos)
+
+
+@torch.no_grad()
+def _bias_table(attn: SwinAttention) -> RelPosBias:
+    table = attn.relative_position_bias_table
+    with torch.random.fork_rng():
+        rel_pos = RelPosBias(attn.window_size, attn.num_heads, device=table.device, dtype=table.dtype)
+    rel_pos.relative_position_bias_table.copy_(table)
+    return rel_pos
+
+
+def _bias_mlp(name: str, attn: SwinV2Attention) -> RelPosMlp:
+    if 1 in attn.window_size:
+        raise UnsupportedHostError(f"{name} has a window of {attn.window_size}; enlarge img_size or window_size")
+    first, last = attn.cpb_mlp[0], attn.cpb_mlp[2]
+    with torch.random.fork_rng():
+        rel_pos = RelPosMlp(
+            attn.window_size,
+            attn.num_heads,
+            hidden_dim=first.out_features,
+            mode="swin",
+            pretrained_window_size=attn.pretrained_window_size,
+            device=first.weight.device,
+            dtype=first.weight.dtype,
+        )
+    rel_pos.mlp.drop1.p = 0.0  # the host's has none
+    rel_pos.mlp.fc1.load_state_dict(first.state_dict())
+    rel_pos.mlp.fc2.load_state_dict(last.state_dict())
+    return rel_pos
+
+
+register_host_rule(HostRule(host=SwinTransformer, sites=swin_sites))
+register_host_rule(HostRule(host=SwinTransformerV2, sites=swin_sites))
