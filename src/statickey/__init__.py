@@ -1,5 +1,6 @@
 """Static-key attention for vision."""
 
+from . import models as models
 from .convert import ConversionReport, convert
 from .errors import StaticKeyError
 from .layers import (

@@ -89,10 +89,11 @@ def check_tokens(x: torch.Tensor, dim: int, feat_size: Size2, num_prefix_tokens:
         )
 
 
-def check_map(maps: torch.Tensor, dim: int, num_prefix_tokens: int) -> None:
-    """Refuse an input that is not a map of tokens, (B, H, W, dim) once its channels are last."""
-    if maps.ndim != 4 or maps.shape[3] != dim:
-        raise FeatSizeError(f"x has shape {tuple(maps.shape)} with channels last, expected (B, H, W, {dim})")
+def check_map(x: torch.Tensor, dim: int, num_prefix_tokens: int, *, channels_first: bool) -> None:
+    """Refuse an input that is not a map of tokens, (B, H, W, dim) or (B, dim, H, W)."""
+    if x.ndim != 4 or x.shape[1 if channels_first else 3] != dim:
+        expected = f"(B, {dim}, H, W)" if channels_first else f"(B, H, W, {dim})"
+        raise FeatSizeError(f"x has shape {tuple(x.shape)}, expected {expected}")
     if num_prefix_tokens:
         raise FeatSizeError(f"a map has no place for num_prefix_tokens={num_prefix_tokens}; pass tokens (B, N, {dim})")
 

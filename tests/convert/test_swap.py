@@ -1,8 +1,14 @@
+import copy
+import math
+import pickle
+
 import pytest
 import timm
 import torch
+from torch import nn
 
 from statickey import MIXERS, convert
+from statickey.convert import HostRule, Site, register_host_rule, token_mixers
 from statickey.errors import StaticKeyError, UnknownNameError, UnsupportedHostError
 from tolerances import assert_close
 
@@ -14,24 +20,99 @@ def host(seed=0, **kwargs):
     return timm.models.VisionTransformer(**ARGS | kwargs)
 
 
-def test_self_attention_keeps_the_function():
-    model = host(reg_tokens=2).eval()
-    images = torch.randn(2, 3, 32, 32)
-    before = model(images)
-    report = convert(model, "mhsa")
-    assert_close("logits", model(images), before)
-    assert [m.name for m in report.modules] == ["blocks.0.attn", "blocks.1.attn"]
-    assert all(m.feat_size == (4, 4) and m.params_after == m.params_before for m in report.modules)
-    assert not model.blocks[0].attn.training
+TINY = {"embed_dim": 48, "depth": 3, "num_heads": 4, "num_classes": 5}
+SWIN = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "img_size": 56, "window_size": 7, "num_classes": 5}
 
 
-@pytest.mark.parametrize("mixer", sorted(set(MIXERS) - {"pool", "sepconv"}))
-def test_any_mixer_runs_in_a_host_with_prefix_tokens(mixer):
-    model = host(reg_tokens=1)
-    convert(model, mixer)
-    assert isinstance(model.blocks[1].attn, MIXERS[mixer])
-    assert model.blocks[1].attn.num_prefix_tokens == 2
-    model(torch.randn(2, 3, 32, 32)).sum().backward()
+def caformer():
+    metaformer = timm.models.metaformer
+    return metaformer.MetaFormer(
+        depths=(1, 1, 2, 1),
+        dims=(16, 32, 64, 96),
+        token_mixers=[metaformer.SepConv] * 2 + [metaformer.Attention] * 2,
+        norm_layers=[metaformer.LayerNorm2dNoBias] * 2 + [metaformer.LayerNormNoBias] * 2,
+        num_classes=5,
+    )
+
+
+HOSTS = {
+    "vit": lambda: timm.create_model("vit_tiny_patch16_224", **TINY, img_size=64),
+    "vit, norms and registers": lambda: timm.models.VisionTransformer(
+        **TINY, img_size=64, qk_norm=True, scale_attn_norm=True, reg_tokens=4, init_values=0.1, drop_path_rate=0.1
+    ),
+    "vit, dynamic size": lambda: timm.create_model(
+        "vit_tiny_patch16_224", **TINY, img_size=64, dynamic_img_size=True
+    ),
+    "vit, parallel blocks": lambda: timm.models.VisionTransformer(
+        **TINY, img_size=64, block_fn=timm.models.vision_transformer.ParallelThingsBlock
+    ),
+    "deit, distilled": lambda: timm.create_model("deit_tiny_distilled_patch16_224", **TINY, img_size=64),
+    "caformer": caformer,
+    "swin": lambda: timm.create_model("swin_tiny_patch4_window7_224", **SWIN),
+    "swin v2": lambda: timm.create_model("swinv2_tiny_window8_256", **SWIN),
+    "cait": lambda: timm.create_model("cait_xxs24_224", **TINY, img_size=64, init_values=0.3),
+    "beit": lambda: timm.create_model("beit_base_patch16_224", **TINY, img_size=64),
+    "beit, shared bias": lambda: timm.models.beit.Beit(**TINY, img_size=64, use_shared_rel_pos_bias=True),
+    "eva": lambda: timm.create_model("eva_giant_patch14_224", **TINY, img_size=56),
+    "eva, unfused": lambda: timm.models.eva.Eva(**TINY, img_size=64, qkv_fused=False, scale_attn_inner=True),
+}
+
+
+@pytest.fixture(params=HOSTS)
+def made(request):
+    """A host with no parameter at a value that hides a mistake, and images for it."""
+    torch.manual_seed(0)
+    model = HOSTS[request.param]().eval()
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1 or "bias_table" in name or "gamma" in name:
+            nn.init.normal_(parameter, mean=0.5, std=0.3)
+    size = getattr(getattr(model, "patch_embed", None), "img_size", (64, 64))
+    return model, torch.randn(2, 3, *size)
+
+
+class TestEveryHost:
+    def test_self_attention_keeps_the_function(self, made):
+        model, images = made
+        before = model(images)
+        report = convert(model, "mhsa")
+        assert_close("logits", model(images), before)
+        assert report.macs_after == report.macs_before > 0
+        assert not any(module.training for module in model.modules())
+
+    @pytest.mark.parametrize("mixer", ["ska", "cska", "fcska"])
+    def test_static_keys_train(self, made, mixer):
+        model, images = made
+        params = sum(p.numel() for p in model.parameters())
+        report = convert(model, mixer)
+        assert report.params_before == params
+        assert report.params_after == sum(p.numel() for p in model.parameters())
+        changed = sum(m.params_after - m.params_before for m in report.modules)
+        assert report.params_after - report.params_before == changed
+        assert len(report.modules) == len(token_mixers(model))
+        assert (report.macs_after < report.macs_before) == (mixer == "ska")
+        assert f"-> {mixer}" in str(report)
+        model.train()(images).square().mean().backward()
+        keys = {name for name in model.no_weight_decay() if name.endswith(("_key", "conv_bias"))}
+        assert keys
+        assert all(p.grad is not None for p in model.parameters())
+
+    def test_copies(self, made):
+        model, images = made
+        convert(model, "ska")
+        out = model(images)
+        assert torch.equal(copy.deepcopy(model)(images), out)
+        assert torch.equal(pickle.loads(pickle.dumps(model))(images), out)
+        twin = copy.deepcopy(model)
+        assert type(twin) is type(model)
+        twin.load_state_dict(model.state_dict())
+
+    def test_self_attention_can_be_swapped_again(self, made):
+        model, images = made
+        twin = copy.deepcopy(model)
+        convert(model, "mhsa")
+        convert(model, "ska")
+        convert(twin, "ska")
+        assert_close("logits", model(images), twin(images))
 
 
 def test_projections_are_carried_over():
@@ -52,6 +133,7 @@ def test_fresh_weights_on_request():
     model = host()
     convert(model, "ska", keep_weights=False)
     assert not torch.equal(model.blocks[0].attn.proj.weight, host().blocks[0].attn.proj.weight)
+    convert(host(), "ska", keep_weights=False, mixer_args={"head_dim": 4})
 
 
 def test_shared_weights_are_bit_identical_across_mixers():
@@ -73,6 +155,13 @@ def test_shared_weights_are_bit_identical_across_mixers():
         assert all(torch.equal(state[name], states[0][name]) for state in states), name
 
 
+def test_a_place_gets_the_same_key_whatever_else_is_swapped():
+    every, last = host(), host()
+    convert(every, "cska")
+    convert(last, "cska", layers=[-1])
+    assert torch.equal(every.blocks[1].attn.conv_key, last.blocks[1].attn.conv_key)
+
+
 def test_layers_get_different_keys_and_seeds_too():
     model = host()
     convert(model, "ska")
@@ -92,32 +181,175 @@ def test_rectangular_grid_and_drop_rates():
     assert model(torch.randn(1, 3, 32, 48)).shape == (1, 5)
 
 
+@pytest.mark.parametrize("mixer", sorted(set(MIXERS) - {"pool", "sepconv"}))
+def test_any_mixer_runs_in_a_host_with_prefix_tokens(mixer):
+    model = host(reg_tokens=1)
+    convert(model, mixer)
+    assert isinstance(model.blocks[1].attn, MIXERS[mixer])
+    assert model.blocks[1].attn.num_prefix_tokens == 2
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
+@pytest.mark.parametrize("mixer", sorted(MIXERS))
+def test_any_mixer_runs_in_any_stage_of_a_metaformer(mixer):
+    model = caformer()
+    for layers in ("stages.1", "stages.2"):
+        convert(model, mixer, layers=layers)
+    assert model(torch.randn(2, 3, 70, 90)).shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        ("all", [2, 3, 4]),
+        ([0, -1], [2, 4]),
+        ("stages.3.*", [4]),
+        (["stages.1", "stages.2.blocks.1.token_mixer"], [1, 3]),
+    ],
+)
+def test_layers_of_choice(layers, expected):
+    model = caformer()
+    names = [n for n, _ in model.named_modules() if n.endswith("token_mixer")]
+    report = convert(model, "ska", layers=layers)
+    assert [m.name for m in report.modules] == [names[i] for i in expected]
+    assert list(token_mixers(model)) == [names[i] for i in expected]
+    model(torch.randn(2, 3, 64, 96)).sum().backward()
+    model.set_grad_checkpointing()
+    model(torch.randn(2, 3, 64, 96)).sum().backward()
+
+
+def test_swin_windows_follow_the_input_size():
+    model = HOSTS["swin"]()
+    convert(model, "ska")
+    key = model.layers[0].blocks[0].attn.mixer
+    assert key.feat_size == (7, 7)
+    model.set_input_size((96, 64), window_size=(8, 4))
+    assert key.feat_size == (8, 4)
+    assert model(torch.randn(1, 3, 96, 64)).shape == (1, 5)
+
+
+@pytest.mark.parametrize("name", ["beit", "eva", "vit"])
+def test_other_input_size(name):
+    model = HOSTS[name]().eval()
+    convert(model, "fcska")
+    size = (84, 56) if name == "eva" else (96, 64)
+    model.set_input_size(size)
+    assert all(m.feat_size == (6, 4) for m in token_mixers(model).values())
+    assert model(torch.randn(1, 3, *size)).shape == (1, 5)
+
+
+class ToyAttention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+        self.attn_drop = self.proj_drop = nn.Dropout(0.0)
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Toy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"attn": ToyAttention(12, 3)}) for _ in range(2))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block["attn"](x)
+        return x
+
+
+def test_a_rule_for_a_model_of_ones_own():
+    with pytest.raises(UnsupportedHostError, match=r"attention classes in it: ToyAttention\); supported: beit.Beit.*"):
+        convert(Toy(), "ska")
+    register_host_rule(
+        HostRule(
+            host=Toy,
+            sites=lambda model: {
+                f"blocks.{i}.attn": Site.of(block["attn"], feat_size=(4, 5)) for i, block in enumerate(model.blocks)
+            },
+        )
+    )
+    model, x = Toy(), torch.randn(2, 20, 12)
+    before = model(x)
+    assert [m.name for m in convert(model, "mhsa").modules] == ["blocks.0.attn", "blocks.1.attn"]
+    assert_close("toy", model(x), before)
+    model = Toy()
+    convert(model, "cska", layers=[1])
+    model(x).sum().backward()
+    assert model.no_weight_decay() == {"blocks.1.attn.conv_key", "blocks.1.attn.conv_bias"}
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+
+
 REFUSED = {
-    "not a transformer": (lambda: timm.create_model("resnet18"), "ska", {}, "ResNet is not a timm VisionTransformer"),
-    "dynamic size": (lambda: host(dynamic_img_size=True), "ska", {}, "dynamic_img_size=True"),
-    "query norm": (lambda: host(qk_norm=True), "ska", {}, "blocks.0.attn is a Attention"),
-    "parallel blocks": (
+    "no host": (lambda: timm.create_model("resnet18"), "ska", {}, "ResNet is not a host .*supported: .*MetaFormer"),
+    "token dropping": (lambda: host(patch_drop_rate=0.2), "ska", {}, "patch_drop_rate > 0"),
+    "fused blocks": (
         lambda: host(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
         "ska",
         {},
-        "ParallelScalingBlock hold no attn",
+        "ParallelScalingBlock without a timm.layers.Attention",
     ),
-    "unknown option": (host, "ska", {"kernel_size": 3}, "mixer 'ska': .*kernel_size"),
+    "rotary": (
+        lambda: timm.create_model("eva02_tiny_patch14_224", depth=1),
+        "ska",
+        {},
+        "rotary position embedding.*eva_giant",
+    ),
+    "no attention": (
+        timm.models.metaformer.MetaFormer,
+        "ska",
+        {},
+        "no attention module to replace; name token mixers",
+    ),
+    "twice": (lambda: converted(), "cska", {"layers": "blocks.0.attn"}, "blocks.0.attn is already a StaticKeyAttention"),
+    "no place for a norm": (
+        lambda: host(qk_norm=True),
+        "constant",
+        {},
+        "blocks.0.attn has q_norm, for which mixer 'constant' has no place",
+    ),
+    "unknown option": (host, "ska", {"mixer_args": {"kernel_size": 3}}, "mixer 'ska': .*kernel_size"),
+    "other heads": (host, "ska", {"mixer_args": {"head_dim": 4}}, "keep_weights=False"),
     "prefix": (host, "pool", {}, "class_token=False"),
+    "index": (host, "ska", {"layers": [0, 2]}, "index 2, but the model has 2 attention modules"),
+    "pattern": (host, "ska", {"layers": "block.*"}, r"layers='block.\*' matches none of blocks.0.attn"),
+    "nothing": (host, "ska", {"layers": []}, "names no module"),
+    "neither": (host, "ska", {"layers": [1.5]}, "layers has 1.5"),
 }
+
+
+def converted():
+    model = host()
+    convert(model, "ska")
+    return model
 
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_refuses_and_leaves_the_model_alone(case):
-    make, mixer, mixer_args, message = REFUSED[case]
+    make, mixer, options, message = REFUSED[case]
     model = make()
-    modules = list(model.modules())
-    error = UnsupportedHostError if not mixer_args and mixer == "ska" else StaticKeyError
-    with pytest.raises(error, match=message):
-        convert(model, mixer, mixer_args=mixer_args)
+    modules, cls = list(model.modules()), type(model)
+    with pytest.raises(StaticKeyError, match=message):
+        convert(model, mixer, **options)
+    assert type(model) is cls
     assert all(a is b for a, b in zip(modules, model.modules(), strict=True))
 
 
 def test_unknown_mixer_names_the_nearest():
     with pytest.raises(UnknownNameError, match="unknown mixer 'skaa'; did you mean ska"):
         convert(host(), "skaa")
+
+
+def test_swin_v2_logits_start_as_scaled_cosines():
+    """The factor of the host keeps its meaning: fresh keys have about the length sqrt(d) that the scale undoes."""
+    torch.manual_seed(0)
+    model = HOSTS["swin v2"]()
+    convert(model, "ska")
+    mixer = model.layers[0].blocks[0].attn.mixer
+    lengths = mixer.static_key.norm(dim=-1) * mixer.scale
+    assert math.isclose(lengths.mean().item(), 1.0, abs_tol=0.1)

@@ -4,6 +4,7 @@ import inspect
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from statickey import MIXERS
 from statickey.errors import FeatSizeError, StaticKeyError
@@ -51,7 +52,7 @@ def test_constructor_head(name):
 
 def test_tokens_to_tokens(name):
     mixer = make(name)
-    assert mixer.layout == "NLC"
+    assert mixer.layout == ("NCHW" if name in NEEDS_A_GRID_ONLY else "NLC")
     x = tokens(mixer)
     out = mixer(x)
     assert out.shape == x.shape
@@ -113,10 +114,74 @@ def test_maps_are_distributions(name):
     assert_close("rows", weights.sum(-1), torch.ones(2, 3, 37))
 
 
-def test_masks_are_refused(name):
+HAS_A_MAP_OF_THE_INPUT = {"mhsa", "ska", "cska", "fcska", "synthesizer"}
+
+
+def test_masks(name):
+    """A mask hides keys from queries, added or boolean; mixers without a map of their input refuse one."""
     mixer = make(name)
-    with pytest.raises(StaticKeyError, match="attention mask"):
-        mixer(tokens(mixer), attn_mask=torch.zeros(1))
+    x = tokens(mixer)
+    with pytest.raises(StaticKeyError, match="is_causal=True"):
+        mixer(x, is_causal=True)
+    if name not in HAS_A_MAP_OF_THE_INPUT:
+        with pytest.raises(StaticKeyError, match="no attention map"):
+            mixer(x, attn_mask=torch.zeros(1))
+        return
+    allowed = torch.rand(3, 37, 37) > 0.3
+    added = torch.zeros(3, 37, 37).masked_fill(~allowed, float("-inf"))
+    out = mixer(x, attn_mask=added)
+    assert_close("boolean", mixer(x, attn_mask=allowed), out)
+    assert_close("no mask", mixer(x, attn_mask=torch.zeros(1)), mixer(x))
+    weights = mixer.attention_weights(x, attn_mask=added)
+    assert (weights[:, ~allowed] == 0).all()
+    expected = mixer.attention_weights(x).masked_fill(~allowed, 0)
+    assert_close("weights", weights, expected / expected.sum(-1, keepdim=True))
+    with pytest.raises(StaticKeyError, match=r"attn_mask .* must broadcast"):
+        mixer(x, attn_mask=torch.zeros(5, 37))
+    if hasattr(mixer, "backend"):
+        mixer.backend = "math"
+        assert_close("math", mixer(x, attn_mask=added), out)
+
+
+def test_maps_in_either_format(name):
+    """A map says its grid by its shape; the result is that of its tokens."""
+    mixer = MIXERS[name](12, 3, feat_size=(7, 5)).eval()
+    maps = torch.randn(2, 6, 4, 12)
+    expected = mixer(maps.flatten(1, 2), (6, 4)).reshape(maps.shape)
+    mixer.input_fmt = "NHWC"
+    assert_close("channels last", mixer(maps), expected)
+    if hasattr(mixer, "attention_weights"):
+        assert mixer.attention_weights(maps).shape == (2, 3, 24, 24)
+    mixer.input_fmt = "NCHW"
+    assert_close("channels first", mixer(maps.permute(0, 3, 1, 2)), expected.permute(0, 3, 1, 2))
+    for wrong in (torch.randn(2, 24, 12), torch.randn(2, 11, 6, 4)):
+        with pytest.raises(FeatSizeError, match=r"expected \(B, 12, H, W\)"):
+            mixer(wrong)
+
+
+@pytest.mark.parametrize("feat_size", [(7, 5), (9, 8)])
+@pytest.mark.parametrize("kwargs", [{}, {"off_grid": "window"}, {"query_proj": False}], ids=str)
+def test_macs_are_those_the_counter_sees(name, kwargs, feat_size):
+    if kwargs and name not in {"ska", "cska", "fcska"}:
+        pytest.skip("an option of static keys")
+    mixer = make(name, **kwargs)
+    if hasattr(mixer, "backend"):
+        mixer.backend = "math"
+    x = tokens(mixer, feat_size)[:1]
+    with FlopCounterMode(display=False) as counter:
+        mixer(x, feat_size)
+    assert mixer.macs(feat_size) == counter.get_total_flops() // 2
+    assert mixer.macs() == mixer.macs((7, 5))
+
+
+def test_grid_is_saved_beside_the_key(name):
+    mixer, turned = make(name), make(name, feat_size=(5, 7))
+    if not mixer.grid_parameters:
+        assert "_extra_state" not in mixer.state_dict()
+        return
+    assert mixer.state_dict()["_extra_state"].tolist() == [7, 5]
+    with pytest.raises(FeatSizeError, match=r"feat_size=\(7, 5\), this layer is built for \(5, 7\)"):
+        turned.load_state_dict(mixer.state_dict())
 
 
 @pytest.mark.parametrize("grid_only", sorted(NEEDS_A_GRID_ONLY))

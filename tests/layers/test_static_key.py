@@ -371,7 +371,8 @@ def test_forward_refuses(cls):
         layer(torch.zeros(2, 25, 12, dtype=torch.float64))
     with pytest.raises(FeatSizeError, match="expected"):
         layer(torch.zeros(2, 36, 13, dtype=torch.float64))
-    with pytest.raises(StaticKeyError, match="take no attention mask"):
-        layer(tokens(layer), attn_mask=torch.zeros(36, 36))
     with pytest.raises(StaticKeyError, match="is_causal=True"):
         layer(tokens(layer), is_causal=True)
+    windowed = make(cls, off_grid="window")
+    with pytest.raises(FeatSizeError, match=r"off_grid='window' tiles feat_size=\(9, 8\)"):
+        windowed(torch.zeros(2, 72, 12, dtype=torch.float64), (9, 8), attn_mask=torch.zeros(72, 72))

@@ -8,7 +8,7 @@ from torch import nn
 from statickey.data import ImageData, ImageDataModule, LabelledImages
 from statickey.errors import DivergedError, OutputError
 from statickey.models import build_model
-from statickey.tasks import AtomicCheckpointIO, ClassificationTask, no_weight_decay_names
+from statickey.tasks import AtomicCheckpointIO, ClassificationTask
 
 
 def images(count):
@@ -43,7 +43,7 @@ def trainer(tmp_path, epochs, **kwargs):
 
 def test_keys_positions_norms_and_biases_have_no_weight_decay():
     made = task()
-    assert "blocks.1.attn.static_key" in no_weight_decay_names(made.model)
+    assert "blocks.1.attn.static_key" in made.model.no_weight_decay()
     made.trainer = type("T", (), {"estimated_stepping_batches": 10, "max_epochs": 2, "precision": "32-true"})()
     groups = {g["weight_decay"]: g["params"] for g in made.configure_optimizers()["optimizer"].param_groups}
     assert set(groups) == {0.0, 0.05}

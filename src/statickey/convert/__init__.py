@@ -1,7 +1,17 @@
 """Swap the attention of an existing timm model, or of one's own."""
 
 from . import metaformers, transformers, windows
-from .host import HostRule, MixerSlot, Site, StaticKeyHost, TokenSlot, register_host_rule, token_mixers
+from .host import (
+    HostRule,
+    MapSlot,
+    MixerSlot,
+    Site,
+    StaticKeyHost,
+    TokenSlot,
+    check_shapes,
+    register_host_rule,
+    token_mixers,
+)
 from .metaformers import stage_grids
 from .swap import ConversionReport, ConvertedModule, convert
 
@@ -9,10 +19,12 @@ __all__ = [
     "ConversionReport",
     "ConvertedModule",
     "HostRule",
+    "MapSlot",
     "MixerSlot",
     "Site",
     "StaticKeyHost",
     "TokenSlot",
+    "check_shapes",
     "convert",
     "metaformers",
     "register_host_rule",

@@ -104,6 +104,10 @@ def convert(
     rule = find_rule(model)
     sites = rule.sites(model)
     chosen = select_sites(sites, layers)
+    for name in sites:
+        if name in chosen and isinstance(sites[name].module, TokenMixer) and not sites[name].is_attention:
+            kind = type(sites[name].module).__name__
+            raise UnsupportedHostError(f"{name} is already a {kind}; build the host again, or name other layers")
     before = _num_params(model)
     args = {} if mixer_args is None else dict(mixer_args)
     new: dict[str, TokenMixer] = {}
@@ -142,7 +146,7 @@ def select_sites(sites: Mapping[str, Site], layers: Layers) -> set[str]:
     """The names that ``layers`` of ``convert`` stands for.
 
     Raises:
-        UnsupportedHostError: The host has no attention left, or a chosen module is a mixer without weights.
+        UnsupportedHostError: The host has no attention left.
         StaticKeyError: An index or a pattern names nothing.
     """
     attention = [name for name, site in sites.items() if site.is_attention]
@@ -221,6 +225,12 @@ def _keep_parts(name: str, site: Site, mixer: str, new: TokenMixer) -> None:
 @torch.no_grad()
 def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
     """Copy the rows of the host's qkv that the mixer has too, and the output projection."""
+    heads = (mixer.num_heads, mixer.head_dim)
+    if heads != (site.num_heads, site.head_dim):
+        raise StaticKeyError(
+            f"{name}: the host has {site.num_heads} heads of {site.head_dim}, the mixer {heads[0]} of {heads[1]}; "
+            "weights cannot be carried over: keep the host's heads, or pass keep_weights=False"
+        )
     for target_name, parts in {"qkv": (0, 1, 2), "qv": (0, 2), "v": (2,)}.items():
         target = getattr(mixer, target_name, None)
         if target is None:

@@ -329,7 +329,7 @@ class _MapMixer(_FreeMixer):
         if self.input_fmt != "NCHW":
             return super().forward(x, feat_size, is_causal=is_causal)
         check_not_causal(is_causal)
-        check_map(x.permute(0, 2, 3, 1), self.dim, self.num_prefix_tokens)
+        check_map(x, self.dim, self.num_prefix_tokens, channels_first=True)
         return self.proj_drop(self._mix_map(x))  # type: ignore[no-any-return]
 
     def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:

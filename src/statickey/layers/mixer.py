@@ -1,5 +1,6 @@
 """What every token mixer is: a module from tokens, or a map of them, to the same, that knows its grid."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -105,10 +106,11 @@ class TokenMixer(nn.Module, ABC):
         check_not_causal(is_causal)
         if self.input_fmt == "NLC":
             return self._mix(x, self._check_grid(x, feat_size), attn_mask)
-        maps = x.permute(0, 2, 3, 1) if self.input_fmt == "NCHW" else x
-        check_map(maps, self.dim, self.num_prefix_tokens)
+        channels_first = self.input_fmt == "NCHW"
+        check_map(x, self.dim, self.num_prefix_tokens, channels_first=channels_first)
+        maps = x.permute(0, 2, 3, 1) if channels_first else x
         out = self._mix(maps.flatten(1, 2), (maps.shape[1], maps.shape[2]), attn_mask).reshape(maps.shape)
-        return out.permute(0, 3, 1, 2) if self.input_fmt == "NCHW" else out
+        return out.permute(0, 3, 1, 2) if channels_first else out
 
     @abstractmethod
     def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:
@@ -312,7 +314,7 @@ class AttentionMixer(TokenMixer):
     def reset_parameters(self) -> None:
         """Initialise what this class owns; projections initialise themselves."""
         if self.log_temperature is not None:
-            nn.init.constant_(self.log_temperature, torch.tensor(self.scale).log().item())
+            nn.init.constant_(self.log_temperature, math.log(self.scale))
 
     def attention_weights(
         self, x: Tensor, feat_size: Size2 | None = None, *, attn_mask: Tensor | None = None

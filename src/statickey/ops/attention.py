@@ -100,6 +100,8 @@ def _mask(
     query: Tensor, num_keys: int, mask_diagonal: bool, query_offset: int, attn_mask: Tensor | None
 ) -> Tensor | None:
     """What is added to the logits, in the dtype of the query."""
+    if attn_mask is not None:
+        attn_mask = torch.atleast_2d(attn_mask)  # torch's fused attention wants both token axes
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         zeros = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
         attn_mask = zeros.masked_fill(~attn_mask, float("-inf"))

@@ -14,17 +14,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from ..data import mix_seed
 from ..errors import DivergedError, OutputError
-from ..layers import TokenMixer
-
-
-def no_weight_decay_names(model: nn.Module) -> set[str]:
-    """Parameters that weight decay leaves alone: the model's own list, and the keys of its mixers."""
-    own = getattr(model, "no_weight_decay", None)
-    names = set(own()) if callable(own) else set()
-    for prefix, module in model.named_modules():
-        if isinstance(module, TokenMixer):
-            names |= {f"{prefix}.{name}".lstrip(".") for name in module.no_weight_decay()}
-    return names
 
 
 class ClassificationTask(L.LightningModule):
@@ -143,9 +132,8 @@ class ClassificationTask(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW and a schedule per step."""
-        groups = param_groups_weight_decay(
-            self.model, self.weight_decay, no_weight_decay_list=tuple(no_weight_decay_names(self.model))
-        )
+        exempt = getattr(self.model, "no_weight_decay", set)  # timm's models and converted ones name theirs
+        groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=tuple(exempt()))
         # Lightning cannot clip gradients for a fused optimizer under mixed precision
         fused = "mixed" not in str(self.trainer.precision)
         optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=fused)

@@ -1,0 +1,150 @@
+"""Loading weights into a model of another size, layout or attention, and a report of what was taken."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.models import adapt_input_conv
+from timm.models._input import get_pretrained_grid_size
+from torch import Tensor, nn
+
+from .._typing import Size2
+from ..convert import token_mixers
+from .reference import accept_reference_layout
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What ``warm_start`` did, by tensor name. ``print`` it for a summary."""
+
+    taken: tuple[str, ...]
+    fresh: tuple[str, ...]
+    unused: tuple[str, ...]
+
+    def __str__(self) -> str:
+        parts = {"taken": self.taken, "fresh": self.fresh, "unused": self.unused}
+        return "\n".join(f"{kind} {len(names)}: {_modules(names)}" for kind, names in parts.items())
+
+
+def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Bring a checkpoint to a model's layout and input size, as timm's loaders call it.
+
+    Accepts this package's layout, timm's, the reference's and the official MetaFormer release's. Static keys,
+    position embeddings and patch kernels of another image or patch size are resampled; the grid they were
+    saved on is read from the checkpoint.
+
+    Args:
+        state_dict: The checkpoint.
+        model: The model it will be loaded into.
+
+    Returns:
+        Names and tensors for ``model.load_state_dict``.
+    """
+    out = accept_reference_layout(state_dict, model)
+    saved_grid = None
+    for prefix, mixer in token_mixers(model).items():
+        extra = out.get(f"{prefix}._extra_state")
+        if extra is None:
+            continue
+        saved_grid = grid = (int(extra[0]), int(extra[1]))
+        if grid != mixer.feat_size:
+            names = [name for name in mixer.grid_parameters if f"{prefix}.{name}" in out]
+            resampled = mixer.resample_state({name: out[f"{prefix}.{name}"] for name in names}, grid)
+            out |= {f"{prefix}.{name}": tensor for name, tensor in resampled.items()}
+            out[f"{prefix}._extra_state"] = torch.tensor(mixer.feat_size)
+    if hasattr(model, "patch_embed"):
+        _fit_patches(out, model, saved_grid)
+    return out
+
+
+def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
+    """Load everything of another model's weights that fits, and say what did.
+
+    Query and value rows are taken from a packed ``qkv`` where the model has ``qv`` or ``v``; the rest goes by name
+    and shape. For instance a CAFormer's weights into ``cskaformer_s18``, or a ViT's into
+    ``ska_vit_small_patch16_224``.
+
+    Args:
+        model: Changed in place.
+        state_dict: Weights in any layout that ``checkpoint_filter_fn`` accepts.
+
+    Returns:
+        Names of the model's tensors that were taken and that stayed fresh, and of the given ones not used.
+    """
+    given = checkpoint_filter_fn(state_dict, model)
+    own = model.state_dict(keep_vars=True)
+    used: set[str] = set()
+    taken: dict[str, Tensor] = {}
+    for name, target in own.items():
+        source, rows = _source(name, given)
+        if source is None or not isinstance(given[source], Tensor):
+            continue
+        tensor = given[source] if rows is None else torch.cat([given[source].chunk(3)[row] for row in rows])
+        if tensor.numel() == target.numel() and [s for s in tensor.shape if s > 1] == [s for s in target.shape if s > 1]:
+            taken[name] = tensor.reshape(target.shape)
+            used.add(source)
+    model.load_state_dict(taken, strict=False)
+    fresh = [name for name in own if name not in taken and not name.endswith("_extra_state")]
+    unused = [name for name in given if name not in used]
+    return LoadReport(tuple(taken), tuple(fresh), tuple(unused))
+
+
+def _source(name: str, given: Mapping[str, Any]) -> tuple[str | None, tuple[int, ...] | None]:
+    """The tensor to fill ``name`` from, and which thirds of it."""
+    if name in given:
+        return name, None
+    for own, rows in {"qv": (0, 2), "v": (2,)}.items():
+        packed = re.sub(rf"\.{own}\.(weight|bias)$", r".qkv.\1", name)
+        if packed != name and packed in given:
+            return packed, rows
+    return None, None
+
+
+def _fit_patches(state: dict[str, Any], model: Any, saved_grid: Size2 | None) -> None:
+    weight = state.get("patch_embed.proj.weight")
+    pos_embed = state.get("pos_embed")
+    if pos_embed is not None and model.pos_embed is not None:
+        num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        if saved_grid is None:
+            kernel = weight if weight is not None and weight.ndim == 4 else torch.empty(model.patch_embed.patch_size)
+            kernel = kernel.reshape(-1, 1, *kernel.shape[-2:])  # only its extent is read
+            saved_grid = get_pretrained_grid_size(model, kernel, pos_embed.shape[1] - num_prefix)
+        if saved_grid != model.patch_embed.grid_size and (
+            saved_grid is not None or pos_embed.shape != model.pos_embed.shape
+        ):
+            state["pos_embed"] = resample_abs_pos_embed(
+                pos_embed,
+                new_size=model.patch_embed.grid_size,
+                old_size=saved_grid,
+                num_prefix_tokens=num_prefix,
+            )
+    if weight is None:
+        return
+    target = model.patch_embed.proj.weight
+    if weight.ndim == 4 and weight.shape[2:] != target.shape[2:]:
+        state["patch_embed.proj.weight"] = resample_patch_embed(weight, list(target.shape[2:]))
+    elif weight.ndim == 2 and weight.shape[1] != target.shape[1]:
+        _fit_shifted_patches(state, model.patch_embed)
+
+
+def _fit_shifted_patches(state: dict[str, Any], patch_embed: Any) -> None:
+    """Adapt normalised, shifted patches (row, column, copy, channel) to another number of channels."""
+    area = patch_embed.patch_size[0] * patch_embed.patch_size[1]
+    copies = patch_embed.norm.weight.shape[0] // (area * patch_embed.in_chans)
+    weight = state["patch_embed.proj.weight"]
+    patches = weight.reshape(weight.shape[0], area, copies, -1).permute(0, 3, 1, 2)
+    adapted = adapt_input_conv(patch_embed.in_chans, patches).permute(0, 2, 3, 1)
+    state["patch_embed.proj.weight"] = adapted.reshape(weight.shape[0], -1)
+    for name in ("patch_embed.norm.weight", "patch_embed.norm.bias"):
+        mean = state[name].reshape(area * copies, -1).mean(dim=1, keepdim=True)
+        state[name] = mean.expand(-1, patch_embed.in_chans).reshape(-1)
+
+
+def _modules(names: tuple[str, ...]) -> str:
+    """Modules behind tensor names, those of a block once."""
+    seen = dict.fromkeys(re.sub(r"\.(\d+)\.(?=\w+\.\w)", ".*.", name.rpartition(".")[0] or name) for name in names)
+    shown = list(seen)
+    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "") if shown else "none"

@@ -1,0 +1,72 @@
+"""What all named models share: how timm builds one, and what it says about weights."""
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
+from torch import nn
+
+from ..errors import StaticKeyError
+from .checkpoint import checkpoint_filter_fn
+
+Builder = Callable[..., nn.Module]
+
+
+def register(
+    module_name: str,
+    names: dict[str, tuple[Builder, dict[str, Any]]],
+    *,
+    cfg: dict[str, Any],
+    feature_cfg: dict[str, Any],
+    host: Callable[[str], str],
+) -> list[str]:
+    """Make timm entry points, as attributes of the calling module.
+
+    Args:
+        module_name: ``__name__`` of the calling module.
+        names: For each model its builder and the arguments that make it that model; a user's replace them.
+        cfg: The pretrained configuration, without weights.
+        feature_cfg: How ``features_only=True`` reads features.
+        host: A name to the name of a timm model whose published weights may start it.
+
+    Returns:
+        The names.
+    """
+    module = sys.modules[module_name]
+    module.default_cfgs = generate_default_cfgs(dict.fromkeys(names, cfg))  # type: ignore[attr-defined]
+    for name, (builder, defaults) in names.items():
+        entry = _entry_point(name, builder, defaults, feature_cfg, host(name))
+        entry.__module__ = module_name
+        setattr(module, name, register_model(entry))
+    return list(names)
+
+
+def _entry_point(
+    name: str, builder: Builder, defaults: dict[str, Any], feature_cfg: dict[str, Any], host: str
+) -> Callable[..., nn.Module]:
+    def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        if pretrained and not (source.has_weights or source.state_dict):
+            raise StaticKeyError(
+                f"pretrained=True, but no weights are published for {name}; use pretrained=False, or checkpoint_path= "
+                f"with weights of your own, or start from a timm model: statickey.models.warm_start({name}, "
+                f"timm.create_model({host!r}, pretrained=True).state_dict())"
+            )
+        features = dict(feature_cfg)
+        if "out_indices" in kwargs and not kwargs.get("features_only"):
+            kwargs.pop("out_indices")
+        return build_model_with_cfg(  # type: ignore[no-any-return]
+            builder,
+            name,
+            pretrained,
+            pretrained_filter_fn=checkpoint_filter_fn,
+            feature_cfg=features,
+            **defaults | kwargs,
+        )
+
+    entry.__name__ = entry.__qualname__ = name
+    entry.__doc__ = f"The model ``{name}``; any constructor argument of its host may be overridden."
+    return entry
+
+

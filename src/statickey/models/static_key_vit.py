@@ -1,0 +1,61 @@
+"""Vision transformers with static keys in every block: ``{ska,cska,fcska}_vit_{tiny,small,base}_patch16_224``."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.models.vision_transformer import VisionTransformer
+
+from ..convert import MixerSlot, convert
+from .reference import accept_reference_layout
+from .registration import register
+
+SIZES: dict[str, dict[str, int]] = {
+    "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+}
+
+
+def static_key_vit(
+    *, mixer: str, mixer_args: Mapping[str, Any] | None = None, fix_init: bool = False, **host_args: Any
+) -> VisionTransformer:
+    """A timm vision transformer with one mixer in all its blocks.
+
+    Args:
+        mixer: A name in ``MIXERS``.
+        mixer_args: Further constructor arguments of the mixer.
+        fix_init: As in timm: scale projections down with depth.
+        host_args: Constructor arguments of timm's ``VisionTransformer``.
+    """
+    model = VisionTransformer(attn_layer=MixerSlot, **host_args)
+    convert(model, mixer, mixer_args=mixer_args)
+    model.state_dict_filter = accept_reference_layout
+    if fix_init:
+        model.fix_init_weight()
+    return model
+
+
+register(
+    __name__,
+    {
+        f"{mixer}_vit_{size}_patch16_224": (partial(static_key_vit, mixer=mixer), {"patch_size": 16, **sizes})
+        for mixer in ("ska", "cska", "fcska")
+        for size, sizes in SIZES.items()
+    },
+    cfg={
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "fixed_input_size": True,
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_INCEPTION_MEAN,
+        "std": IMAGENET_INCEPTION_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    },
+    feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+    host=lambda name: name.split("_", 1)[1],
+)
