@@ -95,7 +95,9 @@ def check_map(x: torch.Tensor, dim: int, num_prefix_tokens: int, *, channels_fir
         expected = f"(B, {dim}, H, W)" if channels_first else f"(B, H, W, {dim})"
         raise FeatSizeError(f"x has shape {tuple(x.shape)}, expected {expected}")
     if num_prefix_tokens:
-        raise FeatSizeError(f"a map has no place for num_prefix_tokens={num_prefix_tokens}; pass tokens (B, N, {dim})")
+        raise FeatSizeError(
+            f"a map has no place for num_prefix_tokens={num_prefix_tokens}; pass tokens (B, N, {dim})"
+        )
 
 
 def check_not_causal(is_causal: bool) -> None:
@@ -146,7 +148,9 @@ def check_static_key_attention(
     if attn_mask is not None:
         full = (batch, heads, num_queries, num_keys)
         missing = len(full) - attn_mask.ndim
-        if missing < 0 or any(size not in (1, want) for size, want in zip(attn_mask.shape, full[missing:], strict=True)):
+        if missing < 0 or any(
+            size not in (1, want) for size, want in zip(attn_mask.shape, full[missing:], strict=True)
+        ):
             raise StaticKeyError(f"attn_mask {tuple(attn_mask.shape)} must broadcast to (B, h, N, M) = {full}")
     if mask_diagonal:
         if num_keys < 2:

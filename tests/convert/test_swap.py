@@ -264,7 +264,9 @@ class Toy(nn.Module):
 
 
 def test_a_rule_for_a_model_of_ones_own():
-    with pytest.raises(UnsupportedHostError, match=r"attention classes in it: ToyAttention\); supported: beit.Beit.*"):
+    with pytest.raises(
+        UnsupportedHostError, match=r"attention classes in it: ToyAttention\); supported: beit.Beit.*"
+    ):
         convert(Toy(), "ska")
     register_host_rule(
         HostRule(
@@ -306,7 +308,12 @@ REFUSED = {
         {},
         "no attention module to replace; name token mixers",
     ),
-    "twice": (lambda: converted(), "cska", {"layers": "blocks.0.attn"}, "blocks.0.attn is already a StaticKeyAttention"),
+    "twice": (
+        lambda: converted(),
+        "cska",
+        {"layers": "blocks.0.attn"},
+        "blocks.0.attn is already a StaticKeyAttention",
+    ),
     "no place for a norm": (
         lambda: host(qk_norm=True),
         "constant",

@@ -208,7 +208,10 @@ class TestEveryName:
             adapted = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=chans).eval()
             assert adapted(images(name, chans=chans, size=other_size(name))).shape == (2, 7)
             changed = {n for n, p in model.named_parameters() if not torch.equal(p, adapted.get_parameter(n))}
-            assert changed <= {"stem.conv.weight", *(f"patch_embed.{n}" for n in ("proj.weight", "norm.weight", "norm.bias"))}
+            assert changed <= {
+                "stem.conv.weight",
+                *(f"patch_embed.{n}" for n in ("proj.weight", "norm.weight", "norm.bias")),
+            }
         resized = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, img_size=size_of(name), num_classes=3)
         assert resized(images(name)).shape == (2, 3)
 
@@ -282,7 +285,9 @@ def test_names_and_search():
 
 
 def test_import_warns_of_nothing():
-    code = "import warnings; warnings.simplefilter('error'); import timm, statickey; timm.create_model('skaformer_nano')"
+    code = (
+        "import warnings; warnings.simplefilter('error'); import timm, statickey; timm.create_model('skaformer_nano')"
+    )
     subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], check=True, timeout=120)
 
 

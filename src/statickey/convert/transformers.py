@@ -167,7 +167,9 @@ def eva_sites(model: Eva) -> dict[str, Site]:
             sites[name] = Site.of_mixer(attn.mixer, wrap=EvaMixer)
             continue
         if type(attn) is not EvaAttention or attn.gate is not None:
-            raise UnsupportedHostError(f"{name} is a {type(attn).__name__}, or gated; supported: a plain EvaAttention")
+            raise UnsupportedHostError(
+                f"{name} is a {type(attn).__name__}, or gated; supported: a plain EvaAttention"
+            )
         if attn.qkv is None:
             parts = [attn.q_proj, attn.k_proj, attn.v_proj]
             weight = torch.cat([part.weight for part in parts])

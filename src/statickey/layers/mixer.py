@@ -343,7 +343,9 @@ class AttentionMixer(TokenMixer):
 
     def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:
         if attn_mask is not None and self._tiles(feat_size):
-            raise FeatSizeError(f"attn_mask needs one map of all tokens, off_grid='window' tiles feat_size={feat_size}")
+            raise FeatSizeError(
+                f"attn_mask needs one map of all tokens, off_grid='window' tiles feat_size={feat_size}"
+            )
         op = partial(self._attention_op, attn_mask=attn_mask)
         out = self._attend(x, feat_size, op).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(self.out_norm(out)))  # type: ignore[no-any-return]

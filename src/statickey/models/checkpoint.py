@@ -83,7 +83,9 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
         if source is None or not isinstance(given[source], Tensor):
             continue
         tensor = given[source] if rows is None else torch.cat([given[source].chunk(3)[row] for row in rows])
-        if tensor.numel() == target.numel() and [s for s in tensor.shape if s > 1] == [s for s in target.shape if s > 1]:
+        if tensor.numel() == target.numel() and [s for s in tensor.shape if s > 1] == [
+            s for s in target.shape if s > 1
+        ]:
             taken[name] = tensor.reshape(target.shape)
             used.add(source)
     model.load_state_dict(taken, strict=False)

@@ -21,8 +21,8 @@ _FORMER_NAMES = [
     (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
     (r"(stem|downsample)\.(?:pre|post)_norm\.", r"\1.norm."),
     (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"^head\.", "head.fc."),
     (r"^norm\.", "head.norm."),
-    (r"^head\.(?!norm|fc\.)", "head.fc."),
 ]
 _VIT_NAMES = [
     (r"^to_patch_embedding\.to_patch_tokens\.1\.", "patch_embed.norm."),

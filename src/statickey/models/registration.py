@@ -68,5 +68,3 @@ def _entry_point(
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = f"The model ``{name}``; any constructor argument of its host may be overridden."
     return entry
-
-

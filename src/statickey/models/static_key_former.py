@@ -83,7 +83,10 @@ def static_key_former(
     stage_grids(model, size)
     update_model_input_size(model, size)
     for index, mixer in enumerate(mixers):
-        settings = REFERENCE_ARGS.get(mixer, {}) | dict(args.get(mixer, {}))
+        own = dict(args.get(mixer, {}))
+        settings = REFERENCE_ARGS.get(mixer, {}) | own
+        if "num_heads" in own and "head_dim" not in own:
+            settings = {name: value for name, value in settings.items() if name != "head_dim"}
         convert(model, mixer, layers=f"stages.{index}", mixer_args=settings)
     model.state_dict_filter = accept_reference_layout
     return model

@@ -172,7 +172,7 @@ def _weights(
 ) -> Tensor:
     # half-precision logits overflow for large keys: scores and softmax are taken in float32
     wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast(query.device.type, enabled=False):
+    with torch.autocast("cpu" if query.is_meta else query.device.type, enabled=False):
         logits = query.to(wide) @ key.to(wide).transpose(-2, -1)
         if key_bias is not None:
             logits = logits + key_bias.to(wide).unsqueeze(-2)

@@ -1,0 +1,217 @@
+"""Sizes, patterns and weights of the named models."""
+
+import pytest
+import timm
+import torch
+
+from statickey import convert
+from statickey.convert import token_mixers
+from statickey.errors import StaticKeyError, UnknownNameError
+from statickey.models import count_macs, warm_start
+
+CAFORMER = {"mixers": ("sepconv", "sepconv", "mhsa", "mhsa")}
+FIGURES = [
+    ("skaformer_s18", CAFORMER, 26.34, 4.107),
+    ("skaformer_s18", {}, 26.51, 4.47),
+    ("cskaformer_s18", {}, 28.98, 6.40),
+    ("cskaformer_b36", {}, 119.5, 41.2),
+    ("fcskaformer_s18", {}, 26.61, 4.55),
+    ("lsa_vit_small_patch4_32", {}, 9.62, 0.647),
+    ("cska_lsa_vit_small_patch4_32", {}, 10.05, None),
+    ("ska_lsa_vit_small_patch4_32", {"num_heads": 10}, 9.5, None),
+]
+
+
+@pytest.mark.parametrize(("name", "kwargs", "params", "macs"), FIGURES)
+def test_recomputed_figures(name, kwargs, params, macs):
+    with torch.device("meta"):
+        model = timm.create_model(name, **kwargs)
+
+    def digits(figure):
+        return len(str(figure).partition(".")[2])
+
+    assert round(sum(p.numel() for p in model.parameters()) / 1e6, digits(params)) == params
+    if macs is not None:
+        counted = count_macs(model, model.pretrained_cfg["input_size"])
+        assert round(counted / 1e9, digits(macs)) == macs
+
+
+def test_same_function_as_timms_caformer():
+    torch.manual_seed(0)
+    peer = timm.create_model("caformer_s18", num_classes=5).eval()
+    model = timm.create_model("skaformer_s18", num_classes=5, **CAFORMER).eval()
+    report = warm_start(model, peer.state_dict())
+    assert report.fresh == report.unused == ()
+    images = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        torch.testing.assert_close(model(images), peer(images), rtol=1e-4, atol=1e-5)
+
+
+NANO = {"num_classes": 4, "img_size": 64}
+
+
+@pytest.mark.parametrize("mixer", ["mhsa", "ska", "cska", "fcska", "sepconv", "pool", "identity", "constant"])
+@pytest.mark.parametrize("stage", range(4))
+def test_any_mixer_in_any_stage(mixer, stage):
+    mixers = ["sepconv", "sepconv", "mhsa", "mhsa"]
+    mixers[stage] = mixer
+    model = timm.create_model("skaformer_nano", mixers=tuple(mixers), **NANO)
+    assert [type(m).__name__ for m in token_mixers(model).values()][0 if stage == 0 else -1]
+    out = model(torch.randn(2, 3, 64, 64))
+    out.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_shared_weights_are_bit_identical_across_patterns():
+    """Stage 2 differs; everything else is the same at one seed, the mixers of the other stages too."""
+    states = []
+    for mixer in ("mhsa", "ska", "cska", "fcska", "sepconv", "pool"):
+        torch.manual_seed(5)
+        model = timm.create_model("skaformer_nano", mixers=("sepconv", mixer, "mhsa", "mhsa"), **NANO)
+        states.append(model.state_dict() | {"next draw": torch.rand(3)})
+    shared = set.intersection(*(set(state) for state in states))
+    assert {
+        "stem.conv.weight",
+        "stages.1.blocks.0.mlp.fc1.weight",
+        "stages.3.blocks.0.token_mixer.qkv.weight",
+    } <= shared
+    assert "stages.0.blocks.0.token_mixer.dwconv.weight" in shared
+    for name in shared:
+        for state in states:
+            assert torch.equal(state[name].flatten(), states[0][name].flatten()), name
+
+
+def test_projections_start_as_timms():
+    model = timm.create_model("cskaformer_s18")
+    for mixer in token_mixers(model).values():
+        for name, parameter in mixer.named_parameters():
+            if name.split(".")[0] in {"qv", "qkv", "proj", "pwconv1", "pwconv2", "dwconv"}:
+                assert abs(parameter.std().item() - 0.02) < 0.002
+            if name == "conv_key":
+                assert abs(parameter.std().item() - 1 / 12 / 3**0.5) < 0.001
+
+
+OVERRIDES = {
+    "skaformer_nano": [
+        (
+            {"depths": (1, 1, 1, 1), "dims": (16, 32, 48, 64)},
+            lambda m: [s.blocks[0].norm1.weight.numel() for s in m.stages] == [16, 32, 48, 64],
+        ),
+        ({"drop_path_rate": 0.3}, lambda m: m.stages[3].blocks[0].drop_path1.drop_prob == pytest.approx(0.3)),
+        ({"proj_drop_rate": 0.2}, lambda m: m.stages[1].blocks[0].token_mixer.proj_drop.p == 0.2),
+        ({"attn_drop": 0.1}, lambda m: m.stages[1].blocks[0].token_mixer.attn_drop.p == 0.1),
+        ({"qkv_bias": True}, lambda m: m.stages[3].blocks[0].token_mixer.qkv.bias is not None),
+        ({"mixer_args": {"ska": {"query_proj": True}}}, lambda m: hasattr(m.stages[1].blocks[0].token_mixer, "qv")),
+        ({"mixer_args": {"mhsa": {"head_dim": 16}}}, lambda m: m.stages[3].blocks[0].token_mixer.num_heads == 16),
+        ({"img_size": (96, 64)}, lambda m: m.stages[1].blocks[0].token_mixer.feat_size == (12, 8)),
+        ({"in_chans": 1, "global_pool": "max"}, lambda m: m.stem.conv.in_channels == 1),
+        (
+            {"use_mlp_head": False, "drop_rate": 0.2},
+            lambda m: m.head.fc.out_features == 1000 and m.head.drop.p == 0.2,
+        ),
+    ],
+    "fcska_vit_tiny_patch16_224": [
+        (
+            {"embed_dim": 96, "depth": 3, "num_heads": 4, "mlp_ratio": 2},
+            lambda m: m.blocks[2].mlp.fc1.out_features == 192,
+        ),
+        (
+            {"mixer_args": {"kernel_size": 5, "off_grid": "window"}},
+            lambda m: m.blocks[0].attn.query_conv.kernel_size == (5, 5),
+        ),
+        ({"patch_size": 32, "img_size": (64, 96)}, lambda m: m.blocks[0].attn.feat_size == (2, 3)),
+        (
+            {"class_token": False, "global_pool": "avg", "reg_tokens": 3},
+            lambda m: m.blocks[0].attn.num_prefix_tokens == 3,
+        ),
+        ({"qk_norm": True, "init_values": 1e-5}, lambda m: m.blocks[0].attn.q_norm.weight.numel() == 64),
+        (
+            {"proj_drop_rate": 0.1, "attn_drop_rate": 0.2, "drop_path_rate": 0.3},
+            lambda m: m.blocks[0].attn.attn_drop.p == 0.2,
+        ),
+        ({"weight_init": "jax", "fix_init": True, "qkv_bias": False}, lambda m: m.blocks[0].attn.qv.bias is None),
+    ],
+    "ska_lsa_vit_small_patch4_32": [
+        ({"num_heads": 10}, lambda m: m.blocks[0].attn.static_key.shape == (10, 65, 64)),
+        ({"head_dim": 32, "patch_size": 8}, lambda m: m.blocks[0].attn.static_key.shape == (8, 17, 32)),
+        ({"num_classes": 100, "depth": 2}, lambda m: m.head.out_features == 100),
+        ({"mixer_args": {"mask_diagonal": False}}, lambda m: not m.blocks[0].attn.mask_diagonal),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "index"), [(name, i) for name, cases in OVERRIDES.items() for i in range(len(cases))]
+)
+def test_constructor_overrides(name, index):
+    kwargs, holds = OVERRIDES[name][index]
+    model = timm.create_model(name, **kwargs)
+    assert holds(model)
+
+
+PATTERNS = {
+    "length": ({"mixers": ("ska", "mhsa")}, r"mixers=\('ska', 'mhsa'\) must hold one name per stage"),
+    "text": ({"mixers": "skas"}, "mixers='skas' must hold one name per stage"),
+    "depths": ({"depths": (1, 1, 1)}, r"as many as depths=\(1, 1, 1\)"),
+    "unknown": ({"mixers": ("sepconv", "skaa", "mhsa", "mhsa")}, "unknown mixer 'skaa'; did you mean ska"),
+    "unused": ({"mixer_args": {"cska": {}}}, "mixer_args=.* must map names of"),
+    "flat": ({"mixer_args": {"kernel_size": 5}}, "mixer_args=.* must map names of"),
+    "option": ({"mixer_args": {"ska": {"kernel_size": 5}}}, "mixer 'ska': .*kernel_size"),
+    "heads": ({"mixer_args": {"ska": {"num_heads": 7}}}, "dim=64 is not divisible by num_heads=7"),
+    "too small": ({"img_size": (2, 64)}, r"img_size=\(2, 64\) leaves a grid of \(0, 16\) in stage 0"),
+}
+
+
+@pytest.mark.parametrize("case", PATTERNS)
+def test_impossible_patterns(case):
+    kwargs, message = PATTERNS[case]
+    with pytest.raises(StaticKeyError, match=message) as caught:
+        timm.create_model("skaformer_nano", **kwargs)
+    assert "\n" not in str(caught.value)
+    assert isinstance(caught.value, UnknownNameError) == (case == "unknown")
+
+
+def test_warm_start_from_a_caformer_says_what_it_took():
+    torch.manual_seed(1)
+    peer = timm.create_model("caformer_s18")
+    model = timm.create_model("cskaformer_s18", num_classes=10)
+    fresh_before = {n: p.clone() for n, p in model.state_dict().items()}
+    report = warm_start(model, peer.state_dict())
+    assert all(
+        ".token_mixer." in name and name.startswith("stages.1.") or name.startswith("head.fc.fc2")
+        for name in report.fresh
+    )
+    assert len(report.fresh) == 3 * 4 + 2
+    assert {name.split(".")[0] for name in report.unused} == {"stages", "head"}
+    state = model.state_dict()
+    for name in report.fresh:
+        assert torch.equal(state[name], fresh_before[name])
+    assert torch.equal(
+        state["stages.1.blocks.2.mlp.fc1.weight"].flatten(), peer.stages[1].blocks[2].mlp.fc1.weight.flatten()
+    )
+    text = str(report)
+    assert "taken" in text and "fresh 14: " in text and "stages.*.blocks.*.token_mixer" in text
+
+
+def test_warm_start_from_a_vit_takes_queries_and_values():
+    torch.manual_seed(1)
+    peer = timm.create_model("vit_tiny_patch16_224")
+    model = timm.create_model("ska_vit_tiny_patch16_224", img_size=(96, 128))
+    report = warm_start(model, peer.state_dict())
+    assert report.fresh == tuple(f"blocks.{i}.attn.static_key" for i in range(12))
+    assert report.unused == ()
+    query, _, value = peer.blocks[3].attn.qkv.weight.chunk(3)
+    assert torch.equal(model.blocks[3].attn.qv.weight, torch.cat([query, value]))
+    assert model.pos_embed.shape == (1, 1 + 6 * 8, 192)
+
+
+def test_convert_after_warm_start_keeps_everything_else():
+    torch.manual_seed(1)
+    peer = timm.create_model("vit_tiny_patch16_224", img_size=64)
+    kept = peer.state_dict()
+    report = convert(peer, "ska", layers=[2, 3])
+    assert [m.name for m in report.modules] == ["blocks.2.attn", "blocks.3.attn"]
+    state = peer.state_dict()
+    assert all(
+        torch.equal(state[n], t) for n, t in kept.items() if "blocks.2.attn" not in n and "blocks.3.attn" not in n
+    )
