@@ -1,7 +1,7 @@
 """The reference's two families, written again from their description, with its parameter names.
 
-Independent of the package: explicit loops over windows and heads where that is the obvious way, every attention map
-stored. Only square maps, as the reference; in the small transformer rows stand in token order, which there is the fix.
+Independent of the package, every attention map stored. Only square maps, as the reference; in the small transformer
+rows stand in token order, which is the one fix.
 """
 
 import torch

@@ -220,7 +220,7 @@ class TestEveryName:
             create(name, widht=3)
 
     def test_no_published_weights(self, name):
-        with pytest.raises(StaticKeyError, match="no weights are published for .*pretrained=False.*warm_start"):
+        with pytest.raises(StaticKeyError, match=r"no weights are published for .*pretrained=False.*warm_start"):
             timm.create_model(name, pretrained=True)
 
 

@@ -178,7 +178,7 @@ def test_warm_start_from_a_caformer_says_what_it_took():
     fresh_before = {n: p.clone() for n, p in model.state_dict().items()}
     report = warm_start(model, peer.state_dict())
     assert all(
-        ".token_mixer." in name and name.startswith("stages.1.") or name.startswith("head.fc.fc2")
+        (".token_mixer." in name and name.startswith("stages.1.")) or name.startswith("head.fc.fc2")
         for name in report.fresh
     )
     assert len(report.fresh) == 3 * 4 + 2

@@ -5,9 +5,9 @@ import contextlib
 import pytest
 import timm
 import torch
+from reference_models import ReferenceFormer, ReferenceSmallVit
 from torch import nn
 
-from reference_models import ReferenceFormer, ReferenceSmallVit
 from statickey.errors import StaticKeyError
 from statickey.models import load_reference_state_dict
 
@@ -113,5 +113,5 @@ def test_a_checkpoint_of_another_model(wrong):
 
 def test_not_a_reference_checkpoint():
     _, model = former("ska")
-    with pytest.raises(StaticKeyError, match="not a checkpoint of the reference.*starts with 'stem.conv.weight'"):
+    with pytest.raises(StaticKeyError, match=r"not a checkpoint of the reference.*starts with 'stem.conv.weight'"):
         load_reference_state_dict(model, model.state_dict())

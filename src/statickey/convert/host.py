@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Self
 
 import torch
@@ -193,7 +192,7 @@ class MapSlot(MixerSlot):
         super().__init__(dim, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop)
 
 
-class TokenSlot(MapSlot, MetaFormerAttention):
+class TokenSlot(MapSlot, MetaFormerAttention):  # type: ignore[misc]
     """A slot in a MetaFormer stage of tokens, which the stage recognises by this base class."""
 
 
@@ -320,16 +319,20 @@ def token_mixers(model: nn.Module) -> dict[str, TokenMixer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, TokenMixer)}
 
 
-@cache
+_CONVERTED: dict[tuple[type[StaticKeyHost], type[nn.Module]], type[nn.Module]] = {}
+
+
 def converted_class(mixin: type[StaticKeyHost], host: type[nn.Module]) -> type[nn.Module]:
     """The class of a converted ``host``; made once, so that types compare equal."""
-    return type(f"StaticKey{host.__name__}", (mixin, host), {"__module__": host.__module__})
+    if (mixin, host) not in _CONVERTED:
+        _CONVERTED[mixin, host] = type(f"StaticKey{host.__name__}", (mixin, host), {"__module__": host.__module__})
+    return _CONVERTED[mixin, host]
 
 
 def become_converted(model: nn.Module, rule: HostRule) -> None:
     """Give the model's class the rule's mixin, in place."""
     if not isinstance(model, StaticKeyHost):
-        model.__class__ = converted_class(rule.mixin, type(model))  # type: ignore[assignment]
+        model.__class__ = converted_class(rule.mixin, type(model))
 
 
 def _empty(mixin: type[StaticKeyHost], host: type[nn.Module]) -> nn.Module:

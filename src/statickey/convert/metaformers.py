@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from timm.models import checkpoint, get_model_input_config
 from timm.models._input import update_model_input_size
 from timm.models.metaformer import Attention, MetaFormer, MetaFormerStage, Pooling, SepConv
@@ -44,7 +43,6 @@ class MetaFormerHost(StaticKeyHost):
             mixer.set_input_size(grids[int(name.split(".")[1])])
         update_model_input_size(self, size)
 
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Patterns that group parameters by depth, for layer-wise decay; by stage if coarse."""
         blocks: Any = r"^stages\.(\d+)"
@@ -104,7 +102,7 @@ def _through(conv: nn.Conv2d, size: Sequence[int]) -> Size2:
 
 def metaformer_sites(model: MetaFormer) -> dict[str, Site]:
     """Every token mixer; self-attention counts as attention, convolution and pooling are reached by name."""
-    channels, height, width = get_model_input_config(model)["input_size"]
+    _, height, width = get_model_input_config(model)["input_size"]
     sites: dict[str, Site] = {}
     for stage_index, (stage, grid) in enumerate(zip(model.stages, stage_grids(model, (height, width)), strict=True)):
         for index, block in enumerate(stage.blocks):

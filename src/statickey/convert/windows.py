@@ -74,7 +74,7 @@ class CosineKey(nn.Module):
 
     def forward(self, key: Tensor) -> Tensor:
         """(B, h, N, d) to the same."""
-        return F.normalize(key, dim=-1) * key.shape[-1] ** 0.5
+        return F.normalize(key, dim=-1) * math.sqrt(key.shape[-1])
 
 
 def swin_sites(model: SwinTransformer | SwinTransformerV2) -> dict[str, Site]:

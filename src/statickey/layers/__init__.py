@@ -11,7 +11,8 @@ from .baselines import (
     SepConvMixer,
     SynthesizerAttention,
 )
-from .mixer import AttentionMixer, HeadMix, TokenMixer
+from .mixer import AttentionMixer, TokenMixer
+from .parts import HeadMix
 from .static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention, StaticKeyAttention
 
 MIXERS: dict[str, Callable[..., TokenMixer]] = {

@@ -9,12 +9,13 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from timm.models.metaformer import StarReLU
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .._checks import check_map, check_no_mask, check_not_causal, check_rate
 from .._typing import Size2
 from ..errors import StaticKeyError
-from .mixer import AttendOp, AttentionMixer, GridState, TokenMixer
+from .mixer import AttendOp, AttentionMixer, TokenMixer
+from .parts import GridState
 
 
 class SelfAttention(AttentionMixer):
@@ -326,7 +327,7 @@ class _MapMixer(_FreeMixer):
     ) -> Tensor:
         """Mix tokens or a map; see ``TokenMixer.forward``."""
         check_no_mask(type(self).__name__, attn_mask)
-        if self.input_fmt != "NCHW":
+        if self.input_fmt != "NCHW" or isinstance(x, fx.Proxy):
             return super().forward(x, feat_size, is_causal=is_causal)
         check_not_causal(is_causal)
         check_map(x, self.dim, self.num_prefix_tokens, channels_first=True)

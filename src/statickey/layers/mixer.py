@@ -8,14 +8,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import register_notrace_module
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .._checks import (
     check_feat_size,
     check_head_dim,
     check_map,
-    check_no_mask,
     check_not_causal,
     check_rate,
     check_tokens,
@@ -23,11 +21,11 @@ from .._checks import (
 from .._typing import Backend, InputFmt, Size2
 from ..errors import FeatSizeError, StaticKeyError
 from ..ops import resample_static_key, static_key_attention, static_key_weights
+from .parts import HeadMix
 
 AttendOp = Callable[..., Tensor]
 
 
-@register_notrace_module
 class TokenMixer(nn.Module, ABC):
     """Base of all mixers: ``mixer(x, feat_size=None)`` maps tokens (B, N, dim) to tokens (B, N, dim).
 
@@ -103,6 +101,8 @@ class TokenMixer(nn.Module, ABC):
             FeatSizeError: The tokens do not fill the grid.
             StaticKeyError: Causal attention, or a mask for a mixer without attention, is asked for.
         """
+        if isinstance(x, fx.Proxy):
+            return self._traced(x, feat_size, attn_mask)
         check_not_causal(is_causal)
         if self.input_fmt == "NLC":
             return self._mix(x, self._check_grid(x, feat_size), attn_mask)
@@ -111,6 +111,11 @@ class TokenMixer(nn.Module, ABC):
         maps = x.permute(0, 2, 3, 1) if channels_first else x
         out = self._mix(maps.flatten(1, 2), (maps.shape[1], maps.shape[2]), attn_mask).reshape(maps.shape)
         return out.permute(0, 3, 1, 2) if channels_first else out
+
+    def _traced(self, x: fx.Proxy, feat_size: Size2 | None, attn_mask: Tensor | None) -> Any:
+        """A leaf of a symbolic trace: the grid is known when the mixer runs, not before."""
+        kwargs: dict[str, Any] = {"attn_mask": attn_mask}
+        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, feat_size), kwargs)
 
     @abstractmethod
     def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:
@@ -202,54 +207,6 @@ class TokenMixer(nn.Module, ABC):
             f"{self.dim}, {self.num_heads}, feat_size={self.feat_size}, "
             f"num_prefix_tokens={self.num_prefix_tokens}, head_dim={self.head_dim}"
         )
-
-
-class GridState(nn.Module):
-    """Base of mixers with ``grid_parameters``: a checkpoint carries the grid (H, W) beside the key."""
-
-    feat_size: Size2
-
-    def get_extra_state(self) -> Tensor:
-        """The grid, as a tensor that any checkpoint format can hold, (2,)."""
-        return torch.tensor(self.feat_size, device="cpu")
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Refuse a key of another grid with as many tokens, which no shape would give away.
-
-        Raises:
-            FeatSizeError: The checkpoint was saved on another grid.
-        """
-        saved = tuple(int(size) for size in state)
-        if saved != self.feat_size:
-            raise FeatSizeError(
-                f"the checkpoint's key belongs to feat_size={saved}, this layer is built for {self.feat_size}; build "
-                "the model with the img_size it was saved at, or load through statickey.models.checkpoint_filter_fn"
-            )
-
-
-class HeadMix(nn.Module):
-    """Talking heads: logits and weights of all heads are mixed linearly, before and after the softmax.
-
-    Args:
-        before: (h -> h), on the scaled logits.
-        after: (h -> h), on the weights.
-
-    Source:
-        Shazeer et al., Talking-Heads Attention, arXiv 2003.02436.
-    """
-
-    def __init__(self, before: nn.Linear, after: nn.Linear) -> None:
-        super().__init__()
-        self.before = before
-        self.after = after
-
-    def logits(self, logits: Tensor) -> Tensor:
-        """Mix over the head axis, (B, h, N, M) to the same."""
-        return self.before(logits.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
-
-    def weights(self, weights: Tensor) -> Tensor:
-        """Mix over the head axis, (B, h, N, M) to the same; rows no longer sum to one."""
-        return self.after(weights.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
 
 
 class AttentionMixer(TokenMixer):

@@ -9,7 +9,8 @@ from .._checks import check_kernel_size
 from .._typing import OffGrid, Size2
 from ..errors import FeatSizeError, StaticKeyError
 from ..ops import unfold_queries, window_key_rows, window_merge, window_partition
-from .mixer import AttendOp, AttentionMixer, GridState
+from .mixer import AttendOp, AttentionMixer
+from .parts import GridState
 
 KEY_STD = 1.0
 """Standard deviation of fresh keys; docs/results/key_init.md has the measurement behind it."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import PatchEmbed, register_notrace_module
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
@@ -26,7 +26,6 @@ SHIFTS = ((1, -1, 0, 0), (-1, 1, 0, 0), (0, 0, 1, -1), (0, 0, -1, 1))
 """Padding (left, right, top, bottom) of the four shifted copies of an image, in pixels."""
 
 
-@register_notrace_module
 class ShiftedPatchEmbed(PatchEmbed):  # type: ignore[misc]
     """Patches of the image and of its four copies shifted by one pixel, normalised, then projected.
 
@@ -80,14 +79,16 @@ class ShiftedPatchEmbed(PatchEmbed):  # type: ignore[misc]
         height, width = x.shape[2], x.shape[3]
         rows, cols = self.patch_size
         if self.strict_img_size:
-            torch._assert((height, width) == self.img_size, f"Input is not of the model's size {self.img_size}.")
+            torch._assert(height == self.img_size[0], f"Input height is not the model's ({self.img_size[0]}).")
+            torch._assert(width == self.img_size[1], f"Input width is not the model's ({self.img_size[1]}).")
         if self.dynamic_img_pad:
-            x = F.pad(x, (0, -width % cols, 0, -height % rows))
+            x = F.pad(x, (0, (cols - width % cols) % cols, 0, (rows - height % rows) % rows))
         else:
-            torch._assert(height % rows == 0 and width % cols == 0, f"Input is no multiple of {self.patch_size}.")
+            torch._assert(height % rows == 0, f"Input height is no multiple of the patch size ({rows}).")
+            torch._assert(width % cols == 0, f"Input width is no multiple of the patch size ({cols}).")
         x = torch.cat([x, *(F.pad(x, shift) for shift in SHIFTS)], dim=1)
-        x = x.unflatten(3, (-1, cols)).unflatten(2, (-1, rows))  # (B, C, h, rows, w, cols)
-        x = x.permute(0, 2, 4, 3, 5, 1).flatten(3)
+        x = x.reshape(x.shape[0], x.shape[1], x.shape[2] // rows, rows, x.shape[3] // cols, cols)
+        x = x.permute(0, 2, 4, 3, 5, 1).flatten(3)  # rows, columns, copies and channels of a patch
         x = self.proj(self.norm(x))
         return x.flatten(1, 2) if self.flatten else x
 

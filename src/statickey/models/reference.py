@@ -63,7 +63,7 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -
         first = next(iter(state_dict), "nothing")
         raise StaticKeyError(
             f"not a checkpoint of the reference implementation: it starts with {first!r}; it should have "
-            "'downsample_layers.0.conv.weight' or 'pos_embedding'. Load others with model.load_state_dict or warm_start"
+            "'downsample_layers.0.conv.weight' or 'pos_embedding'. Load others with load_state_dict or warm_start"
         )
     converted = from_reference(state_dict, model)
     check_shapes(model, converted)
@@ -144,7 +144,7 @@ def _unfold_heads(name: str, tensor: Tensor, mixer: TokenMixer) -> Tensor:
             f"{name}: {tensor.shape[0]} channels in the checkpoint are not divisible by num_heads={mixer.num_heads} "
             "of the model; build the model with the heads it was trained with"
         )
-    return tensor.unflatten(0, (mixer.num_heads, -1))
+    return tensor.reshape(mixer.num_heads, -1, *tensor.shape[1:])
 
 
 def _divide_temperatures(state: dict[str, Any]) -> None:

@@ -49,9 +49,9 @@ def _entry_point(
         source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if pretrained and not (source.has_weights or source.state_dict):
             raise StaticKeyError(
-                f"pretrained=True, but no weights are published for {name}; use pretrained=False, or checkpoint_path= "
-                f"with weights of your own, or start from a timm model: statickey.models.warm_start({name}, "
-                f"timm.create_model({host!r}, pretrained=True).state_dict())"
+                f"pretrained=True, but no weights are published for {name}: pass pretrained=False (in smp "
+                "encoder_weights=None), or checkpoint_path= with weights of your own, or start from a timm model: "
+                f"statickey.models.warm_start(model, timm.create_model({host!r}, pretrained=True).state_dict())"
             )
         features = dict(feature_cfg)
         if "out_indices" in kwargs and not kwargs.get("features_only"):

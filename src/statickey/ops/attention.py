@@ -101,7 +101,7 @@ def _mask(
 ) -> Tensor | None:
     """What is added to the logits, in the dtype of the query."""
     if attn_mask is not None:
-        attn_mask = torch.atleast_2d(attn_mask)  # torch's fused attention wants both token axes
+        attn_mask = attn_mask.reshape((1,) * (2 - attn_mask.ndim) + attn_mask.shape)  # fused attention wants two axes
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         zeros = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
         attn_mask = zeros.masked_fill(~attn_mask, float("-inf"))

@@ -1,0 +1,109 @@
+"""The named models work unchanged in the libraries that take timm's backbones."""
+
+from collections import OrderedDict
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.feature_extraction import create_feature_extractor
+
+import statickey  # noqa: F401  (registers the models)
+from statickey.errors import StaticKeyError
+
+FAMILIES = ["skaformer_nano", "cskaformer_nano", "fcskaformer_nano"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("decoder", ["UPerNet", "Unet", "FPN", "Segformer"])
+def test_segmentation_models_pytorch(name, decoder):
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    model = getattr(smp, decoder)(f"tu-{name}", encoder_weights=None, classes=4, in_channels=4)
+    assert model(torch.randn(2, 4, 96, 128)).shape == (2, 4, 96, 128)
+    model(torch.randn(2, 4, 64, 64)).mean().backward()
+
+
+def test_segmentation_models_pytorch_by_the_names_of_the_paper():
+    smp = pytest.importorskip("segmentation_models_pytorch")
+    with torch.device("meta"):
+        model = smp.UPerNet("tu-skaformer_s18", encoder_weights=None, classes=19)
+    assert model.encoder.out_channels[-4:] == [64, 128, 320, 512]
+    with pytest.raises(StaticKeyError, match="no weights are published for skaformer_s18.*encoder_weights=None"):
+        smp.UPerNet("tu-skaformer_s18")
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("skaformer_nano", (28, 14)), ("cska_vit_tiny_patch16_224", (14, 14))])
+def test_hugging_face_backbone(name, sizes):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.TimmBackboneConfig(backbone=name, out_indices=[1, 2])
+    backbone = transformers.AutoBackbone.from_config(config)
+    maps = backbone(torch.randn(1, 3, 224, 224)).feature_maps
+    assert [m.shape[1:] for m in maps] == [(c, s, s) for c, s in zip(backbone.channels, sizes, strict=True)]
+
+
+def test_hugging_face_classifier(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.TimmWrapperConfig(architecture="fcskaformer_nano", num_labels=5)
+    model = transformers.TimmWrapperForImageClassification(config).eval()
+    model.save_pretrained(tmp_path)
+    again = transformers.TimmWrapperForImageClassification.from_pretrained(tmp_path).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(again(images).logits, model(images).logits)
+    assert model(images).logits.shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "node", "kwargs"),
+    [
+        ("cskaformer_nano", "stages.1", {}),
+        ("fcska_vit_tiny_patch16_224", "blocks.1", {"img_size": 64}),
+        ("ska_lsa_vit_small_patch4_32", "blocks.1", {"img_size": 64}),
+    ],
+)
+def test_torchvision_feature_extractor(name, node, kwargs):
+    model = timm.create_model(name, **kwargs).eval()
+    taken = []
+    model.get_submodule(node).register_forward_hook(lambda module, args, out: taken.append(out))
+    images = torch.randn(1, 3, 64, 64)
+    model(images)
+    extracted = create_feature_extractor(model, {node: "out"})(images)["out"]
+    torch.testing.assert_close(extracted, taken[0])
+
+
+def test_torchvision_detector():
+    host = timm.create_model("skaformer_nano", img_size=64)
+    stages = [(str(i), stage) for i, stage in enumerate(host.stages)]
+    body = nn.Sequential(OrderedDict([("stem", host.stem), *stages]))
+    channels = [info["num_chs"] for info in host.feature_info]
+    backbone = BackboneWithFPN(body, {name: name for name, _ in stages}, channels, 32)
+    detector = FasterRCNN(
+        backbone,
+        3,
+        min_size=64,
+        max_size=96,
+        rpn_anchor_generator=AnchorGenerator(sizes=((8,), (16,), (32,), (64,), (128,)), aspect_ratios=((1.0,),) * 5),
+    )
+    target = {"boxes": torch.tensor([[5.0, 5.0, 40.0, 40.0]]), "labels": torch.tensor([1])}
+    losses = detector([torch.rand(3, 64, 80)], [target])
+    sum(losses.values()).backward()
+    assert host.stages[1].blocks[0].token_mixer.static_key.grad is not None
+
+
+@pytest.mark.parametrize("name", ["ska_vit_tiny_patch16_224", "cskaformer_nano"])
+def test_peft_lora(name):
+    peft = pytest.importorskip("peft")
+    model = timm.create_model(name, img_size=64, num_classes=3).eval()
+    images = torch.randn(2, 3, 64, 64)
+    before = model(images)
+    config = peft.LoraConfig(target_modules=["qv", "proj"], modules_to_save=["head"], r=2, init_lora_weights=False)
+    tuned = peft.get_peft_model(model, config)
+    trainable = {n for n, p in tuned.named_parameters() if p.requires_grad}
+    assert any("qv.lora_A" in n for n in trainable)
+    assert any("proj.lora_B" in n for n in trainable)
+    assert not any(n.endswith(("static_key", "conv_key")) for n in trainable)
+    out = tuned.eval()(images)
+    assert not torch.allclose(out, before)
+    torch.testing.assert_close(tuned.merge_and_unload()(images), out, rtol=1e-4, atol=1e-5)
