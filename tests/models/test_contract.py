@@ -73,6 +73,7 @@ def same_output(first, second, name, x=None):
 
 
 class TestEveryName:
+    @pytest.mark.capability("features and head")
     def test_head_and_features(self, name):
         model = _shared(name)
         x = images(name)
@@ -83,6 +84,7 @@ class TestEveryName:
         assert model(x).shape == (2, 7)
         assert model.get_classifier() is not None
 
+    @pytest.mark.capability("new classifier")
     def test_classifier(self, name):
         model = copy.deepcopy(_shared(name))
         model.reset_classifier(3)
@@ -92,6 +94,7 @@ class TestEveryName:
         assert model(images(name)).shape == (2, model.num_features)
         assert create(name, num_classes=0)(images(name)).shape == (2, model.num_features)
 
+    @pytest.mark.capability("all parameters learn")
     def test_every_parameter_gets_a_gradient(self, name):
         model = create(name)
         model.train()(images(name)).square().mean().backward()
@@ -101,7 +104,8 @@ class TestEveryName:
         tied = [p for n, p in model.named_parameters() if n in model.no_weight_decay() and "blocks.1." not in n]
         assert all(p.grad.abs().sum() > 0 for p in tied)
 
-    def test_intermediates_and_features_only(self, name):
+    @pytest.mark.capability("feature maps at strides")
+    def test_intermediates_and_features_only(self, name, record_property):
         model = _shared(name)
         x = images(name)
         indices = (0, 1, 2, 3) if name in FORMERS else (0, 1)
@@ -117,9 +121,11 @@ class TestEveryName:
             assert_close("features", feature, taken)
             assert feature.shape[2:] == tuple(size // stride for size in size_of(name))
         assert_close("negative index", negative(x)[0], maps[-1])
-        if name in FORMERS:
-            assert extractor.feature_info.reduction() == [4, 8, 16, 32]
+        strides = [4, 8, 16, 32] if name in FORMERS else [4 if "lsa" in name else 16] * 2
+        assert extractor.feature_info.reduction() == strides
+        record_property("cell", "/".join(map(str, dict.fromkeys(strides))))
 
+    @pytest.mark.capability("img_size=, set_input_size")
     def test_input_sizes(self, name):
         size = other_size(name)
         x = images(name, size=size)
@@ -135,12 +141,14 @@ class TestEveryName:
         assert [mixer.feat_size for mixer in token_mixers(model).values()] == grids
         model.set_input_size(size_of(name))
 
-    def test_input_size_at_run_time(self, name):
+    @pytest.mark.capability("other sizes at run time")
+    def test_input_size_at_run_time(self, name, record_property):
         x = images(name, size=other_size(name))
         model = _shared(name)
         if name in FORMERS:
             assert model(x).shape == (2, 7)
             return
+        record_property("cell", "dynamic_img_size")
         with pytest.raises(AssertionError):
             model(x)
         dynamic = create(name, dynamic_img_size=True).eval()
@@ -150,6 +158,7 @@ class TestEveryName:
         resized.set_input_size(other_size(name))
         assert_close("dynamic", dynamic(x), resized(x))
 
+    @pytest.mark.capability("layer decay")
     def test_no_weight_decay_and_layer_decay(self, name):
         model = _shared(name)
         skip = model.no_weight_decay()
@@ -161,6 +170,7 @@ class TestEveryName:
         assert not any(id(p) in decayed for n, p in model.named_parameters() if n in skip)
         assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
 
+    @pytest.mark.capability("copy, pickle, load")
     def test_copies(self, name):
         model = _shared(name)
         same_output(copy.deepcopy(model), model, name)
@@ -172,6 +182,7 @@ class TestEveryName:
         twin.load_state_dict(torch.load(buffer, weights_only=True))
         same_output(twin, model, name)
 
+    @pytest.mark.capability("meta device")
     def test_meta_device(self, name):
         with torch.device("meta"):
             model = create(name)
@@ -187,6 +198,7 @@ class TestEveryName:
             out = model(torch.empty(1, *model.pretrained_cfg["input_size"]))
         assert out.shape == (1, model.num_classes)
 
+    @pytest.mark.capability("load across sizes")
     def test_saved_at_another_size(self, name):
         model = _shared(name)
         size = other_size(name)
@@ -199,6 +211,7 @@ class TestEveryName:
         resized.set_input_size(size)
         same_output(other, resized, name, images(name, size=size))
 
+    @pytest.mark.capability("save_for_hf, in_chans")
     def test_hub_folder(self, name, tmp_path):
         model = create(name, img_size=other_size(name))
         timm.models.save_for_hf(model, tmp_path, safe_serialization=True)
@@ -225,6 +238,7 @@ class TestEveryName:
 
 
 class TestEveryFamily:
+    @pytest.mark.capability("gradient checkpointing")
     def test_gradient_checkpointing(self, family):
         plain, saving = create(family, drop_rate=0.0), create(family, drop_rate=0.0)
         rates = [m for m in [*plain.modules(), *saving.modules()] if isinstance(m, torch.nn.Dropout)]
@@ -248,6 +262,7 @@ class TestEveryFamily:
         (model(large).mean() + model(small_crop).mean()).backward()
         assert all(p.grad is not None for p in model.parameters())
 
+    @pytest.mark.capability("torch.compile, no break")
     def test_compile_without_breaks(self, family):
         model = create(family).eval()
         compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -255,12 +270,14 @@ class TestEveryFamily:
             assert_close("compiled", compiled(images(family)), model(images(family)))
         torch.compiler.reset()
 
+    @pytest.mark.capability("torch.export")
     def test_export(self, family):
         model = create(family).eval()
         program = torch.export.export(model, (images(family),))
         with torch.no_grad():
             assert_close("exported", program.module()(images(family)), model(images(family)))
 
+    @pytest.mark.capability("fx (timm)")
     def test_feature_extractors(self, family):
         model = _shared(family)
         node = "stages.1" if family in FORMERS else "blocks.1"

@@ -14,11 +14,16 @@ from torchvision.models.feature_extraction import create_feature_extractor
 import statickey  # noqa: F401  (registers the models)
 from statickey.errors import StaticKeyError
 
-FAMILIES = ["skaformer_nano", "cskaformer_nano", "fcskaformer_nano"]
+FORMERS = ["skaformer_nano", "cskaformer_nano", "fcskaformer_nano"]
+TRANSFORMERS = ["ska_vit_tiny_patch16_224", "cska_vit_tiny_patch16_224", "fcska_vit_tiny_patch16_224"]
+LSA = [f"{prefix}lsa_vit_small_patch4_32" for prefix in ("", "ska_", "cska_", "fcska_")]
+FAMILIES = [*FORMERS, *LSA, *TRANSFORMERS]
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("decoder", ["UPerNet", "Unet", "FPN", "Segformer"])
+@pytest.mark.capability("smp: UPerNet, Unet, FPN, Segformer")
+@pytest.mark.parametrize(
+    ("name", "decoder"), [(n, d) for n in FORMERS for d in ("UPerNet", "Unet", "FPN", "Segformer")]
+)
 def test_segmentation_models_pytorch(name, decoder):
     smp = pytest.importorskip("segmentation_models_pytorch")
     model = getattr(smp, decoder)(f"tu-{name}", encoder_weights=None, classes=4, in_channels=4)
@@ -31,16 +36,19 @@ def test_segmentation_models_pytorch_by_the_names_of_the_paper():
     with torch.device("meta"):
         model = smp.UPerNet("tu-skaformer_s18", encoder_weights=None, classes=19)
     assert model.encoder.out_channels[-4:] == [64, 128, 320, 512]
-    with pytest.raises(StaticKeyError, match="no weights are published for skaformer_s18.*encoder_weights=None"):
+    with pytest.raises(StaticKeyError, match=r"no weights are published for skaformer_s18.*encoder_weights=None"):
         smp.UPerNet("tu-skaformer_s18")
 
 
-@pytest.mark.parametrize(("name", "sizes"), [("skaformer_nano", (28, 14)), ("cska_vit_tiny_patch16_224", (14, 14))])
-def test_hugging_face_backbone(name, sizes):
+@pytest.mark.capability("Hugging Face backbone")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_hugging_face_backbone(name):
     transformers = pytest.importorskip("transformers")
     config = transformers.TimmBackboneConfig(backbone=name, out_indices=[1, 2])
     backbone = transformers.AutoBackbone.from_config(config)
-    maps = backbone(torch.randn(1, 3, 224, 224)).feature_maps
+    size = 32 if name in LSA else 224
+    sizes = (8, 8) if name in LSA else (28, 14) if name in FORMERS else (14, 14)
+    maps = backbone(torch.randn(1, 3, size, size)).feature_maps
     assert [m.shape[1:] for m in maps] == [(c, s, s) for c, s in zip(backbone.channels, sizes, strict=True)]
 
 
@@ -55,16 +63,11 @@ def test_hugging_face_classifier(tmp_path):
     assert model(images).logits.shape == (2, 5)
 
 
-@pytest.mark.parametrize(
-    ("name", "node", "kwargs"),
-    [
-        ("cskaformer_nano", "stages.1", {}),
-        ("fcska_vit_tiny_patch16_224", "blocks.1", {"img_size": 64}),
-        ("ska_lsa_vit_small_patch4_32", "blocks.1", {"img_size": 64}),
-    ],
-)
-def test_torchvision_feature_extractor(name, node, kwargs):
-    model = timm.create_model(name, **kwargs).eval()
+@pytest.mark.capability("fx (torchvision)")
+@pytest.mark.parametrize("name", FAMILIES)
+def test_torchvision_feature_extractor(name):
+    model = timm.create_model(name, img_size=64).eval()
+    node = "stages.1" if name in FORMERS else "blocks.1"
     taken = []
     model.get_submodule(node).register_forward_hook(lambda module, args, out: taken.append(out))
     images = torch.randn(1, 3, 64, 64)
@@ -92,17 +95,20 @@ def test_torchvision_detector():
     assert host.stages[1].blocks[0].token_mixer.static_key.grad is not None
 
 
-@pytest.mark.parametrize("name", ["ska_vit_tiny_patch16_224", "cskaformer_nano"])
+@pytest.mark.capability("peft LoRA")
+@pytest.mark.parametrize("name", FAMILIES)
 def test_peft_lora(name):
     peft = pytest.importorskip("peft")
     model = timm.create_model(name, img_size=64, num_classes=3).eval()
     images = torch.randn(2, 3, 64, 64)
     before = model(images)
-    config = peft.LoraConfig(target_modules=["qv", "proj"], modules_to_save=["head"], r=2, init_lora_weights=False)
+    targets = sorted({n.rpartition(".")[2] for n, _ in model.named_modules()} & {"qv", "v", "qkv", "proj"})
+    config = peft.LoraConfig(target_modules=targets, modules_to_save=["head"], r=2, init_lora_weights=False)
+    if "proj" in dict(model.named_modules()).get("patch_embed", torch.nn.Identity())._modules:
+        config.exclude_modules = r"patch_embed\.proj"
     tuned = peft.get_peft_model(model, config)
     trainable = {n for n, p in tuned.named_parameters() if p.requires_grad}
-    assert any("qv.lora_A" in n for n in trainable)
-    assert any("proj.lora_B" in n for n in trainable)
+    assert all(any(f"{target}.lora_A" in n for n in trainable) for target in targets)
     assert not any(n.endswith(("static_key", "conv_key")) for n in trainable)
     out = tuned.eval()(images)
     assert not torch.allclose(out, before)

@@ -8,8 +8,9 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 from .. import __version__
 from ..errors import StaticKeyError
 from .compare import compare_parser, run_compare
+from .summary import run_summary, summary_parser
 
-COMMANDS = {"compare": (compare_parser, run_compare)}
+COMMANDS = {"compare": (compare_parser, run_compare), "summary": (summary_parser, run_summary)}
 
 
 def run(args: Sequence[str]) -> None:

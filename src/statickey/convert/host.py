@@ -304,14 +304,19 @@ def find_rule(model: nn.Module) -> HostRule:
     for cls in type(model).__mro__:
         if cls in _RULES:
             return _RULES[cls]
-    names = {type(module).__name__ for module in model.modules()}
-    found = sorted(name for name in names if "attn" in name.lower() or "attention" in name.lower())
+    found = attention_classes(model)
     supported = ", ".join(sorted(f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in _RULES))
     raise UnsupportedHostError(
         f"{type(model).__name__} is not a host this can convert (attention classes in it: "
         f"{', '.join(found) if found else 'none'}); supported: {supported}; for a model of your own see "
         "statickey.convert.register_host_rule"
     )
+
+
+def attention_classes(model: nn.Module) -> list[str]:
+    """Names of the classes in a model that call themselves attention."""
+    names = {type(module).__name__ for module in model.modules()}
+    return sorted(name for name in names if "attn" in name.lower() or "attention" in name.lower())
 
 
 def token_mixers(model: nn.Module) -> dict[str, TokenMixer]:

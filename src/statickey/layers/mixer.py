@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -115,7 +115,8 @@ class TokenMixer(nn.Module, ABC):
     def _traced(self, x: fx.Proxy, feat_size: Size2 | None, attn_mask: Tensor | None) -> Any:
         """A leaf of a symbolic trace: the grid is known when the mixer runs, not before."""
         kwargs: dict[str, Any] = {"attn_mask": attn_mask}
-        return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x, feat_size), kwargs)
+        tracer = cast(fx.Tracer, x.tracer)
+        return tracer.create_proxy("call_module", tracer.path_of_module(self), (x, feat_size), kwargs)
 
     @abstractmethod
     def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:

@@ -9,12 +9,14 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .._checks import check_name
-from ..convert import convert
+from ..convert import convert, token_mixers
 from ..errors import StaticKeyError
 from ..layers import AttentionMixer
 from .small_vit import small_vit
 
 SMALL_VIT = "small_vit"
+OUR_MODULES = ["static_key_former", "static_key_vit", "lsa_vit"]
+"""Modules of this package's names in timm's registry."""
 
 
 def build_model(
@@ -27,10 +29,13 @@ def build_model(
     seed: int = 0,
     model_args: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """Build a vision transformer with the given mixer in every block.
+    """Build a model with the given mixer in place of its attention.
+
+    In a vision transformer that is every block; in a MetaFormer of this package, the stage its name stands for.
 
     Args:
-        name: ``"small_vit"`` or any timm vision transformer (``timm.list_models("*vit*")``).
+        name: ``"small_vit"``, any timm vision transformer, or a name of this package (``"lsa_vit_small_patch4_32"``,
+            ``"skaformer_nano"``), whose own mixer is replaced.
         mixer: A name in ``MIXERS``.
         img_size: Side of the square input in pixels.
         num_classes: Classes of the head.
@@ -53,7 +58,9 @@ def build_model(
         if name == SMALL_VIT:
             host = small_vit(img_size, num_classes=num_classes, in_chans=in_chans, **args)
         else:
-            host = timm.create_model(name, img_size=img_size, num_classes=num_classes, in_chans=in_chans, **args)
+            own = _own_mixer(name, mixer)
+            sizes = {"img_size": img_size, "num_classes": num_classes, "in_chans": in_chans}
+            host = timm.create_model(name, **sizes | own | args)
     except StaticKeyError:
         raise
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
@@ -64,8 +71,16 @@ def build_model(
             f"the patch size {patch} of {name!r} does not divide img_size={img_size}; resize to "
             f"img_size={max(img_size // patch, 1) * patch}, or pass another patch_size in model_args"
         )
-    convert(host, mixer)
+    if not token_mixers(host):
+        convert(host, mixer)
     return host  # type: ignore[no-any-return]
+
+
+def _own_mixer(name: str, mixer: str) -> dict[str, Any]:
+    """The argument that puts a mixer into a model of this package."""
+    if name in timm.list_models(module="static_key_former"):
+        return {"mixers": ("sepconv", mixer, "mhsa", "mhsa")}
+    return {"mixer": mixer} if timm.models.is_model_in_modules(name, OUR_MODULES) else {}
 
 
 def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:

@@ -123,7 +123,7 @@ def lsa_vit(
     return model
 
 
-register(
+NAMES = register(
     __name__,
     {
         f"{prefix}lsa_vit_small_patch4_32": (
@@ -152,7 +152,7 @@ register(
         "interpolation": "bicubic",
         "mean": CIFAR10_MEAN,
         "std": CIFAR10_STD,
-        "first_conv": None,  # normalised patches; checkpoint_filter_fn adapts in_chans
+        "first_conv": (),  # no convolution: checkpoint_filter_fn adapts in_chans
         "classifier": "head",
     },
     feature_cfg={"out_indices": 3, "feature_cls": "getter"},

@@ -92,7 +92,7 @@ def static_key_former(
     return model
 
 
-register(
+NAMES = register(
     __name__,
     {
         f"{mixer}former_{size}": (

@@ -37,7 +37,7 @@ def static_key_vit(
     return model
 
 
-register(
+NAMES = register(
     __name__,
     {
         f"{mixer}_vit_{size}_patch16_224": (partial(static_key_vit, mixer=mixer), {"patch_size": 16, **sizes})
