@@ -1,7 +1,7 @@
 """Static-key attention for vision."""
 
 from . import models as models
-from .convert import ConversionReport, convert
+from .convert import ConversionReport, HostRule, Site, convert, register_host_rule
 from .errors import StaticKeyError
 from .layers import (
     MIXERS,
@@ -19,10 +19,13 @@ __all__ = [
     "ConvStaticKeyAttention",
     "ConversionReport",
     "FactorizedConvStaticKeyAttention",
+    "HostRule",
+    "Site",
     "StaticKeyAttention",
     "StaticKeyError",
     "TokenMixer",
     "convert",
+    "register_host_rule",
     "resample_static_key",
     "static_key_attention",
     "static_key_weights",

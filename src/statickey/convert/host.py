@@ -309,7 +309,7 @@ def find_rule(model: nn.Module) -> HostRule:
     raise UnsupportedHostError(
         f"{type(model).__name__} is not a host this can convert (attention classes in it: "
         f"{', '.join(found) if found else 'none'}); supported: {supported}; for a model of your own see "
-        "statickey.convert.register_host_rule"
+        "help(statickey.register_host_rule)"
     )
 
 
