@@ -79,10 +79,16 @@ def test_debug_shows_the_traceback():
         main([*TINY, "--mixers", "skaa", "--debug"])
 
 
+def _take_sigint():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="os.kill sends no SIGINT there")
 def test_ctrl_c_is_resumable(tmp_path):
     command = [sys.executable, "-m", "statickey", *TINY, "--mixers", "mhsa", "--epochs", "60", "--out", "out"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL}
+    # a test run started in the background ignores the signal, and its children would inherit that
+    with subprocess.Popen(command, cwd=tmp_path, preexec_fn=_take_sigint, **pipes) as process:
         checkpoint = tmp_path / "out" / "runs" / "mhsa-seed0" / "last.ckpt"
         deadline = time.monotonic() + 120
         while not checkpoint.exists() and time.monotonic() < deadline:
