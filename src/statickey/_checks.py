@@ -1,7 +1,8 @@
 """Every shape and argument check, in one place; each refusal carries the value and the remedy."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 
@@ -12,11 +13,32 @@ from .errors import BackendError, FeatSizeError, StaticKeyError, UnknownNameErro
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:
     """Refuse a name that is not known, with the nearest names that are."""
     names = sorted(known)
+    if not isinstance(name, str):
+        raise UnknownNameError(f"{kind}={name!r} must be a name, such as {', '.join(names[:5])}")
     if name in names:
         return
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names[:12])}"
     raise UnknownNameError(f"unknown {kind} {name!r}; {hint}")
+
+
+def check_mapping(name: str, value: Any) -> dict[str, Any]:
+    """Arguments by name, as a dict of their own; None means none."""
+    if value is not None and not isinstance(value, Mapping):
+        raise StaticKeyError(f"{name}={value!r} must map argument names to values")
+    return {} if value is None else dict(value)
+
+
+def check_img_size(img_size: Any) -> Size2:
+    """(height, width) in pixels, from one side or a pair."""
+    pair = (img_size, img_size) if isinstance(img_size, int) else img_size
+    if (
+        not isinstance(pair, tuple | list)
+        or len(pair) != 2
+        or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in pair)
+    ):
+        raise FeatSizeError(f"img_size={img_size!r} must be one side in pixels, or a pair (height, width)")
+    return pair[0], pair[1]
 
 
 def check_positive(**values: int) -> None:

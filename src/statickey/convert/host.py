@@ -1,7 +1,9 @@
 """What a model must tell so that its attention can be swapped: its places, and what it becomes afterwards."""
 
+import copyreg
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor, nn
 
 from .._typing import InputFmt, Size2
 from ..errors import StaticKeyError, UnsupportedHostError
-from ..layers import HeadMix, SelfAttention, TokenMixer
+from ..layers import GridState, HeadMix, SelfAttention, TokenMixer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +29,11 @@ class Site:
         feat_size: The token grid (H, W) there.
         num_prefix_tokens: Class and register tokens before the grid.
         input_fmt: Tokens, or maps with channels last or first.
-        is_attention: Whether ``layers="all"`` means this place too.
+        is_attention: Whether ``layers="all"`` and indices mean this place too.
+        replaceable: Whether what stands there may give way; a static key with nothing to carry over may not.
+        needs_map: Whether the host adds a bias to the logits, so that only attention can stand there.
+        mixer_args: What the module's logits need beyond its weights: scale, temperature, masked diagonal.
+        log_temperature: The learned temperature to carry over, if any.
         qkv_weight: The packed projections (3*h*d, dim) to carry over, if any.
         qkv_bias: Their bias (3*h*d,), if any.
         proj: The output projection to carry over, if any.
@@ -53,6 +59,10 @@ class Site:
     num_prefix_tokens: int = 0
     input_fmt: InputFmt = "NLC"
     is_attention: bool = True
+    replaceable: bool = True
+    needs_map: bool = False
+    mixer_args: Mapping[str, Any] = field(default_factory=dict)
+    log_temperature: Tensor | None = None
     qkv_weight: Tensor | None = None
     qkv_bias: Tensor | None = None
     proj: nn.Linear | None = None
@@ -115,8 +125,9 @@ class Site:
             "num_heads": mixer.num_heads,
             "head_dim": mixer.head_dim,
             "input_fmt": mixer.input_fmt,
-            "is_attention": isinstance(mixer, SelfAttention),
-            "macs": mixer.macs(),
+            "is_attention": mixer.layout == "NLC",
+            "replaceable": isinstance(mixer, SelfAttention),
+            "macs": mixer.macs() * fields.get("windows", 1),
         }
         if isinstance(mixer, SelfAttention):
             read |= {
@@ -131,9 +142,22 @@ class Site:
                 "k_norm": mixer.k_norm,
                 "out_norm": mixer.out_norm,
                 "head_mix": mixer.head_mix,
+                "log_temperature": mixer.log_temperature,
+                "mixer_args": _logit_args(mixer),
             }
         prefix = mixer.num_prefix_tokens
         return cls(module=mixer, feat_size=mixer.feat_size, num_prefix_tokens=prefix, **(read | fields))
+
+
+def _logit_args(mixer: SelfAttention) -> dict[str, Any]:
+    args: dict[str, Any] = {}
+    if mixer.scale != mixer.head_dim**-0.5:
+        args["scale"] = mixer.scale
+    if mixer.log_temperature is not None:
+        args["learned_temperature"] = True
+    if mixer.mask_diagonal:
+        args["mask_diagonal"] = True
+    return args
 
 
 class MixerSlot(nn.Module):
@@ -202,15 +226,15 @@ class StaticKeyHost(nn.Module):
     Attributes: ``state_dict_filter``, applied to every state dict before it is loaded, or None.
     """
 
-    state_dict_filter: Callable[[Mapping[str, Tensor], nn.Module], dict[str, Tensor]] | None = None
+    state_dict_filter: Callable[[Mapping[str, Any], nn.Module], Mapping[str, Any]] | None = None
 
     def no_weight_decay(self) -> set[str]:
-        """The host's names, and every mixer's keys."""
+        """The host's names, every mixer's keys, and the position bias of windows."""
         inherited = getattr(super(), "no_weight_decay", None)
         names: set[str] = set() if inherited is None else set(inherited())
         for prefix, mixer in token_mixers(self).items():
             names |= {f"{prefix}.{name}" for name in mixer.no_weight_decay()}
-        return names
+        return names | {name for name, _ in self.named_parameters() if ".rel_pos." in name}
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load, after refusing a tensor of another shape by name; see ``torch.nn.Module.load_state_dict``.
@@ -224,8 +248,10 @@ class StaticKeyHost(nn.Module):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        mixin, host = type(self).__bases__
-        return _empty, (mixin, host), self.__dict__
+        bases = type(self).__bases__
+        if _CONVERTED.get(bases) is type(self):  # type: ignore[arg-type]
+            return _empty, bases, self.__dict__
+        return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
 
 
 def check_shapes(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
@@ -234,15 +260,16 @@ def check_shapes(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     Raises:
         StaticKeyError: Names the tensor, both shapes and the remedy.
     """
-    tied = {f"{prefix}.{name}" for prefix, mixer in token_mixers(model).items() for name in mixer.grid_parameters}
+    mixers = token_mixers(model).items()
+    tied = {f"{prefix}.{name}" for prefix, mixer in mixers for name in mixer.grid_parameters}
     for name, own in model.state_dict(keep_vars=True).items():
         other = state_dict.get(name)
         if not isinstance(own, Tensor) or not isinstance(other, Tensor) or own.shape == other.shape:
             continue
-        if name in tied or name.endswith("pos_embed"):
+        if name in tied or name.endswith(("pos_embed", "relative_position_bias_table")):
             remedy = (
-                "build the model with the img_size it was saved at, or resample it: "
-                "statickey.models.checkpoint_filter_fn(state_dict, model)"
+                "build the model with the img_size, class_token and reg_tokens it was saved with; another img_size "
+                "is resampled by statickey.models.checkpoint_filter_fn(state_dict, model)"
             )
         elif name.startswith("head"):
             remedy = "build the model with the checkpoint's num_classes, then call reset_classifier"
@@ -251,6 +278,10 @@ def check_shapes(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         raise StaticKeyError(
             f"{name}: {tuple(other.shape)} in the checkpoint, {tuple(own.shape)} in the model; {remedy}"
         )
+    for prefix, mixer in mixers:
+        grid = state_dict.get(f"{prefix}._extra_state")
+        if isinstance(grid, Tensor) and isinstance(mixer, GridState):
+            mixer.set_extra_state(grid)  # only compares: before anything is loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +300,11 @@ class HostRule:
     sites: Callable[[Any], dict[str, Site]]
     mixin: type[StaticKeyHost] = StaticKeyHost
     finish: Callable[[Any], None] | None = None
+
+
+def forked_random(like: Tensor) -> AbstractContextManager[None]:
+    """A random state of its own, on the CPU and on the device of ``like``; the outer one is untouched."""
+    return torch.random.fork_rng(devices=[like.device] if like.is_cuda else [])
 
 
 _RULES: dict[type[nn.Module], HostRule] = {}

@@ -8,6 +8,7 @@ from timm.models._input import update_model_input_size
 from timm.models.metaformer import Attention, MetaFormer, MetaFormerStage, Pooling, SepConv
 from torch import Tensor, nn
 
+from .._checks import check_img_size
 from .._typing import Size2
 from ..errors import FeatSizeError, UnsupportedHostError
 from ..layers import TokenMixer
@@ -37,7 +38,7 @@ class MetaFormerHost(StaticKeyHost):
             raise FeatSizeError(f"patch_size={patch_size!r}: the stem of a MetaFormer has a fixed stride of 4")
         if img_size is None:
             return
-        size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+        size = check_img_size(img_size)
         grids = stage_grids(self, size)
         for name, mixer in token_mixers(self).items():
             mixer.set_input_size(grids[int(name.split(".")[1])])

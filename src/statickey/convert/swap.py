@@ -1,5 +1,6 @@
 """The one swap path: places of a model are filled by mixers, all of those asked for or none."""
 
+import zlib
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -9,13 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._checks import check_name
+from .._checks import check_mapping, check_name, check_positive
 from .._typing import Size2
 from ..errors import StaticKeyError, UnsupportedHostError
 from ..layers import MIXERS, AttentionMixer, SelfAttention, TokenMixer
-from .host import Site, become_converted, find_rule
+from .host import Site, become_converted, find_rule, forked_random
 
-Layers = str | Sequence[int] | Sequence[str]
+Layers = str | int | Sequence[int] | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -105,20 +106,23 @@ def convert(
     sites = rule.sites(model)
     chosen = select_sites(sites, layers)
     for name in sites:
-        if name in chosen and isinstance(sites[name].module, TokenMixer) and not sites[name].is_attention:
+        if name in chosen and not sites[name].replaceable:
             kind = type(sites[name].module).__name__
             raise UnsupportedHostError(f"{name} is already a {kind}; build the host again, or name other layers")
     before = _num_params(model)
-    args = {} if mixer_args is None else dict(mixer_args)
+    like = next(model.parameters())
+    args = check_mapping("mixer_args", mixer_args)
+    fixed = args.keys() & {"feat_size", "num_prefix_tokens", "device", "dtype"}
+    if fixed:
+        raise StaticKeyError(f"mixer_args has {', '.join(sorted(fixed))}, which follow from the host; leave them out")
     new: dict[str, TokenMixer] = {}
-    with torch.random.fork_rng():
+    with forked_random(like):
         # drawn here, not kept: what the host draws next does not depend on the swap
         seed = int(torch.randint(2**31, (), device="cpu"))
         for index, (name, site) in enumerate(sites.items()):
             if name in chosen:
-                torch.manual_seed(seed + index)
-                like = next(site.module.parameters(), next(model.parameters()))
-                new[name] = _build_mixer(name, site, mixer, args, keep_weights, like)
+                new[name] = _build_mixer(name, site, mixer, args, keep_weights, like, seed + index)
+    old = {name: _num_params(model.get_submodule(name)) for name in new}
     for name, built in new.items():
         site = sites[name]
         parent, _, attribute = name.rpartition(".")
@@ -132,7 +136,7 @@ def convert(
             name,
             type(sites[name].module).__name__,
             sites[name].feat_size,
-            _num_params(sites[name].module),
+            old[name],
             _num_params(model.get_submodule(name)),
             sites[name].macs,
             built.macs() * sites[name].windows,
@@ -150,17 +154,18 @@ def select_sites(sites: Mapping[str, Site], layers: Layers) -> set[str]:
         StaticKeyError: An index or a pattern names nothing.
     """
     attention = [name for name, site in sites.items() if site.is_attention]
-    wanted: Sequence[Any] = [layers] if isinstance(layers, str) else list(layers)
-    if not wanted:
-        raise StaticKeyError('layers=() names no module; pass "all", indices or name patterns')
+    wanted: Sequence[Any] = [layers] if isinstance(layers, str | int) else layers
+    if not isinstance(wanted, Sequence) or not wanted:
+        raise StaticKeyError(f'layers={layers!r} names no module; pass "all", indices or name patterns')
     chosen: set[str] = set()
     for item in wanted:
         if item == "all":
-            if not attention:
+            left = [name for name in attention if sites[name].replaceable]
+            if not left:
                 raise UnsupportedHostError(
                     f"no attention module to replace; name token mixers instead, of {', '.join(sites) or 'none'}"
                 )
-            chosen.update(attention)
+            chosen.update(left)
         elif isinstance(item, int) and not isinstance(item, bool):
             if not -len(attention) <= item < len(attention):
                 raise StaticKeyError(f"layers has index {item}, but the model has {len(attention)} attention modules")
@@ -176,8 +181,12 @@ def select_sites(sites: Mapping[str, Site], layers: Layers) -> set[str]:
 
 
 def _build_mixer(
-    name: str, site: Site, mixer: str, args: dict[str, Any], keep_weights: bool, like: torch.Tensor
+    name: str, site: Site, mixer: str, args: dict[str, Any], keep_weights: bool, like: torch.Tensor, seed: int
 ) -> TokenMixer:
+    check_positive(**{key: args[key] for key in ("num_heads", "head_dim") if args.get(key) is not None})
+    args = dict(site.mixer_args) | args
+    if args.get("head_dim") is None:
+        args.pop("head_dim", None)
     if "head_dim" in args and "num_heads" not in args:
         args = args | {"num_heads": max(site.dim // args["head_dim"], 1)}
     elif "num_heads" in args and "head_dim" not in args:
@@ -199,27 +208,47 @@ def _build_mixer(
     except TypeError as error:
         raise StaticKeyError(f"mixer {mixer!r}: {error}") from None
     new.input_fmt = site.input_fmt
-    if site.init_weights is not None:
-        for module in new.modules():
-            site.init_weights(module)
-        if isinstance(new, AttentionMixer):
-            new.reset_parameters()
+    _initialise(new, site, seed)
     _keep_parts(name, site, mixer, new)
     if keep_weights and site.qkv_weight is not None:
         _carry_over(name, site, new)
     return new
 
 
+def _initialise(mixer: TokenMixer, site: Site, seed: int) -> None:
+    """Draw each projection from a seed of its own name, so that mixers share those they both have."""
+    for name, module in mixer.named_children():
+        torch.manual_seed(seed ^ zlib.crc32(name.encode()))
+        for part in module.modules():
+            reset = getattr(part, "reset_parameters", None)
+            if reset is not None:
+                reset()
+            if site.init_weights is not None:
+                site.init_weights(part)
+    torch.manual_seed(seed)
+    own_reset = getattr(mixer, "reset_parameters", None)
+    if own_reset is not None:
+        own_reset()
+
+
 def _keep_parts(name: str, site: Site, mixer: str, new: TokenMixer) -> None:
     """Move copies of the norms and the head mixing of the host into the mixer."""
     kept = {"q_norm": site.q_norm, "out_norm": site.out_norm, "head_mix": site.head_mix}
     kept = {part: module for part, module in kept.items() if not isinstance(module, nn.Identity | None)}
-    if kept and not isinstance(new, AttentionMixer):
-        raise UnsupportedHostError(f"{name} has {', '.join(kept)}, for which mixer {mixer!r} has no place")
+    parts = [*kept, *(["a position bias"] if site.needs_map else [])]
+    if parts and not isinstance(new, AttentionMixer):
+        raise UnsupportedHostError(f"{name} has {', '.join(parts)}, for which mixer {mixer!r} has no place")
+    if parts and (new.num_heads, new.head_dim) != (site.num_heads, site.head_dim):
+        raise StaticKeyError(
+            f"{name} has {', '.join(parts)} for {site.num_heads} heads of {site.head_dim}, the mixer has "
+            f"{new.num_heads} of {new.head_dim}; keep the host's heads"
+        )
     for part, module in kept.items():
         setattr(new, part, deepcopy(module))
     if isinstance(new, SelfAttention) and site.k_norm is not None:
         new.k_norm = deepcopy(site.k_norm)
+    if isinstance(new, AttentionMixer) and new.log_temperature is not None and site.log_temperature is not None:
+        new.log_temperature = nn.Parameter(site.log_temperature.detach().clone())
 
 
 @torch.no_grad()
@@ -231,22 +260,28 @@ def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
             f"{name}: the host has {site.num_heads} heads of {site.head_dim}, the mixer {heads[0]} of {heads[1]}; "
             "weights cannot be carried over: keep the host's heads, or pass keep_weights=False"
         )
+    trainable = any(parameter.requires_grad for parameter in site.module.parameters())  # a frozen host stays frozen
     for target_name, parts in {"qkv": (0, 1, 2), "qv": (0, 2), "v": (2,)}.items():
         target = getattr(mixer, target_name, None)
         if target is None:
             continue
         for tensor, source in {"weight": site.qkv_weight, "bias": site.qkv_bias}.items():
-            if source is not None:
+            if source is None:
+                if getattr(target, tensor) is not None:
+                    nn.init.zeros_(getattr(target, tensor))  # a bias the host does not have
+            else:
                 rows = torch.cat([source.chunk(3)[part] for part in parts])
-                _copy(f"{name}.{target_name}.{tensor}", rows, getattr(target, tensor))
+                _copy(f"{name}.{target_name}.{tensor}", rows, getattr(target, tensor), trainable)
     proj = getattr(mixer, "proj", None)
     if proj is not None and site.proj is not None:
         for tensor in ("weight", "bias"):
             if getattr(site.proj, tensor) is not None:
-                _copy(f"{name}.proj.{tensor}", getattr(site.proj, tensor), getattr(proj, tensor))
+                _copy(f"{name}.proj.{tensor}", getattr(site.proj, tensor), getattr(proj, tensor), trainable)
+            elif getattr(proj, tensor) is not None:
+                nn.init.zeros_(getattr(proj, tensor))
 
 
-def _copy(name: str, source: torch.Tensor, target: torch.Tensor | None) -> None:
+def _copy(name: str, source: torch.Tensor, target: torch.Tensor | None, trainable: bool) -> None:
     if target is None or target.shape != source.shape:
         shape = None if target is None else tuple(target.shape)
         raise StaticKeyError(
@@ -254,6 +289,7 @@ def _copy(name: str, source: torch.Tensor, target: torch.Tensor | None) -> None:
             "in mixer_args, or pass keep_weights=False"
         )
     target.copy_(source)
+    target.requires_grad_(trainable)
 
 
 def _num_params(module: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +17,16 @@ from torch import Tensor, nn
 from .._typing import Size2
 from ..errors import UnsupportedHostError
 from ..layers import HeadMix, TokenMixer
-from .host import HostRule, MixerSlot, Site, StaticKeyHost, packed_bias, register_host_rule, token_mixers
+from .host import (
+    HostRule,
+    MixerSlot,
+    Site,
+    StaticKeyHost,
+    forked_random,
+    packed_bias,
+    register_host_rule,
+    token_mixers,
+)
 
 
 class GridHost(StaticKeyHost):
@@ -29,6 +39,7 @@ class GridHost(StaticKeyHost):
     patch_embed: Any
     dynamic_img_size: bool
     num_prefix_tokens: int
+    blocks: Any
     grids: dict[int, Size2]
 
     def set_input_size(self, img_size: Size2 | None = None, patch_size: Size2 | None = None) -> None:
@@ -38,11 +49,30 @@ class GridHost(StaticKeyHost):
         for mixer in token_mixers(self).values():
             mixer.set_input_size((height, width))
 
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks in the backward pass instead of storing what they need; see timm."""
+        super().set_grad_checkpointing(enable)  # type: ignore[misc]
+        if self.dynamic_img_size:
+            for handle in self.__dict__.pop("_grid_hooks", []):
+                handle.remove()
+            if enable:
+                keep = partial(_keep_grid, self.grids)
+                self.__dict__["_grid_hooks"] = [block.register_forward_pre_hook(keep) for block in self.blocks]
+
     def _pos_embed(self, x: Tensor) -> Any:
         if self.dynamic_img_size:  # the last place that sees the grid, before tokens are flattened
             height, width = x.shape[1], x.shape[2]
             self.grids[self.num_prefix_tokens + height * width] = (height, width)
         return super()._pos_embed(x)  # type: ignore[misc]
+
+
+def _keep_grid(grids: dict[int, Size2], block: nn.Module, args: tuple[Any, ...]) -> None:
+    """Tie a block's input to its grid: recomputed later, it must not see that of another with as many tokens."""
+    x = args[0]
+    if hasattr(x, "feat_size"):
+        grids[x.shape[1]] = x.feat_size
+    else:
+        x.feat_size = grids[x.shape[1]]
 
 
 class EvaMixer(nn.Module):
@@ -197,7 +227,7 @@ def beit_sites(model: Beit) -> dict[str, Site]:
     for index, block in enumerate(model.blocks):
         name, attn = f"blocks.{index}.attn", block.attn
         if isinstance(attn, BeitMixer):
-            sites[name] = Site.of_mixer(attn.mixer, wrap=_beit_wrapper(attn.rel_pos))
+            sites[name] = Site.of_mixer(attn.mixer, wrap=_beit_wrapper(attn.rel_pos), needs_map=True)
             continue
         if type(attn) is not BeitAttention:
             raise UnsupportedHostError(f"{name} is a {type(attn).__name__}; supported: BEiT's Attention")
@@ -208,6 +238,7 @@ def beit_sites(model: Beit) -> dict[str, Site]:
             num_prefix_tokens=model.num_prefix_tokens,
             qkv_bias=bias,
             with_qkv_bias=bias is not None,
+            needs_map=True,
             wrap=_beit_wrapper(None if attn.relative_position_bias_table is None else _rel_pos(attn)),
         )
     return sites
@@ -220,7 +251,7 @@ def _beit_wrapper(rel_pos: RelPosBias | None) -> Callable[[TokenMixer], nn.Modul
 @torch.no_grad()
 def _rel_pos(attn: BeitAttention) -> RelPosBias:
     table = attn.relative_position_bias_table
-    with torch.random.fork_rng():
+    with forked_random(table):
         rel_pos = RelPosBias(attn.window_size, attn.num_heads, 1, device=table.device, dtype=table.dtype)
     rel_pos.relative_position_bias_table.copy_(table)
     return rel_pos

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._typing import Size2
 from ..errors import UnsupportedHostError
 from ..layers import TokenMixer
-from .host import HostRule, Site, packed_bias, register_host_rule
+from .host import HostRule, Site, forked_random, packed_bias, register_host_rule
 
 
 class WindowMixer(nn.Module):
@@ -77,6 +77,14 @@ class CosineKey(nn.Module):
         return F.normalize(key, dim=-1) * math.sqrt(key.shape[-1])
 
 
+class PositionMlp(RelPosMlp):  # type: ignore[misc]
+    """timm's continuous position bias, also for windows of one token along an axis, where it divides 0 by 0."""
+
+    def _init_buffers(self) -> None:
+        super()._init_buffers()
+        self.rel_coords_log.nan_to_num_(0.0)
+
+
 def swin_sites(model: SwinTransformer | SwinTransformerV2) -> dict[str, Site]:
     """The window attention of every block."""
     sites = {}
@@ -84,9 +92,12 @@ def swin_sites(model: SwinTransformer | SwinTransformerV2) -> dict[str, Site]:
         for index, block in enumerate(stage.blocks):
             name, attn = f"layers.{stage_index}.blocks.{index}.attn", block.attn
             if isinstance(attn, WindowMixer):
-                sites[name] = Site.of_mixer(attn.mixer, wrap=_wrapper(attn.rel_pos))
+                windows = _window(attn.mixer.feat_size, block)["windows"]
+                sites[name] = Site.of_mixer(attn.mixer, wrap=_wrapper(attn.rel_pos), needs_map=True, windows=windows)
             elif type(attn) is SwinAttention:
-                sites[name] = Site.of(attn, wrap=_wrapper(_bias_table(attn)), **_window(block))
+                sites[name] = Site.of(
+                    attn, wrap=_wrapper(_bias_table(attn)), needs_map=True, **_window(attn.window_size, block)
+                )
             elif type(attn) is SwinV2Attention:
                 bias = packed_bias(attn.q_bias, attn.v_bias)
                 sites[name] = Site.of(
@@ -95,17 +106,18 @@ def swin_sites(model: SwinTransformer | SwinTransformerV2) -> dict[str, Site]:
                     with_qkv_bias=bias is not None,
                     q_norm=CosineQuery(attn.logit_scale),
                     k_norm=CosineKey(),
-                    wrap=_wrapper(_bias_mlp(name, attn)),
-                    **_window(block),
+                    wrap=_wrapper(_bias_mlp(attn)),
+                    needs_map=True,
+                    **_window(attn.window_size, block),
                 )
             else:
                 raise UnsupportedHostError(f"{name} is a {type(attn).__name__}; supported: Swin's WindowAttention")
     return sites
 
 
-def _window(block: Any) -> dict[str, Any]:
-    counts = [-(-extent // window) for extent, window in zip(block.input_resolution, block.window_size, strict=True)]
-    height, width = block.attn.window_size
+def _window(window_size: Size2, block: Any) -> dict[str, Any]:
+    counts = [-(-extent // window) for extent, window in zip(block.input_resolution, window_size, strict=True)]
+    height, width = window_size
     return {"feat_size": (height, width), "windows": math.prod(counts)}
 
 
@@ -116,18 +128,16 @@ def _wrapper(rel_pos: nn.Module) -> Callable[[TokenMixer], nn.Module]:
 @torch.no_grad()
 def _bias_table(attn: SwinAttention) -> RelPosBias:
     table = attn.relative_position_bias_table
-    with torch.random.fork_rng():
+    with forked_random(table):
         rel_pos = RelPosBias(attn.window_size, attn.num_heads, device=table.device, dtype=table.dtype)
     rel_pos.relative_position_bias_table.copy_(table)
     return rel_pos
 
 
-def _bias_mlp(name: str, attn: SwinV2Attention) -> RelPosMlp:
-    if 1 in attn.window_size:
-        raise UnsupportedHostError(f"{name} has a window of {attn.window_size}; enlarge img_size or window_size")
+def _bias_mlp(attn: SwinV2Attention) -> RelPosMlp:
     first, last = attn.cpb_mlp[0], attn.cpb_mlp[2]
-    with torch.random.fork_rng():
-        rel_pos = RelPosMlp(
+    with forked_random(first.weight):
+        rel_pos = PositionMlp(
             attn.window_size,
             attn.num_heads,
             hidden_dim=first.out_features,

@@ -12,7 +12,7 @@ from .baselines import (
     SynthesizerAttention,
 )
 from .mixer import AttentionMixer, TokenMixer
-from .parts import HeadMix
+from .parts import GridState, HeadMix
 from .static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention, StaticKeyAttention
 
 MIXERS: dict[str, Callable[..., TokenMixer]] = {
@@ -35,6 +35,7 @@ __all__ = [
     "ConstantAttention",
     "ConvStaticKeyAttention",
     "FactorizedConvStaticKeyAttention",
+    "GridState",
     "HeadMix",
     "IdentityMixer",
     "PoolMixer",

@@ -85,7 +85,7 @@ class SelfAttention(AttentionMixer):
 
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
         query, key, value = self._split_heads(self.qkv(x), 3)
-        return op(self.q_norm(query), self.k_norm(key), value)
+        return op(self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value)
 
 
 class SynthesizerAttention(GridState, AttentionMixer):
@@ -161,7 +161,7 @@ class SynthesizerAttention(GridState, AttentionMixer):
 
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
         query, value = self._split_heads(self.qv(x), 2)
-        query = self.q_norm(query)
+        query = self.q_norm(query).to(value.dtype)
         key = self._resample(self.static_key, feat_size).to(query.dtype)
         bias = self._resample(self.key_bias, feat_size).to(query.dtype)
         return op(F.relu(query), key, value, key_bias=bias)

@@ -17,11 +17,13 @@ class GridState(nn.Module):
         return torch.tensor(self.feat_size, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Refuse a key of another grid with as many tokens, which no shape would give away.
+        """Refuse a key that was saved on another grid.
 
         Raises:
             FeatSizeError: The checkpoint was saved on another grid.
         """
+        if state.is_meta:
+            return
         saved = tuple(int(size) for size in state)
         if saved != self.feat_size:
             raise FeatSizeError(
@@ -48,7 +50,7 @@ class HeadMix(nn.Module):
 
     def logits(self, logits: Tensor) -> Tensor:
         """Mix over the head axis, (B, h, N, M) to the same."""
-        return self.before(logits.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
+        return self.before(logits.to(self.before.weight.dtype).movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
 
     def weights(self, weights: Tensor) -> Tensor:
         """Mix over the head axis, (B, h, N, M) to the same; rows no longer sum to one."""

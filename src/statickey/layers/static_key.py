@@ -133,7 +133,7 @@ class StaticKeyAttention(GridState, AttentionMixer):
         else:
             (value,) = self._split_heads(self.v(x), 1)
             query = self._split_heads(x, 1)[0].to(value.dtype)
-        query = self.q_norm(query)
+        query = self.q_norm(query).to(value.dtype)  # under autocast norms answer in float32
         segments = self._segments(query, feat_size)
         if self._tiles(feat_size):
             return self._attend_windows(segments, value, feat_size, op)

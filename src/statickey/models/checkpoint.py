@@ -6,14 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed, resample_patch_embed
+from timm.layers import resample_abs_pos_embed, resample_patch_embed, resize_rel_pos_bias_table
 from timm.models import adapt_input_conv
 from timm.models._input import get_pretrained_grid_size
+from timm.models.metaformer import MetaFormer
 from torch import Tensor, nn
 
+from .._checks import check_mapping
 from .._typing import Size2
 from ..convert import token_mixers
-from .reference import accept_reference_layout
+from ..convert.metaformers import HEAD_DIM
+from ..layers import AttentionMixer, TokenMixer
+from .reference import accept_reference_layout, same_but_for_ones
 
 
 @dataclass(frozen=True)
@@ -32,9 +36,11 @@ class LoadReport:
 def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
     """Bring a checkpoint to a model's layout and input size, as timm's loaders call it.
 
-    Accepts this package's layout, timm's, the reference's and the official MetaFormer release's. Static keys,
-    position embeddings and patch kernels of another image or patch size are resampled; the grid they were
-    saved on is read from the checkpoint.
+    Accepts this package's layout, the layout of timm's own state dicts, the reference's and the official
+    MetaFormer release's. Static keys, position embeddings and biases, and patch kernels of another image or patch
+    size are resampled; the grid they were saved on is read from the checkpoint. Shifted patches are adapted to
+    another number of channels (for convolutions timm's loader does that). What does not fit passes unchanged,
+    and loading it names it.
 
     Args:
         state_dict: The checkpoint.
@@ -42,8 +48,12 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
 
     Returns:
         Names and tensors for ``model.load_state_dict``.
+
+    Raises:
+        StaticKeyError: Not a mapping, or a reference checkpoint whose heads are not the model's.
+        FeatSizeError: A key has another number of rows than the grid saved beside it.
     """
-    out = accept_reference_layout(state_dict, model)
+    out = dict(accept_reference_layout(check_mapping("state_dict", state_dict), model))
     saved_grid = None
     for prefix, mixer in token_mixers(model).items():
         extra = out.get(f"{prefix}._extra_state")
@@ -55,6 +65,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
             resampled = mixer.resample_state({name: out[f"{prefix}.{name}"] for name in names}, grid)
             out |= {f"{prefix}.{name}": tensor for name, tensor in resampled.items()}
             out[f"{prefix}._extra_state"] = torch.tensor(mixer.feat_size)
+            _fit_position_bias(out, model, prefix.removesuffix(".mixer"), grid, mixer.feat_size)
     if hasattr(model, "patch_embed"):
         _fit_patches(out, model, saved_grid)
     return out
@@ -65,7 +76,8 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
 
     Query and value rows are taken from a packed ``qkv`` where the model has ``qv`` or ``v``; the rest goes by name
     and shape. For instance a CAFormer's weights into ``cskaformer_s18``, or a ViT's into
-    ``ska_vit_small_patch16_224``.
+    ``ska_vit_small_patch16_224``. Projections whose heads differ stay fresh, as far as the state dict shows its
+    heads: by a key, or in a MetaFormer by timm's 32 channels a head.
 
     Args:
         model: Changed in place.
@@ -73,19 +85,25 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
 
     Returns:
         Names of the model's tensors that were taken and that stayed fresh, and of the given ones not used.
+
+    Raises:
+        StaticKeyError: As ``checkpoint_filter_fn``.
     """
     given = checkpoint_filter_fn(state_dict, model)
     own = model.state_dict(keep_vars=True)
     used: set[str] = set()
     taken: dict[str, Tensor] = {}
+    foreign = {
+        prefix for prefix, mixer in token_mixers(model).items() if not _same_heads(prefix, mixer, given, model)
+    }
     for name, target in own.items():
         source, rows = _source(name, given)
-        if source is None or not isinstance(given[source], Tensor):
+        if source is None or not isinstance(given[source], Tensor) or name.rpartition(".")[0] in foreign:
+            continue
+        if name.rpartition(".")[0].rpartition(".")[0] in foreign:
             continue
         tensor = given[source] if rows is None else torch.cat([given[source].chunk(3)[row] for row in rows])
-        if tensor.numel() == target.numel() and [s for s in tensor.shape if s > 1] == [
-            s for s in target.shape if s > 1
-        ]:
+        if same_but_for_ones(tensor, target):
             taken[name] = tensor.reshape(target.shape)
             used.add(source)
     model.load_state_dict(taken, strict=False)
@@ -105,18 +123,44 @@ def _source(name: str, given: Mapping[str, Any]) -> tuple[str | None, tuple[int,
     return None, None
 
 
+def _same_heads(prefix: str, mixer: TokenMixer, given: Mapping[str, Any], model: nn.Module) -> bool:
+    """Whether the given projections of a mixer have its heads, as far as can be told."""
+    if not isinstance(mixer, AttentionMixer):
+        return True
+    for key in ("static_key", "prefix_key", "conv_key"):
+        tensor = given.get(f"{prefix}.{key}")
+        if tensor is not None:
+            return tuple(tensor.shape[::2][:2]) == (mixer.num_heads, mixer.head_dim)
+    former = isinstance(model, MetaFormer)
+    return not (former and f"{prefix}.qkv.weight" in given) or mixer.head_dim == HEAD_DIM
+
+
+def _fit_position_bias(
+    state: dict[str, Any], model: nn.Module, prefix: str, saved_grid: Size2, feat_size: Size2
+) -> None:
+    """Resample the bias table beside a key, in the layout of Swin and BEiT."""
+    name = f"{prefix}.rel_pos.relative_position_bias_table"
+    if name in state:
+        state[name] = resize_rel_pos_bias_table(
+            state[name],
+            new_window_size=feat_size,
+            new_bias_shape=tuple(model.get_parameter(name).shape),
+            old_window_size=saved_grid,
+        )
+
+
 def _fit_patches(state: dict[str, Any], model: Any, saved_grid: Size2 | None) -> None:
     weight = state.get("patch_embed.proj.weight")
     pos_embed = state.get("pos_embed")
-    if pos_embed is not None and model.pos_embed is not None:
-        num_prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    if pos_embed is not None and getattr(model, "pos_embed", None) is not None:
+        # the difference to the patches is the prefix, wherever a host keeps its class token
+        num_prefix = model.pos_embed.shape[1] - model.patch_embed.num_patches
         if saved_grid is None:
             kernel = weight if weight is not None and weight.ndim == 4 else torch.empty(model.patch_embed.patch_size)
             kernel = kernel.reshape(-1, 1, *kernel.shape[-2:])  # only its extent is read
             saved_grid = get_pretrained_grid_size(model, kernel, pos_embed.shape[1] - num_prefix)
-        if saved_grid != model.patch_embed.grid_size and (
-            saved_grid is not None or pos_embed.shape != model.pos_embed.shape
-        ):
+        fits = saved_grid is not None and pos_embed.shape[1] == num_prefix + saved_grid[0] * saved_grid[1]
+        if fits and saved_grid != tuple(model.patch_embed.grid_size):
             state["pos_embed"] = resample_abs_pos_embed(
                 pos_embed,
                 new_size=model.patch_embed.grid_size,
@@ -126,9 +170,9 @@ def _fit_patches(state: dict[str, Any], model: Any, saved_grid: Size2 | None) ->
     if weight is None:
         return
     target = model.patch_embed.proj.weight
-    if weight.ndim == 4 and weight.shape[2:] != target.shape[2:]:
+    if weight.ndim == 4 == target.ndim and weight.shape[2:] != target.shape[2:]:
         state["patch_embed.proj.weight"] = resample_patch_embed(weight, list(target.shape[2:]))
-    elif weight.ndim == 2 and weight.shape[1] != target.shape[1]:
+    elif weight.ndim == 2 == target.ndim and weight.shape[1] != target.shape[1]:
         _fit_shifted_patches(state, model.patch_embed)
 
 
@@ -137,6 +181,8 @@ def _fit_shifted_patches(state: dict[str, Any], patch_embed: Any) -> None:
     area = patch_embed.patch_size[0] * patch_embed.patch_size[1]
     copies = patch_embed.norm.weight.shape[0] // (area * patch_embed.in_chans)
     weight = state["patch_embed.proj.weight"]
+    if weight.shape[1] != area * copies * 3:  # another patch size, or not of the three colours timm adapts
+        return
     patches = weight.reshape(weight.shape[0], area, copies, -1).permute(0, 3, 1, 2)
     adapted = adapt_input_conv(patch_embed.in_chans, patches).permute(0, 2, 3, 1)
     state["patch_embed.proj.weight"] = adapted.reshape(weight.shape[0], -1)

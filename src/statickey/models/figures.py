@@ -106,20 +106,13 @@ def model_figures(name: str, *, img_size: int | None = None, mixers: Sequence[st
     if img_size is not None:
         kwargs["img_size"] = img_size
     try:
-        with torch.device("meta"):
-            model = timm.create_model(name, **kwargs)
-    except (TypeError, AssertionError) as error:
+        model, input_size = _create(name, kwargs)
+    except StaticKeyError:
+        raise
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise StaticKeyError(f"model {name!r} refuses {kwargs}: {error}") from error
-    if not token_mixers(model):
-        try:
-            convert(model, "mhsa")  # the same function and parameters, with a formula
-        except UnsupportedHostError:
-            if attention_classes(model):
-                raise
     model.requires_grad_(False)  # torch's counter stumbles over parameters that are inputs of modules
     params = sum(p.numel() for p in model.parameters())
-    channels, height, width = get_model_input_config(model)["input_size"]
-    input_size = (channels, height, width)
     closed, attention, key_macs = _closed_form(model, input_size)
     macs = count_macs(model, input_size)
     ours = timm.models.is_model_in_modules(name, OUR_MODULES)  # others may have products we know nothing of
@@ -132,6 +125,31 @@ def model_figures(name: str, *, img_size: int | None = None, mixers: Sequence[st
     key_params = sum(getattr(m, n).numel() for m in static for n in m.grid_parameters if getattr(m, n) is not None)
     published = PUBLISHED.get(name) if not kwargs else None
     return ModelFigures(name, input_size, params, macs, attention, activations.total, key_params, key_macs, published)
+
+
+def _create(name: str, kwargs: dict[str, Any]) -> tuple[nn.Module, tuple[int, int, int]]:
+    """A model without memory, its attention in mixers that have a formula, and the input it was checked on."""
+    size = kwargs.get("img_size")
+    with torch.device("meta"):
+        try:
+            model = timm.create_model(name, **kwargs)
+        except TypeError:
+            if size is None:
+                raise
+            model = timm.create_model(name, **{key: value for key, value in kwargs.items() if key != "img_size"})
+    if not token_mixers(model):
+        try:
+            convert(model, "mhsa")  # the same function and parameters
+        except UnsupportedHostError:
+            if attention_classes(model):
+                raise
+    if size is not None and hasattr(model, "set_input_size"):
+        model.set_input_size((size, size))
+    channels, height, width = get_model_input_config(model)["input_size"]
+    input_size = (channels, height, width) if size is None else (channels, size, size)
+    with torch.no_grad():
+        model.eval()(torch.empty(1, *input_size, device="meta"))
+    return model, input_size
 
 
 def _closed_form(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int, int]:

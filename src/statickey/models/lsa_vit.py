@@ -14,6 +14,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .._checks import check_mapping
 from ..convert import MixerSlot, convert
 from ..errors import StaticKeyError
 from .reference import accept_reference_layout
@@ -118,7 +119,7 @@ def lsa_vit(
             if tensor is not None:
                 nn.init.normal_(tensor)
     locality = {"num_heads": num_heads, "head_dim": head_dim, "learned_temperature": True, "mask_diagonal": True}
-    convert(model, mixer, mixer_args=locality | ({} if mixer_args is None else dict(mixer_args)))
+    convert(model, mixer, mixer_args=locality | check_mapping("mixer_args", mixer_args))
     model.state_dict_filter = accept_reference_layout
     return model
 

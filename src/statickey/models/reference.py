@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .._checks import check_mapping
 from ..convert import check_shapes, token_mixers
 from ..errors import StaticKeyError
 from ..layers import TokenMixer
@@ -58,7 +59,7 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -
         StaticKeyError: Not a checkpoint of the reference, or of another model: names the first tensor that
             differs.
     """
-    state_dict = unwrap(state_dict)
+    state_dict = unwrap(check_mapping("state_dict", state_dict))
     if not is_reference_layout(state_dict):
         first = next(iter(state_dict), "nothing")
         raise StaticKeyError(
@@ -77,10 +78,10 @@ def load_reference_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -
     model.load_state_dict(converted)
 
 
-def accept_reference_layout(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+def accept_reference_layout(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
     """Rename a reference checkpoint to the model's names; pass any other through."""
     state_dict = unwrap(state_dict)
-    return from_reference(state_dict, model) if is_reference_layout(state_dict) else dict(state_dict)
+    return from_reference(state_dict, model) if is_reference_layout(state_dict) else state_dict
 
 
 def unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -119,7 +120,7 @@ def from_reference(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str,
             name = re.sub(pattern, replacement, name)
         target = own.get(name)
         # pointwise convolutions are linear layers in a stage of tokens, and the other way round
-        if isinstance(target, Tensor) and target.shape != tensor.shape and _same_but_for_ones(target, tensor):
+        if isinstance(target, Tensor) and same_but_for_ones(target, tensor):
             tensor = tensor.reshape(target.shape)
         mixer = mixers.get(name.rpartition(".")[0])
         if mixer is not None and name.endswith((".conv_key", ".conv_bias")):
@@ -133,7 +134,8 @@ def from_reference(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str,
     return out
 
 
-def _same_but_for_ones(a: Tensor, b: Tensor) -> bool:
+def same_but_for_ones(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors differ at most by axes of extent one."""
     return [size for size in a.shape if size != 1] == [size for size in b.shape if size != 1]
 
 
@@ -148,7 +150,8 @@ def _unfold_heads(name: str, tensor: Tensor, mixer: TokenMixer) -> Tensor:
 
 
 def _divide_temperatures(state: dict[str, Any]) -> None:
-    scaled = [name for name in state if name.endswith((".conv_key", ".conv_bias"))]
+    temperature = {name: name.rpartition(".")[0] + ".log_temperature" for name in state}
+    scaled = [name for name in state if name.endswith((".conv_key", ".conv_bias")) and temperature[name] in state]
     if not scaled:
         return
     warnings.warn(
@@ -158,4 +161,4 @@ def _divide_temperatures(state: dict[str, Any]) -> None:
         stacklevel=4,
     )
     for name in scaled:
-        state[name] = state[name] / state[name.rpartition(".")[0] + ".log_temperature"].exp()
+        state[name] = state[name] / state[temperature[name]].exp()

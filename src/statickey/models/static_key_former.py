@@ -7,7 +7,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._input import update_model_input_size
 from timm.models.metaformer import LayerNorm2dNoBias, LayerNormNoBias, MetaFormer
 
-from .._checks import check_name
+from .._checks import check_img_size, check_mapping, check_name
 from ..convert import MapSlot, TokenSlot, convert, stage_grids
 from ..errors import StaticKeyError
 from ..layers import MIXERS
@@ -65,7 +65,7 @@ def static_key_former(
         )
     for mixer in mixers:
         check_name("mixer", mixer, MIXERS)
-    args = {} if mixer_args is None else dict(mixer_args)
+    args = check_mapping("mixer_args", mixer_args)
     if not args.keys() <= set(mixers):
         raise StaticKeyError(
             f"mixer_args={args!r} must map names of {tuple(mixers)} to their arguments, "
@@ -79,11 +79,11 @@ def static_key_former(
         norm_layers=[LayerNorm2dNoBias if maps else LayerNormNoBias for maps in on_maps],
         **host_args,
     )
-    size = (img_size, img_size) if isinstance(img_size, int) else (img_size[0], img_size[1])
+    size = check_img_size(img_size)
     stage_grids(model, size)
     update_model_input_size(model, size)
     for index, mixer in enumerate(mixers):
-        own = dict(args.get(mixer, {}))
+        own = check_mapping(f"mixer_args[{mixer!r}]", args.get(mixer))
         settings = REFERENCE_ARGS.get(mixer, {}) | own
         if "num_heads" in own and "head_dim" not in own:
             settings = {name: value for name, value in settings.items() if name != "head_dim"}

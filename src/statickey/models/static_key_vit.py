@@ -8,6 +8,7 @@ from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models.vision_transformer import VisionTransformer
 
 from ..convert import MixerSlot, convert
+from ..errors import StaticKeyError
 from .reference import accept_reference_layout
 from .registration import register
 
@@ -33,6 +34,8 @@ def static_key_vit(
     convert(model, mixer, mixer_args=mixer_args)
     model.state_dict_filter = accept_reference_layout
     if fix_init:
+        if not hasattr(model.blocks[0].attn, "proj"):
+            raise StaticKeyError(f"fix_init=True scales output projections, mixer {mixer!r} has none")
         model.fix_init_weight()
     return model
 

@@ -178,7 +178,7 @@ def _weights(
             logits = logits + key_bias.to(wide).unsqueeze(-2)
         logits = logits * scale
         if head_mix is not None:
-            logits = head_mix(logits.to(query.dtype)).to(wide)
+            logits = head_mix(logits).to(wide)
         if mask is not None:
             logits = logits + mask
         return logits.softmax(dim=-1).to(query.dtype)
