@@ -31,6 +31,12 @@ def test_table_csv_and_markdown(tmp_path):
     assert int(rows[3]["macs"]) != int(rows[0]["macs"])
 
 
+def test_another_image_size_for_models_that_take_none():
+    figures, _ = shown(["caformer_s18", "skaformer_s18=sepconv,sepconv,mhsa,mhsa", "resnet18"], img_size=160)
+    assert [figure.input_size for figure in figures] == [(3, 160, 160)] * 3
+    assert figures[0].macs == figures[1].macs
+
+
 def test_default_is_every_name_of_ours_and_some_peers():
     assert len(OURS) == len(set(OURS)) == 28
     assert not set(OURS) & set(PEERS)

@@ -10,6 +10,7 @@ from torch import nn
 from statickey import MIXERS, convert
 from statickey.convert import HostRule, Site, register_host_rule, token_mixers
 from statickey.errors import StaticKeyError, UnknownNameError, UnsupportedHostError
+from statickey.models import checkpoint_filter_fn
 from tolerances import assert_close
 
 ARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 3, "num_classes": 5}
@@ -96,6 +97,17 @@ class TestEveryHost:
         assert keys
         assert all(p.grad is not None for p in model.parameters())
 
+    @pytest.mark.parametrize("mixer", ["mhsa", "ska", "cska", "fcska"])
+    def test_autocast(self, made, mixer):
+        """Norms and cosines answer in float32, projections in bfloat16: the mixer brings them together."""
+        model, images = made
+        convert(model, mixer)
+        expected = model(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = model(images)
+        assert out.isfinite().all()
+        assert (out.float() - expected).abs().mean() < 0.05 * expected.std() + 0.02
+
     def test_copies(self, made):
         model, images = made
         convert(model, "ska")
@@ -110,9 +122,12 @@ class TestEveryHost:
         model, images = made
         twin = copy.deepcopy(model)
         convert(model, "mhsa")
-        convert(model, "ska")
-        convert(twin, "ska")
+        again = convert(model, "ska")
+        once = convert(twin, "ska")
         assert_close("logits", model(images), twin(images))
+        assert (again.macs_before, again.macs_after) == (once.macs_before, once.macs_after)
+        assert again.params_after == once.params_after
+        assert [m.params_after for m in again.modules] == [m.params_after for m in once.modules]
 
 
 def test_projections_are_carried_over():
@@ -216,6 +231,132 @@ def test_layers_of_choice(layers, expected):
     model(torch.randn(2, 3, 64, 96)).sum().backward()
     model.set_grad_checkpointing()
     model(torch.randn(2, 3, 64, 96)).sum().backward()
+
+
+def test_locality_survives_a_second_swap():
+    torch.manual_seed(0)
+    model = timm.create_model("lsa_vit_small_patch4_32", depth=2, embed_dim=48, num_heads=2, head_dim=16).eval()
+    with torch.no_grad():
+        model.blocks[1].attn.log_temperature.fill_(0.7)
+    images = torch.randn(2, 3, 32, 32)
+    before = model(images)
+    convert(model, "mhsa")
+    assert torch.equal(model(images), before)
+    convert(model, "ska")
+    attn = model.blocks[1].attn
+    assert attn.mask_diagonal
+    assert attn.log_temperature.item() == pytest.approx(0.7)
+
+
+def test_indices_do_not_move():
+    model = host()
+    convert(model, "ska", layers=[0])
+    with pytest.raises(UnsupportedHostError, match=r"blocks\.0\.attn is already a StaticKeyAttention"):
+        convert(model, "ska", layers=[0])
+    assert [m.name for m in convert(model, "cska", layers=1).modules] == ["blocks.1.attn"]
+
+
+def test_a_frozen_host_trains_its_keys_only():
+    model = host().requires_grad_(False)
+    convert(model, "ska")
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable == ["blocks.0.attn.static_key", "blocks.1.attn.static_key"]
+
+
+def test_a_bias_the_host_does_not_have_starts_at_zero():
+    model = host(qkv_bias=False).eval()
+    images = torch.randn(1, 3, 32, 32)
+    before = model(images)
+    convert(model, "mhsa", mixer_args={"qkv_bias": True})
+    assert_close("logits", model(images), before)
+
+
+def test_a_window_of_one_token():
+    torch.manual_seed(0)
+    model = timm.create_model("swinv2_tiny_window8_256", **SWIN | {"depths": (1, 1)}).eval()
+    before = copy.deepcopy(model)
+    convert(model, "mhsa")
+    for swin in (model, before):
+        swin.set_input_size((16, 8), window_size=8)
+    images = torch.randn(1, 3, 16, 8)
+    assert [m.feat_size for m in token_mixers(model).values()] == [(4, 2), (2, 1)]
+    assert_close("logits", model(images), before(images))
+
+
+@pytest.mark.parametrize("name", ["swin", "swin v2"])
+def test_position_bias_stays_out_of_weight_decay(name):
+    model = HOSTS[name]()
+    kept = len(model.no_weight_decay())
+    convert(model, "mhsa")
+    names = model.no_weight_decay()
+    assert len(names) >= kept
+    assert names <= set(dict(model.named_parameters())) | {"absolute_pos_embed"}
+
+
+@pytest.mark.parametrize(("name", "sizes"), [("swin", (56, 64)), ("beit", (64, 96))])
+def test_converted_hosts_load_across_sizes(name, sizes):
+    torch.manual_seed(0)
+    models = []
+    for size in sizes:
+        if name == "swin":
+            model = timm.create_model(
+                "swin_tiny_patch4_window7_224", **SWIN | {"img_size": size, "window_size": size // 8}
+            )
+        else:
+            model = timm.create_model("beit_base_patch16_224", **TINY, img_size=size)
+        convert(model, "fcska")
+        models.append(model.eval())
+    saved, other = models
+    state = saved.state_dict()
+    with pytest.raises(StaticKeyError, match="img_size"):
+        other.load_state_dict(state)
+    other.load_state_dict(checkpoint_filter_fn(state, other))
+    if name == "swin":
+        saved.set_input_size((sizes[1], sizes[1]), window_size=sizes[1] // 8)
+    else:
+        saved.set_input_size((sizes[1], sizes[1]))
+    images = torch.randn(1, 3, sizes[1], sizes[1])
+    assert_close("logits", other(images), saved(images))
+
+
+def test_nothing_is_loaded_when_a_grid_is_wrong():
+    wide, tall = host(img_size=(32, 48)), host(seed=1, img_size=(48, 32))
+    for model in (wide, tall):
+        convert(model, "ska")
+    before = copy.deepcopy(tall.state_dict())
+    with pytest.raises(StaticKeyError, match=r"feat_size=\(4, 6\), this layer is built for \(6, 4\)"):
+        tall.load_state_dict(wide.state_dict())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in tall.state_dict().items())
+
+
+class Subclass(timm.models.VisionTransformer):
+    """A class of a user's own."""
+
+
+def test_a_subclass_of_a_host():
+    torch.manual_seed(0)
+    model = Subclass(**ARGS)
+    convert(model, "ska")
+    assert isinstance(model, Subclass)
+
+    class Further(type(model)):
+        pass
+
+    model.__class__ = Further
+    assert type(copy.deepcopy(model)) is Further
+
+
+def test_weights_on_the_meta_device():
+    model = host()
+    convert(model, "ska")
+    with torch.device("meta"):
+        empty = host()
+        convert(empty, "ska")
+    meta = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
+    empty.load_state_dict(meta, assign=True)
+    assert all(p.is_meta for p in empty.parameters())
+    empty.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(empty.blocks[0].attn.static_key, model.blocks[0].attn.static_key)
 
 
 def test_swin_windows_follow_the_input_size():
@@ -327,6 +468,30 @@ REFUSED = {
     "pattern": (host, "ska", {"layers": "block.*"}, r"layers='block.\*' matches none of blocks.0.attn"),
     "nothing": (host, "ska", {"layers": []}, "names no module"),
     "neither": (host, "ska", {"layers": [1.5]}, "layers has 1.5"),
+    "no layers": (host, "ska", {"layers": None}, "layers=None names no module"),
+    "no name": (host, None, {}, "mixer=None must be a name"),
+    "text": (host, "ska", {"mixer_args": "head_dim=3"}, "mixer_args='head_dim=3' must map"),
+    "no head": (host, "ska", {"mixer_args": {"head_dim": 0}}, "head_dim=0 must be a positive integer"),
+    "a grid": (host, "ska", {"mixer_args": {"feat_size": (2, 8)}}, "mixer_args has feat_size, which follow"),
+    "norm of other heads": (
+        lambda: host(qk_norm=True),
+        "ska",
+        {"keep_weights": False, "mixer_args": {"head_dim": 6}},
+        "q_norm for 3 heads of 8, the mixer has 4 of 6",
+    ),
+    "talking heads": (
+        lambda: HOSTS["cait"](),
+        "cska",
+        {"keep_weights": False, "mixer_args": {"num_heads": 8}},
+        "head_mix for 4 heads of 12, the mixer has 8 of 6",
+    ),
+    "bias of other heads": (
+        lambda: HOSTS["swin"](),
+        "ska",
+        {"keep_weights": False, "mixer_args": {"num_heads": 8}},
+        "a position bias for 2 heads of 8",
+    ),
+    "bias without a map": (lambda: HOSTS["beit"](), "constant", {}, "a position bias, for which mixer 'constant'"),
 }
 
 

@@ -254,13 +254,32 @@ class TestEveryFamily:
             assert_close(n, b.grad, a.grad)
 
     def test_two_sizes_in_one_step_under_checkpointing(self, family):
-        """As in self-distillation: large and small crops go through before the first backward."""
+        """As in self-distillation: several crops go through before the first backward, two with as many tokens."""
         kwargs = {} if family in FORMERS else {"dynamic_img_size": True}
-        model = create(family, **kwargs).eval()
-        model.set_grad_checkpointing()
-        large, small_crop = images(family), images(family, size=tuple(s // 2 for s in size_of(family)))
-        (model(large).mean() + model(small_crop).mean()).backward()
-        assert all(p.grad is not None for p in model.parameters())
+        plain, saving = create(family, **kwargs).eval(), create(family, **kwargs).eval()
+        saving.set_grad_checkpointing()
+        height, width = size_of(family)
+        crops = [images(family, size=size) for size in ((height, width), (height, width // 2), (height // 2, width))]
+        for model in (plain, saving):
+            sum(model(crop).square().mean() for crop in crops).backward()
+        for (name, a), b in zip(plain.named_parameters(), saving.parameters(), strict=True):
+            assert_close(name, b.grad, a.grad)
+        copy.deepcopy(saving)(crops[1]).mean().backward()
+        saving.set_grad_checkpointing(False)
+        assert_close("off again", saving(crops[2]), plain(crops[2]))
+
+    def test_dynamic_size_compiles_and_exports(self, family):
+        """At a size the model was not built for and has not seen."""
+        model = create(family, **({} if family in FORMERS else {"dynamic_img_size": True})).eval()
+        x = images(family, size=other_size(family))
+        program = torch.export.export(model, (x,))
+        with torch.no_grad():
+            expected = model(x)
+            assert_close("exported", program.module()(x), expected)
+            turned = x.transpose(2, 3)
+            compiled = torch.compile(model, fullgraph=True, backend="eager")
+            assert_close("compiled", compiled(turned), model(turned))
+        torch.compiler.reset()
 
     @pytest.mark.capability("torch.compile, no break")
     def test_compile_without_breaks(self, family):

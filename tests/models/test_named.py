@@ -1,13 +1,16 @@
 """Sizes, patterns and weights of the named models."""
 
+import itertools
+
 import pytest
 import timm
 import torch
 
-from statickey import convert
+from statickey import MIXERS, convert
+from statickey import models as models_package
 from statickey.convert import token_mixers
 from statickey.errors import StaticKeyError, UnknownNameError
-from statickey.models import count_macs, warm_start
+from statickey.models import build_model, checkpoint_filter_fn, count_macs, warm_start
 
 CAFORMER = {"mixers": ("sepconv", "sepconv", "mhsa", "mhsa")}
 FIGURES = [
@@ -56,29 +59,43 @@ def test_any_mixer_in_any_stage(mixer, stage):
     mixers = ["sepconv", "sepconv", "mhsa", "mhsa"]
     mixers[stage] = mixer
     model = timm.create_model("skaformer_nano", mixers=tuple(mixers), **NANO)
-    assert [type(m).__name__ for m in token_mixers(model).values()][0 if stage == 0 else -1]
+    found = [type(m) for n, m in token_mixers(model).items() if n.startswith(f"stages.{stage}.")]
+    assert set(found) == {MIXERS[mixer]}
     out = model(torch.randn(2, 3, 64, 64))
     out.sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_shared_weights_are_bit_identical_across_patterns():
-    """Stage 2 differs; everything else is the same at one seed, the mixers of the other stages too."""
-    states = []
-    for mixer in ("mhsa", "ska", "cska", "fcska", "sepconv", "pool"):
-        torch.manual_seed(5)
-        model = timm.create_model("skaformer_nano", mixers=("sepconv", mixer, "mhsa", "mhsa"), **NANO)
-        states.append(model.state_dict() | {"next draw": torch.rand(3)})
-    shared = set.intersection(*(set(state) for state in states))
-    assert {
-        "stem.conv.weight",
-        "stages.1.blocks.0.mlp.fc1.weight",
-        "stages.3.blocks.0.token_mixer.qkv.weight",
-    } <= shared
-    assert "stages.0.blocks.0.token_mixer.dwconv.weight" in shared
-    for name in shared:
-        for state in states:
-            assert torch.equal(state[name].flatten(), states[0][name].flatten()), name
+@pytest.mark.parametrize(
+    ("name", "proj"),
+    [
+        ("skaformer_nano", "stages.1.blocks.0.token_mixer.proj.weight"),
+        ("ska_vit_tiny_patch16_224", "blocks.1.attn.proj.weight"),
+        ("lsa_vit_small_patch4_32", "blocks.1.attn.proj.weight"),
+    ],
+)
+def test_shared_weights_are_bit_identical_across_mixers(name, proj):
+    """One seed, one set of shared weights: outside the swapped attention, and inside it where two mixers agree."""
+    states = {}
+    for mixer in ("mhsa", "ska", "cska", "fcska", "sepconv" if "former" in name else "synthesizer"):
+        if (name, mixer) == ("lsa_vit_small_patch4_32", "synthesizer"):
+            continue
+        args = {"depths": (1, 1, 1, 1)} if "former" in name else {"depth": 2}
+        states[mixer] = build_model(name, mixer, img_size=32, num_classes=4, seed=5, model_args=args).state_dict()
+        states[mixer]["next draw"] = torch.rand(3)
+    for first, second in itertools.combinations(states, 2):
+        shared = [
+            n for n in states[first] if n in states[second] and states[first][n].shape == states[second][n].shape
+        ]
+        assert len(shared) > 20
+        assert (proj in shared) == ("sepconv" not in (first, second))
+        for key in shared:
+            if "synthesizer" in (first, second) and "static_key" in key:
+                continue  # of another scale
+            assert torch.equal(states[first][key], states[second][key]), (first, second, key)
+    queries = [n for n in states["cska"] if n.endswith("qv.weight")]
+    assert queries
+    assert all(torch.equal(states["cska"][n], states["fcska"][n]) for n in queries)
 
 
 def test_projections_start_as_timms():
@@ -158,6 +175,10 @@ PATTERNS = {
     "flat": ({"mixer_args": {"kernel_size": 5}}, "mixer_args=.* must map names of"),
     "option": ({"mixer_args": {"ska": {"kernel_size": 5}}}, "mixer 'ska': .*kernel_size"),
     "heads": ({"mixer_args": {"ska": {"num_heads": 7}}}, "dim=64 is not divisible by num_heads=7"),
+    "no name": ({"mixers": ("sepconv", None, "mhsa", "mhsa")}, "mixer=None must be a name"),
+    "no mapping": ({"mixer_args": {"ska": [1]}}, r"mixer_args\['ska'\]=\[1\] must map"),
+    "half a size": ({"img_size": 22.4}, "img_size=22.4 must be one side in pixels, or a pair"),
+    "one of a pair": ({"img_size": (64,)}, r"img_size=\(64,\) must be one side in pixels, or a pair"),
     "too small": ({"img_size": (2, 64)}, r"img_size=\(2, 64\) leaves a grid of \(0, 16\) in stage 0"),
 }
 
@@ -168,7 +189,7 @@ def test_impossible_patterns(case):
     with pytest.raises(StaticKeyError, match=message) as caught:
         timm.create_model("skaformer_nano", **kwargs)
     assert "\n" not in str(caught.value)
-    assert isinstance(caught.value, UnknownNameError) == (case == "unknown")
+    assert isinstance(caught.value, UnknownNameError) == (case in {"unknown", "no name"})
 
 
 def test_warm_start_from_a_caformer_says_what_it_took():
@@ -215,3 +236,61 @@ def test_convert_after_warm_start_keeps_everything_else():
     assert all(
         torch.equal(state[n], t) for n, t in kept.items() if "blocks.2.attn" not in n and "blocks.3.attn" not in n
     )
+
+
+def test_warm_start_leaves_projections_of_other_heads_fresh():
+    """Rows of a projection belong to heads: 5 of 32 channels are not 10 of 16."""
+    torch.manual_seed(1)
+    peer = timm.create_model("skaformer_nano", **NANO)
+    model = timm.create_model("skaformer_nano", mixers=("sepconv", "ska", "cska", "mhsa"), **NANO)
+    report = warm_start(model, peer.state_dict())
+    assert {n.split(".")[1] for n in report.fresh} == {"2"}
+    assert any("qv.weight" in n for n in report.fresh)
+    assert not any("mlp" in n for n in report.fresh)
+    same = timm.create_model(
+        "skaformer_nano", mixers=("sepconv", "ska", "fcska", "mhsa"), mixer_args={"fcska": {"head_dim": 32}}, **NANO
+    )
+    assert "stages.2.blocks.0.token_mixer.qv.weight" in warm_start(same, peer.state_dict()).taken
+
+
+UNFIT = {
+    "registers": ("ska_vit_tiny_patch16_224", {}, {"reg_tokens": 4}, "pos_embed|static_key"),
+    "no class token": ("ska_vit_tiny_patch16_224", {}, {"class_token": False, "global_pool": "avg"}, "class_token"),
+    "patch of shifted patches": ("ska_lsa_vit_small_patch4_32", {}, {"patch_size": 8}, "patch_embed"),
+    "channels of shifted patches": ("ska_lsa_vit_small_patch4_32", {"in_chans": 1}, {"in_chans": 4}, "patch_embed"),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_what_cannot_be_adapted_is_named(case):
+    name, saved, wanted, message = UNFIT[case]
+    sizes = {"depth": 1, "img_size": 32, "num_classes": 3}
+    state = timm.create_model(name, **sizes | saved).state_dict()
+    model = timm.create_model(name, **sizes | wanted)
+    with pytest.raises(StaticKeyError, match=message):
+        model.load_state_dict(checkpoint_filter_fn(state, model))
+
+
+def test_another_patch_size():
+    torch.manual_seed(0)
+    peer = timm.create_model("ska_vit_tiny_patch16_224", depth=1, img_size=64)
+    model = timm.create_model("ska_vit_tiny_patch16_224", depth=1, img_size=64, patch_size=8)
+    model.load_state_dict(checkpoint_filter_fn(peer.state_dict(), model))
+    assert model.blocks[0].attn.feat_size == (8, 8)
+
+
+@pytest.mark.parametrize("name", ["cait_xxs24_224", "beit_base_patch16_224"])
+def test_filter_on_converted_hosts(name):
+    extra = {"use_abs_pos_emb": True} if "beit" in name else {}
+    models = [timm.create_model(name, img_size=size, depth=2, **extra) for size in (64, 96)]
+    for model in models:
+        convert(model, "ska")
+    models[1].load_state_dict(checkpoint_filter_fn(models[0].state_dict(), models[1]))
+
+
+@pytest.mark.parametrize("loader", ["load_reference_state_dict", "warm_start", "checkpoint_filter_fn"])
+def test_a_path_is_not_a_state_dict(loader):
+    model = timm.create_model("skaformer_nano", **NANO)
+    args = ("a.pth", model) if loader == "checkpoint_filter_fn" else (model, "a.pth")
+    with pytest.raises(StaticKeyError, match=r"state_dict='a\.pth' must map"):
+        getattr(models_package, loader)(*args)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._typing import Size2
 from ..errors import UnsupportedHostError
-from ..layers import HeadMix, TokenMixer
+from ..layers import HeadMix, TokenGrids, TokenMixer
 from .host import (
     HostRule,
     MixerSlot,
@@ -40,7 +40,7 @@ class GridHost(StaticKeyHost):
     dynamic_img_size: bool
     num_prefix_tokens: int
     blocks: Any
-    grids: dict[int, Size2]
+    grids: TokenGrids
 
     def set_input_size(self, img_size: Size2 | None = None, patch_size: Size2 | None = None) -> None:
         """Rebuild position embedding and keys for another input; see timm's ``set_input_size``."""
@@ -62,17 +62,17 @@ class GridHost(StaticKeyHost):
     def _pos_embed(self, x: Tensor) -> Any:
         if self.dynamic_img_size:  # the last place that sees the grid, before tokens are flattened
             height, width = x.shape[1], x.shape[2]
-            self.grids[self.num_prefix_tokens + height * width] = (height, width)
+            self.grids.by_count[self.num_prefix_tokens + height * width] = (height, width)
         return super()._pos_embed(x)  # type: ignore[misc]
 
 
-def _keep_grid(grids: dict[int, Size2], block: nn.Module, args: tuple[Any, ...]) -> None:
+def _keep_grid(grids: TokenGrids, block: nn.Module, args: tuple[Any, ...]) -> None:
     """Tie a block's input to its grid: recomputed later, it must not see that of another with as many tokens."""
     x = args[0]
     if hasattr(x, "feat_size"):
-        grids[x.shape[1]] = x.feat_size
+        grids.by_count[x.shape[1]] = x.feat_size
     else:
-        x.feat_size = grids[x.shape[1]]
+        x.feat_size = grids.by_count[x.shape[1]]
 
 
 class EvaMixer(nn.Module):
@@ -116,7 +116,7 @@ class BeitMixer(nn.Module):
 def share_grids(model: Any) -> None:
     """Let all mixers of a host with a dynamic input size look up grids in one table."""
     if model.dynamic_img_size:
-        model.grids = getattr(model, "grids", {})
+        model.grids = getattr(model, "grids", None) or TokenGrids()
         for mixer in token_mixers(model).values():
             mixer.grids = model.grids
 

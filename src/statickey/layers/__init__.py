@@ -12,7 +12,7 @@ from .baselines import (
     SynthesizerAttention,
 )
 from .mixer import AttentionMixer, TokenMixer
-from .parts import GridState, HeadMix
+from .parts import GridState, HeadMix, TokenGrids
 from .static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention, StaticKeyAttention
 
 MIXERS: dict[str, Callable[..., TokenMixer]] = {
@@ -44,5 +44,6 @@ __all__ = [
     "SepConvMixer",
     "StaticKeyAttention",
     "SynthesizerAttention",
+    "TokenGrids",
     "TokenMixer",
 ]

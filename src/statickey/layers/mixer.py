@@ -21,7 +21,7 @@ from .._checks import (
 from .._typing import Backend, InputFmt, Size2
 from ..errors import FeatSizeError, StaticKeyError
 from ..ops import resample_static_key, static_key_attention, static_key_weights
-from .parts import HeadMix
+from .parts import HeadMix, TokenGrids
 
 AttendOp = Callable[..., Tensor]
 
@@ -70,7 +70,7 @@ class TokenMixer(nn.Module, ABC):
             raise StaticKeyError(f"num_prefix_tokens={num_prefix_tokens!r} must be zero or a positive integer")
         self.num_prefix_tokens = num_prefix_tokens
         self.input_fmt: InputFmt = "NLC"
-        self.grids: dict[int, Size2] | None = None
+        self.grids: TokenGrids | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -141,7 +141,7 @@ class TokenMixer(nn.Module, ABC):
         elif self.grids is None:
             feat_size = self.feat_size
         else:
-            feat_size = self.grids.get(x.shape[1], self.feat_size)
+            feat_size = self.grids.by_count.get(x.shape[1], self.feat_size)
         check_tokens(x, self.dim, feat_size, self.num_prefix_tokens)
         return feat_size
 

@@ -32,6 +32,16 @@ class GridState(nn.Module):
             )
 
 
+class TokenGrids:
+    """The grid (H, W) last seen for each number of tokens, shared by the mixers of a host with a dynamic size.
+
+    Not a plain dict: ``torch.export`` would give every module a copy.
+    """
+
+    def __init__(self) -> None:
+        self.by_count: dict[int, Size2] = {}
+
+
 class HeadMix(nn.Module):
     """Talking heads: logits and weights of all heads are mixed linearly, before and after the softmax.
 
