@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 
+torch.set_num_threads(1)  # these models are tiny: a second thread costs more than it brings
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

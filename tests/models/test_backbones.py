@@ -42,17 +42,17 @@ def create(name, **kwargs):
     return timm.create_model(name, **small(name) | {"num_classes": 7} | kwargs)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1)
 def _shared(name):
     return create(name).eval()
 
 
-@pytest.fixture(params=NAMES)
+@pytest.fixture(params=NAMES, scope="module")  # so that a name's tests follow one another
 def name(request):
     return request.param
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(params=FAMILIES, scope="module")
 def family(request):
     return request.param
 
