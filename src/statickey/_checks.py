@@ -25,7 +25,8 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
 def check_mapping(name: str, value: Any) -> dict[str, Any]:
     """Arguments by name, as a dict of their own; None means none."""
     if value is not None and not isinstance(value, Mapping):
-        raise StaticKeyError(f"{name}={value!r} must map argument names to values")
+        shown = repr(value) if isinstance(value, str | int | float | list | tuple) else f"a {type(value).__name__}"
+        raise StaticKeyError(f"{name} is {shown}; it must map names to values")
     return {} if value is None else dict(value)
 
 
@@ -107,7 +108,7 @@ def check_tokens(x: torch.Tensor, dim: int, feat_size: Size2, num_prefix_tokens:
     if x.shape[1] != expected:
         raise FeatSizeError(
             f"x has {x.shape[1]} tokens, but feat_size={feat_size} with {num_prefix_tokens} prefix tokens "
-            f"makes {expected}; pass feat_size=(H, W) of this input, or call set_input_size((H, W)) first"
+            f"makes {expected}; pass feat_size=(H, W) of this input, or call the layer's set_input_size((H, W)) first"
         )
 
 

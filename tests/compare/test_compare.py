@@ -65,6 +65,17 @@ def test_numbers_agree_with_what_is_on_disk(finished):
     assert macs["ska"] < macs["mhsa"] < macs["cska"]
 
 
+@pytest.mark.parametrize("model", ["skaformer_nano", "cait_xxs24_224"])
+def test_other_hosts_get_a_report_too(model, tmp_path):
+    """Stages of several grids, and class attention beside the patches'."""
+    args = {"depth": 1, "embed_dim": 48, "patch_size": 2} if "cait" in model else {}
+    options = {"seeds": [0], "epochs": 1, "limit": 200, "model": model, "model_args": args}
+    compare(
+        data="digits", mixers=["mhsa", "ska", "sepconv"][: 3 if "former" in model else 2], out=tmp_path, **options
+    )
+    assert "Attention of the framed token" in (tmp_path / "report.html").read_text()
+
+
 def test_differences_are_paired_with_the_baseline(finished):
     _out, summary, _ = finished
     assert summary["baseline"] == "mhsa"

@@ -404,6 +404,35 @@ class Toy(nn.Module):
         return x
 
 
+class OwnNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.heads = 3
+        self.to_qkv = nn.Linear(12, 36)
+        self.to_out = nn.Linear(12, 12)
+
+    def forward(self, x):
+        query, key, value = self.to_qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        out = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+
+def test_a_rule_where_attention_has_names_of_its_own():
+    class Net(nn.Sequential):
+        pass
+
+    def sites(model):
+        attn = model[0]
+        fields = {"num_heads": attn.heads, "qkv_weight": attn.to_qkv.weight, "qkv_bias": attn.to_qkv.bias}
+        return {"0": Site.of(attn, feat_size=(4, 5), proj=attn.to_out, **fields)}
+
+    register_host_rule(HostRule(host=Net, sites=sites))
+    model, x = Net(OwnNames()), torch.randn(2, 20, 12)
+    before = model(x)
+    convert(model, "mhsa")
+    assert_close("own names", model(x), before)
+
+
 def test_a_rule_for_a_model_of_ones_own():
     with pytest.raises(
         UnsupportedHostError, match=r"attention classes in it: ToyAttention\); supported: beit.Beit.*"
@@ -430,6 +459,12 @@ def test_a_rule_for_a_model_of_ones_own():
 
 REFUSED = {
     "no host": (lambda: timm.create_model("resnet18"), "ska", {}, "ResNet is not a host .*supported: .*MetaFormer"),
+    "features only": (
+        lambda: timm.create_model("vit_tiny_patch16_224", features_only=True, depth=2, out_indices=(0,), img_size=32),
+        "ska",
+        {},
+        "FeatureGetterNet wraps a VisionTransformer; convert that",
+    ),
     "token dropping": (lambda: host(patch_drop_rate=0.2), "ska", {}, "patch_drop_rate > 0"),
     "fused blocks": (
         lambda: host(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
@@ -470,7 +505,7 @@ REFUSED = {
     "neither": (host, "ska", {"layers": [1.5]}, "layers has 1.5"),
     "no layers": (host, "ska", {"layers": None}, "layers=None names no module"),
     "no name": (host, None, {}, "mixer=None must be a name"),
-    "text": (host, "ska", {"mixer_args": "head_dim=3"}, "mixer_args='head_dim=3' must map"),
+    "text": (host, "ska", {"mixer_args": "head_dim=3"}, "mixer_args is 'head_dim=3'; it must map"),
     "no head": (host, "ska", {"mixer_args": {"head_dim": 0}}, "head_dim=0 must be a positive integer"),
     "a grid": (host, "ska", {"mixer_args": {"feat_size": (2, 8)}}, "mixer_args has feat_size, which follow"),
     "norm of other heads": (

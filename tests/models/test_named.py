@@ -1,5 +1,6 @@
 """Sizes, patterns and weights of the named models."""
 
+import copy
 import itertools
 
 import pytest
@@ -176,7 +177,7 @@ PATTERNS = {
     "option": ({"mixer_args": {"ska": {"kernel_size": 5}}}, "mixer 'ska': .*kernel_size"),
     "heads": ({"mixer_args": {"ska": {"num_heads": 7}}}, "dim=64 is not divisible by num_heads=7"),
     "no name": ({"mixers": ("sepconv", None, "mhsa", "mhsa")}, "mixer=None must be a name"),
-    "no mapping": ({"mixer_args": {"ska": [1]}}, r"mixer_args\['ska'\]=\[1\] must map"),
+    "no mapping": ({"mixer_args": {"ska": [1]}}, r"mixer_args\['ska'\] is \[1\]; it must map"),
     "half a size": ({"img_size": 22.4}, "img_size=22.4 must be one side in pixels, or a pair"),
     "one of a pair": ({"img_size": (64,)}, r"img_size=\(64,\) must be one side in pixels, or a pair"),
     "too small": ({"img_size": (2, 64)}, r"img_size=\(2, 64\) leaves a grid of \(0, 16\) in stage 0"),
@@ -211,13 +212,20 @@ def test_warm_start_from_a_caformer_says_what_it_took():
         state["stages.1.blocks.2.mlp.fc1.weight"].flatten(), peer.stages[1].blocks[2].mlp.fc1.weight.flatten()
     )
     text = str(report)
-    assert "taken" in text and "fresh 14: " in text and "stages.*.blocks.*.token_mixer" in text
+    assert "fresh 14: stages.*.blocks.*.token_mixer.conv_key (3)" in text
+    assert "head.fc.fc2.weight, head.fc.fc2.bias" in text
+    with pytest.raises(
+        StaticKeyError, match=r"nothing fits: the model has 'stem.conv.weight'.*start with 'conv1.weight'"
+    ):
+        warm_start(model, timm.create_model("resnet18").state_dict())
 
 
 def test_warm_start_from_a_vit_takes_queries_and_values():
     torch.manual_seed(1)
     peer = timm.create_model("vit_tiny_patch16_224")
     model = timm.create_model("ska_vit_tiny_patch16_224", img_size=(96, 128))
+    larger = timm.create_model("vit_tiny_patch16_384", depth=1).state_dict()
+    assert "pos_embed" in warm_start(copy.deepcopy(model), larger).taken
     report = warm_start(model, peer.state_dict())
     assert report.fresh == tuple(f"blocks.{i}.attn.static_key" for i in range(12))
     assert report.unused == ()
@@ -292,5 +300,5 @@ def test_filter_on_converted_hosts(name):
 def test_a_path_is_not_a_state_dict(loader):
     model = timm.create_model("skaformer_nano", **NANO)
     args = ("a.pth", model) if loader == "checkpoint_filter_fn" else (model, "a.pth")
-    with pytest.raises(StaticKeyError, match=r"state_dict='a\.pth' must map"):
+    with pytest.raises(StaticKeyError, match=r"state_dict is 'a\.pth'; it must map"):
         getattr(models_package, loader)(*args)

@@ -150,11 +150,21 @@ def _attention(
     part = data.test if config.score_on == "test" else module.val_part
     picks = _one_per_class(part.labels)
     images = normalize(part.images[picks], module.mean, module.std)
-    captured = {name: list(capture_attention(model, images).values()) for name, model in models.items()}
-    captured = {name: maps for name, maps in captured.items() if maps}
-    if not captured:
-        return "<p>None of these mixers has an attention map."
-    feat_size = next(m.feat_size for m in next(iter(models.values())).modules() if isinstance(m, TokenMixer))
+    maps_of = {name: capture_attention(model, images) for name, model in models.items()}
+    # maps of whole images only, and all on one grid: the first that attends, where stages differ
+    whole = [
+        (name, _grid_of(models[name], layer), weights)
+        for name, maps in maps_of.items()
+        for layer, weights in maps.items()
+        if len(weights) == len(images)
+    ]
+    if not whole:
+        return "<p>None of these mixers has an attention map of whole images."
+    feat_size = whole[0][1]
+    captured: dict[str, list[Tensor]] = {}
+    for mixer, grid, weights in whole:
+        if grid == feat_size:
+            captured.setdefault(mixer, []).append(weights)
     token = (feat_size[0] // 2, feat_size[1] // 2)
     figures = []
     for i, pick in enumerate(picks):
@@ -171,6 +181,12 @@ def _attention(
         f"<div class=row>{''.join(figures)}</div><p class=note>Attention of the framed token, mean over heads, "
         f"each map on its own scale from zero; seed {', '.join(map(str, sorted(seeds)))}.{html.escape(note)}</p>"
     )
+
+
+def _grid_of(model: nn.Module, layer: str) -> tuple[int, int]:
+    mixer = model.get_submodule(layer)
+    assert isinstance(mixer, TokenMixer)
+    return mixer.feat_size
 
 
 def _one_per_class(labels: Tensor) -> list[int]:

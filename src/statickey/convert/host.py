@@ -86,7 +86,8 @@ class Site:
         """Read a site from an attention module with timm's names.
 
         Args:
-            module: Has ``qkv`` (Linear) and ``proj`` (Linear), ``num_heads``, ``attn_drop``, ``proj_drop``.
+            module: Has ``qkv`` (Linear) and ``proj`` (Linear), ``num_heads`` and perhaps ``attn_drop`` and
+                ``proj_drop``; what has another name is given as a field.
             feat_size: The token grid (H, W) it works on.
             num_prefix_tokens: Tokens before the grid.
             windows: How often it runs per image, for the count of multiply-accumulates.
@@ -97,21 +98,22 @@ class Site:
         bias = fields.pop("qkv_bias", None)
         if bias is None and getattr(module, "qkv", None) is not None:
             bias = module.qkv.bias
+        num_heads = fields.pop("num_heads", None) or module.num_heads
+        proj = fields.pop("proj", None) or module.proj
         inner, dim = weight.shape[0] // 3, weight.shape[1]
-        head_mix = fields.get("head_mix")
         tokens = num_prefix_tokens + feat_size[0] * feat_size[1]
-        mixing = 0 if head_mix is None else 2 * module.num_heads**2 * tokens**2
+        mixing = 0 if fields.get("head_mix") is None else 2 * num_heads**2 * tokens**2
+        drops = {drop: getattr(getattr(module, drop, None), "p", 0.0) for drop in ("attn_drop", "proj_drop")}
         read = {
             "dim": dim,
-            "num_heads": module.num_heads,
-            "head_dim": inner // module.num_heads,
+            "num_heads": num_heads,
+            "head_dim": inner // num_heads,
             "qkv_weight": weight,
             "qkv_bias": bias,
-            "proj": module.proj,
+            "proj": proj,
             "with_qkv_bias": bias is not None,
-            "with_proj_bias": module.proj.bias is not None,
-            "attn_drop": module.attn_drop.p,
-            "proj_drop": module.proj_drop.p,
+            "with_proj_bias": proj.bias is not None,
+            **drops,
             "macs": windows * (4 * dim * inner * tokens + 2 * inner * tokens**2 + mixing),
             "windows": windows,
         }
@@ -325,6 +327,17 @@ def register_host_rule(rule: HostRule) -> None:
             register_host_rule(HostRule(host=MyModel, sites=sites))
             convert(MyModel(), "ska")
 
+        Where its attention has names of its own, give what they hold::
+
+            Site.of(
+                block.attn,
+                feat_size=(8, 8),
+                num_heads=block.attn.heads,
+                qkv_weight=block.attn.to_qkv.weight,
+                qkv_bias=block.attn.to_qkv.bias,
+                proj=block.attn.to_out,
+            )
+
         The mixer takes the place of the attention module and is called as that was: ``mixer(x)`` on
         (B, N, dim). ``Site.wrap`` bridges other calling conventions.
     """
@@ -337,9 +350,16 @@ def find_rule(model: nn.Module) -> HostRule:
     Raises:
         UnsupportedHostError: There is none; lists the attention classes found and the supported hosts.
     """
+    if not isinstance(model, nn.Module):
+        raise UnsupportedHostError(f"convert takes a model, got {model!r}; for a name: timm.create_model({model!r})")
     for cls in type(model).__mro__:
         if cls in _RULES:
             return _RULES[cls]
+    inner = getattr(model, "_orig_mod", getattr(model, "model", None))  # torch.compile, features_only
+    if isinstance(inner, nn.Module) and any(cls in _RULES for cls in type(inner).__mro__):
+        raise UnsupportedHostError(
+            f"{type(model).__name__} wraps a {type(inner).__name__}; convert that, then wrap it"
+        )
     found = attention_classes(model)
     supported = ", ".join(sorted(f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in _RULES))
     raise UnsupportedHostError(

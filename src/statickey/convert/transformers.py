@@ -15,7 +15,7 @@ from timm.models.vision_transformer import VisionTransformer, get_init_weights_v
 from torch import Tensor, nn
 
 from .._typing import Size2
-from ..errors import UnsupportedHostError
+from ..errors import FeatSizeError, UnsupportedHostError
 from ..layers import HeadMix, TokenGrids, TokenMixer
 from .host import (
     HostRule,
@@ -259,6 +259,11 @@ def _rel_pos(attn: BeitAttention) -> RelPosBias:
 
 def _grid(model: Any) -> Size2:
     height, width = model.patch_embed.grid_size
+    if min(height, width) < 1:
+        raise FeatSizeError(
+            f"img_size={tuple(model.patch_embed.img_size)} is smaller than the patch size "
+            f"{tuple(model.patch_embed.patch_size)}; enlarge img_size or pass a smaller patch_size"
+        )
     return height, width
 
 

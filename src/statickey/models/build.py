@@ -96,17 +96,23 @@ def count_macs(model: nn.Module, input_size: tuple[int, int, int]) -> int:
         MACs; FLOPs are twice that.
     """
     backends = {module: module.backend for module in model.modules() if isinstance(module, AttentionMixer)}
+    # torch's counter stumbles over parameters that are inputs of modules, as class tokens may be
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = model.training
     parameter = next(model.parameters())
     image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
     try:
         for module in backends:
             module.backend = "math"
+        for parameter in trainable:
+            parameter.requires_grad_(False)
         model.eval()
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(image)
     finally:
         model.train(training)
+        for parameter in trainable:
+            parameter.requires_grad_(True)
         for module, backend in backends.items():
             module.backend = backend
     return int(counter.get_total_flops()) // 2

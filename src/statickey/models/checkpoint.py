@@ -1,6 +1,8 @@
 """Loading weights into a model of another size, layout or attention, and a report of what was taken."""
 
+import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +18,7 @@ from .._checks import check_mapping
 from .._typing import Size2
 from ..convert import token_mixers
 from ..convert.metaformers import HEAD_DIM
+from ..errors import StaticKeyError
 from ..layers import AttentionMixer, TokenMixer
 from .reference import accept_reference_layout, same_but_for_ones
 
@@ -87,7 +90,7 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
         Names of the model's tensors that were taken and that stayed fresh, and of the given ones not used.
 
     Raises:
-        StaticKeyError: As ``checkpoint_filter_fn``.
+        StaticKeyError: No tensor fits, or as ``checkpoint_filter_fn``.
     """
     given = checkpoint_filter_fn(state_dict, model)
     own = model.state_dict(keep_vars=True)
@@ -106,6 +109,11 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
         if same_but_for_ones(tensor, target):
             taken[name] = tensor.reshape(target.shape)
             used.add(source)
+    if not taken:
+        raise StaticKeyError(
+            f"nothing fits: the model has {next(iter(own))!r}, the weights start with {next(iter(given), 'nothing')!r}; "
+            "take those of a model of the same family and width"
+        )
     model.load_state_dict(taken, strict=False)
     fresh = [name for name in own if name not in taken and not name.endswith("_extra_state")]
     unused = [name for name in given if name not in used]
@@ -159,6 +167,9 @@ def _fit_patches(state: dict[str, Any], model: Any, saved_grid: Size2 | None) ->
             kernel = weight if weight is not None and weight.ndim == 4 else torch.empty(model.patch_embed.patch_size)
             kernel = kernel.reshape(-1, 1, *kernel.shape[-2:])  # only its extent is read
             saved_grid = get_pretrained_grid_size(model, kernel, pos_embed.shape[1] - num_prefix)
+        side = math.isqrt(pos_embed.shape[1] - num_prefix)
+        if saved_grid is None and side * side == pos_embed.shape[1] - num_prefix:
+            saved_grid = (side, side)  # as timm assumes of position embeddings; keys carry their grid
         fits = saved_grid is not None and pos_embed.shape[1] == num_prefix + saved_grid[0] * saved_grid[1]
         if fits and saved_grid != tuple(model.patch_embed.grid_size):
             state["pos_embed"] = resample_abs_pos_embed(
@@ -192,7 +203,9 @@ def _fit_shifted_patches(state: dict[str, Any], patch_embed: Any) -> None:
 
 
 def _modules(names: tuple[str, ...]) -> str:
-    """Modules behind tensor names, those of a block once."""
-    seen = dict.fromkeys(re.sub(r"\.(\d+)\.(?=\w+\.\w)", ".*.", name.rpartition(".")[0] or name) for name in names)
-    shown = list(seen)
-    return ", ".join(shown[:12]) + (f" and {len(shown) - 12} more" if len(shown) > 12 else "") if shown else "none"
+    """Tensor names with the indices of blocks folded, and how many tensors each stands for."""
+    folded = Counter(re.sub(r"\.\d+(?=\.)", ".*", name) for name in names)
+    shown = [name if count == 1 else f"{name} ({count})" for name, count in folded.items()]
+    return (
+        ", ".join(shown[:12]) + (f" and {len(shown) - 12} more kinds" if len(shown) > 12 else "") if shown else "none"
+    )

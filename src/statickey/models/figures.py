@@ -111,7 +111,6 @@ def model_figures(name: str, *, img_size: int | None = None, mixers: Sequence[st
         raise
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
         raise StaticKeyError(f"model {name!r} refuses {kwargs}: {error}") from error
-    model.requires_grad_(False)  # torch's counter stumbles over parameters that are inputs of modules
     params = sum(p.numel() for p in model.parameters())
     closed, attention, key_macs = _closed_form(model, input_size)
     macs = count_macs(model, input_size)

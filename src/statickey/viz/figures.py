@@ -132,7 +132,8 @@ def attention_of_token(
                 prefix = weights.shape[-1] - feat_size[0] * feat_size[1]
                 query = prefix + token[0] * feat_size[1] + token[1]
                 seen = weights.mean(dim=0)[query, prefix:].reshape(feat_size).float().numpy()
-                axes.imshow(seen, cmap="magma", vmin=0, extent=(0, feat_size[1], feat_size[0], 0))
+                lowest = min(0.0, float(seen.min()))  # below zero only where heads are mixed after the softmax
+                axes.imshow(seen, cmap="magma", vmin=lowest, extent=(0, feat_size[1], feat_size[0], 0))
                 axes.add_patch(_frame(token))
         for column, axes in enumerate(panels[0][1:], start=1):
             axes.set_title(f"layer {column}", fontweight="normal", fontsize=8, loc="center")
