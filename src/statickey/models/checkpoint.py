@@ -111,8 +111,8 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
             used.add(source)
     if not taken:
         raise StaticKeyError(
-            f"nothing fits: the model has {next(iter(own))!r}, the weights start with {next(iter(given), 'nothing')!r};"
-            " take those of a model of the same family and width"
+            f"nothing fits: the model has {next(iter(own))!r}, the weights start with "
+            f"{next(iter(given), 'nothing')!r}; take those of a model of the same family and width"
         )
     model.load_state_dict(taken, strict=False)
     fresh = [name for name in own if name not in taken and not name.endswith("_extra_state")]
