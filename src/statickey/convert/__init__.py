@@ -3,17 +3,15 @@
 from . import metaformers, transformers, windows
 from .host import (
     HostRule,
-    MapSlot,
-    MixerSlot,
     Site,
     StaticKeyHost,
-    TokenSlot,
     attention_classes,
     check_shapes,
     register_host_rule,
     token_mixers,
 )
 from .metaformers import stage_grids
+from .slots import MapSlot, MixerSlot, TokenSlot
 from .swap import ConversionReport, ConvertedModule, convert
 
 __all__ = [

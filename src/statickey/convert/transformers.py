@@ -19,7 +19,6 @@ from ..errors import FeatSizeError, UnsupportedHostError
 from ..layers import HeadMix, TokenGrids, TokenMixer
 from .host import (
     HostRule,
-    MixerSlot,
     Site,
     StaticKeyHost,
     forked_random,
@@ -27,6 +26,7 @@ from .host import (
     register_host_rule,
     token_mixers,
 )
+from .slots import MixerSlot
 
 
 class GridHost(StaticKeyHost):

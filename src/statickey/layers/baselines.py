@@ -4,6 +4,7 @@ All share one constructor head, so that a swap can build any of them from the at
 option that a mixer has no use for (a bias where there is no projection) is accepted and documented as unused.
 """
 
+from abc import abstractmethod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -337,9 +338,9 @@ class _MapMixer(_FreeMixer):
         maps = x.transpose(1, 2).reshape(x.shape[0], self.dim, *feat_size)
         return self.proj_drop(self._mix_map(maps)).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
 
+    @abstractmethod
     def _mix_map(self, maps: Tensor) -> Tensor:
         """(B, dim, H, W) to the same."""
-        raise NotImplementedError
 
 
 class PoolMixer(_MapMixer):

@@ -167,7 +167,7 @@ def _fit_patches(state: dict[str, Any], model: Any, saved_grid: Size2 | None) ->
             kernel = weight if weight is not None and weight.ndim == 4 else torch.empty(model.patch_embed.patch_size)
             kernel = kernel.reshape(-1, 1, *kernel.shape[-2:])  # only its extent is read
             saved_grid = get_pretrained_grid_size(model, kernel, pos_embed.shape[1] - num_prefix)
-        side = math.isqrt(pos_embed.shape[1] - num_prefix)
+        side = math.isqrt(max(pos_embed.shape[1] - num_prefix, 0))
         if saved_grid is None and side * side == pos_embed.shape[1] - num_prefix:
             saved_grid = (side, side)  # as timm assumes of position embeddings; keys carry their grid
         fits = saved_grid is not None and pos_embed.shape[1] == num_prefix + saved_grid[0] * saved_grid[1]
