@@ -1,6 +1,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from statickey.errors import BackendError, StaticKeyError
 from statickey.ops import reference, static_key_attention, static_key_weights
@@ -89,7 +91,32 @@ def test_common_shift_of_the_key_changes_nothing():
     assert_close("output", static_key_attention(query, shifted, value), static_key_attention(query, key, value))
 
 
-@pytest.mark.parametrize("widths", [(12, 4), (4, 4), (4, 12)], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
+def test_fused_and_explicit_paths_agree_on_a_key_wider_than_the_value(with_bias):
+    query, key, value, bias = tensors(4, 3, 9, 9, 12, 4)
+    bias = bias if with_bias else None
+    explicit = static_key_attention(query, key, value, key_bias=bias)
+    fused = static_key_attention(query, key.expand(4, -1, -1, -1), value, key_bias=bias)  # as a dynamic key
+    assert_close("output", explicit, fused)
+
+
+def test_wide_static_key_is_not_copied_for_every_image():
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, Tensor):
+                self.numel = max(self.numel, out.numel())
+            return out
+
+    query, key, value, _ = tensors(4, 3, 2, 64, 32, 4)
+    with Largest() as largest:
+        static_key_attention(query, key, value)
+    assert largest.numel == key.numel()
+
+
+@pytest.mark.parametrize("widths", [(4, 4), (4, 12)], ids=str)
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
 def test_key_is_broadcast_not_copied(monkeypatch, widths, with_bias):
     seen = []
@@ -170,7 +197,7 @@ def test_unknown_backend_is_named():
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["plain", "bias"])
 def test_fused_kernel_runs_in_training(with_bias):
-    query, key, value, bias = (x.float().requires_grad_() for x in tensors(2, 3, 35, 35, 18, 4))
+    query, key, value, bias = (x.float().requires_grad_() for x in tensors(2, 3, 35, 35, 4, 18))
     with torch.profiler.profile() as profile:
         static_key_attention(query, key, value, key_bias=bias if with_bias else None).sum().backward()
     kernels = {event.key for event in profile.key_averages()}

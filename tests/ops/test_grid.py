@@ -35,8 +35,8 @@ def test_unfolded_query_times_weight_is_a_convolution():
     assert_close("logits", unfold_queries(query, (7, 5), 3)[:, 0] @ weight.flatten(1).T, expected)
 
 
-def test_unfold_is_contiguous_for_the_fused_kernel():
-    assert unfold_queries(torch.randn(2, 3, 35, 4), (7, 5), 3).is_contiguous()
+def test_unfold_is_laid_out_head_by_head_for_the_product():
+    assert unfold_queries(torch.randn(2, 3, 35, 4), (7, 5), 3).transpose(0, 1).is_contiguous()
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,8 @@ def static_key_attention(
             to (B, h, N, M). A position bias that is learned, for example.
         dropout_p: Dropout rate on the attention weights.
         backend: ``"sdpa"`` runs torch's fused attention, which does not store the N x M map where its
-            kernel allows (not with dropout on the CPU); ``"math"`` always stores it.
+            kernel allows (not with dropout on the CPU, nor there with a static key wider than the value, which
+            a product for the whole batch serves several times faster); ``"math"`` always stores it.
 
     Returns:
         (B, h, N, dv), in the dtype of the inputs.
@@ -131,6 +132,8 @@ def _sdpa(
     mask: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
+    if key.ndim == 3 and key.shape[-1] > value.shape[-1] and query.device.type == "cpu":
+        return _math(query, key, value, key_bias, scale, mask, dropout_p)
     if key_bias is not None:
         # as an additive mask the bias would keep the fused kernels out of training (none gives a mask its
         # gradient on the CPU): it becomes one more column of the key, against a query of one
@@ -173,7 +176,7 @@ def _weights(
     # half-precision logits overflow for large keys: scores and softmax are taken in float32
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast("cpu" if query.is_meta else query.device.type, enabled=False):
-        logits = query.to(wide) @ key.to(wide).transpose(-2, -1)
+        logits = _product(query.to(wide), key.to(wide).transpose(-2, -1))
         if key_bias is not None:
             logits = logits + key_bias.to(wide).unsqueeze(-2)
         logits = logits * scale
@@ -182,6 +185,16 @@ def _weights(
         if mask is not None:
             logits = logits + mask
         return logits.softmax(dim=-1).to(query.dtype)
+
+
+def _product(query: Tensor, key: Tensor) -> Tensor:
+    """(B, h, N, dk) @ (h, dk, M), or (B, h, dk, M), to (B, h, N, M)."""
+    if key.ndim == 4:
+        return query @ key
+    # one product a head for all images: broadcast over the batch, the key would be copied for every image
+    batch, heads, num_queries, width = query.shape
+    logits = query.transpose(0, 1).reshape(heads, batch * num_queries, width) @ key
+    return logits.view(heads, batch, num_queries, -1).transpose(0, 1)
 
 
 _BACKENDS = {"sdpa": _sdpa, "math": _math}

@@ -21,7 +21,7 @@ def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
         kernel_size: Odd k.
 
     Returns:
-        (B, h, H*W, d*k*k), contiguous in the last axis; index ``(c*k + row)*k + column``.
+        (B, h, H*W, d*k*k), head-major in memory; index ``(c*k + row)*k + column``.
 
     Raises:
         FeatSizeError: The queries do not fill the grid.
@@ -34,12 +34,14 @@ def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
     if num_tokens != height * length:
         raise FeatSizeError(f"query has {num_tokens} tokens, feat_size={feat_size} makes {height * length}")
     pad = kernel_size // 2
-    grid = query.reshape(batch, heads, height, length, width)
+    # laid out head by head, as one product a head for the whole batch wants it
+    grid = query.transpose(0, 1).reshape(heads, batch, height, length, width)
     grid = F.pad(grid, (0, 0, pad, pad, pad, pad))
     views = [
         grid[:, :, row : row + height, col : col + length] for row in range(kernel_size) for col in range(kernel_size)
     ]
-    return torch.stack(views, dim=-1).reshape(batch, heads, num_tokens, width * kernel_size * kernel_size)
+    unfolded = torch.stack(views, dim=-1).reshape(heads, batch, num_tokens, width * kernel_size * kernel_size)
+    return unfolded.transpose(0, 1)
 
 
 def resample_static_key(
