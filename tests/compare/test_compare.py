@@ -3,6 +3,7 @@ import io
 import json
 import re
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from statickey.compare import compare
 from statickey.compare.config import CONFIG_FILE
 from statickey.data import ImageData, LabelledImages
 from statickey.errors import DivergedError, OutputError, StaticKeyError
-from statickey.tasks import ClassificationTask
+from statickey.tasks import ClassificationTask, Machine, Recipe
 
 TINY = {
     "limit": 120,
@@ -30,7 +31,11 @@ TINY = {
 
 def run(out, **kwargs):
     text = io.StringIO()
-    summary = compare(out=str(out), console=Console(file=text, width=160), **TINY | kwargs)
+    recipe, machine, options = {}, {}, TINY | kwargs
+    for cls, own in ((Recipe, recipe), (Machine, machine)):
+        own |= {field.name: options.pop(field.name) for field in fields(cls) if field.name in options}
+    console = Console(file=text, width=160)
+    summary = compare(Recipe(**recipe), machine=Machine(**machine), out=str(out), console=console, **options)
     return summary, text.getvalue()
 
 
@@ -58,7 +63,7 @@ def test_numbers_agree_with_what_is_on_disk(finished):
             assert len(result["curve"]) == 2
             weights = load_file(folder / "model.safetensors")  # and the grid of every key
             assert result["params"] == sum(v.numel() for n, v in weights.items() if not n.endswith("_extra_state"))
-            assert not (folder / "last.ckpt").exists()
+            assert not list(folder.glob("*.ckpt"))
         assert row["accuracy_mean"] == pytest.approx(np.mean(accuracies))
         assert row["accuracy_std"] == pytest.approx(np.std(accuracies, ddof=1))
     macs = {row["mixer"]: row["macs"] for row in summary["mixers"]}
@@ -69,10 +74,8 @@ def test_numbers_agree_with_what_is_on_disk(finished):
 def test_other_hosts_get_a_report_too(model, tmp_path):
     """Stages of several grids, and class attention beside the patches'."""
     args = {"depth": 1, "embed_dim": 48, "patch_size": 2} if "cait" in model else {}
-    options = {"seeds": [0], "epochs": 1, "limit": 200, "model": model, "model_args": args}
-    compare(
-        data="digits", mixers=["mhsa", "ska", "sepconv"][: 3 if "former" in model else 2], out=tmp_path, **options
-    )
+    mixers = ["mhsa", "ska", "sepconv"][: 3 if "former" in model else 2]
+    run(tmp_path, mixers=mixers, seeds=[0], epochs=1, limit=200, model=model, model_args=args)
     assert "Attention of the framed token" in (tmp_path / "report.html").read_text()
 
 
@@ -182,7 +185,7 @@ def test_interrupted_run_continues_and_ends_in_the_same_bits(tmp_path, monkeypat
     with pytest.raises(Interruption):
         run(tmp_path / "parts", **options)
     folder = tmp_path / "parts" / "runs" / "cska-seed0"
-    assert [p.name for p in folder.iterdir()] == ["last.ckpt"]
+    assert sorted(p.name for p in folder.iterdir()) == ["epoch00000.ckpt", "epoch00001.ckpt"]
     with pytest.raises(OutputError, match=r"the checkpoint is of another configuration or other data"):
         run_on_other_data(tmp_path / "parts", monkeypatch, options)
     steps = []
@@ -210,14 +213,14 @@ def test_diverged_run_keeps_its_last_good_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(ClassificationTask, "training_step", poisoned)
     with pytest.raises(DivergedError, match="ska seed 0: loss is nan at epoch 2, step 1"):
         run(tmp_path, mixers=("ska",), seeds=(0,))
-    assert (tmp_path / "runs" / "ska-seed0" / "last.ckpt").is_file()
+    assert (tmp_path / "runs" / "ska-seed0" / "epoch00000.ckpt").is_file()
 
 
 def test_torn_checkpoint_is_refused_by_name(tmp_path):
     folder = tmp_path / "runs" / "ska-seed0"
     folder.mkdir(parents=True)
-    (folder / "last.ckpt").write_bytes(b"PK\x03\x04 torn")
-    with pytest.raises(OutputError, match=r"ska-seed0/last.ckpt is not a checkpoint"):
+    (folder / "epoch00001.ckpt").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(OutputError, match=r"ska-seed0/epoch00001.ckpt is not a checkpoint"):
         run(tmp_path, mixers=("ska",), seeds=(0,))
 
 
@@ -306,7 +309,7 @@ def test_mixed_precision_trains(tmp_path):
 def test_one_class_is_refused(tmp_path, monkeypatch):
     part = LabelledImages(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.zeros(20, dtype=torch.long))
     data = ImageData("one", part, part, ("only",), 0, False)
-    monkeypatch.setattr("statickey.compare.main.load_images", lambda *args, **kwargs: data)
+    monkeypatch.setattr("statickey.tasks.engine.load_images", lambda *args, **kwargs: data)
     with pytest.raises(StaticKeyError, match="a classifier needs two"):
         run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -316,7 +319,7 @@ def test_names_are_escaped_in_the_page(tmp_path, monkeypatch):
     images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
     part = LabelledImages(images, torch.arange(40) % 2)
     data = ImageData("odd", part, part, ("<b>&", "[red]b"), 0, False, skipped=("<i>bad [x].png</i>",))
-    monkeypatch.setattr("statickey.compare.main.load_images", lambda *args, **kwargs: data)
+    monkeypatch.setattr("statickey.tasks.engine.load_images", lambda *args, **kwargs: data)
     _, text = run(tmp_path, mixers=("ska",), seeds=(0,), limit=None)
     page = (tmp_path / "report.html").read_text()
     assert "<b>&</figcaption>" not in page
@@ -339,7 +342,7 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(ClassificationTask, "training_step", lambda self, batch, i: self.model(batch[0]).mean())
     with pytest.raises(DivergedError, match=r"pos_embed is not finite after epoch 2"):
         run(tmp_path, mixers=("ska",), seeds=(0,))
-    kept = torch.load(tmp_path / "runs" / "ska-seed0" / "last.ckpt", weights_only=True)
+    kept = torch.load(tmp_path / "runs" / "ska-seed0" / "epoch00000.ckpt", weights_only=True)
     assert len(kept["curve"]) == 1
     assert all(v.isfinite().all() for k, v in kept["state_dict"].items() if k.startswith("model."))
 

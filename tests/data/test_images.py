@@ -1,45 +1,17 @@
-import io
-
 import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
+from image_folders import make_folder, make_parquet, picture
 from statickey.data import load_images
 from statickey.errors import DataError
 
 
-def picture(value, size=(8, 8)):
-    return Image.fromarray(np.full((size[1], size[0], 3), value, np.uint8))
-
-
-def make_folder(root, train=("a", "b"), val=("a", "b"), per_class=3, size=(8, 8)):
-    for split, names in (("train", train), ("val", val)):
-        for number, name in enumerate(names):
-            folder = root / split / name
-            folder.mkdir(parents=True)
-            for i in range(per_class):
-                picture(40 * number + i, size).save(folder / f"{i}.png")
-    return root
-
-
-def make_parquet(root, labels=(0, 1, 2, 1), broken=()):
-    def cell(i):
-        file = io.BytesIO()
-        picture(10 * i).save(file, "PNG")
-        return {"bytes": b"not an image" if i in broken else file.getvalue(), "path": f"{i}.png"}
-
-    features = datasets.Features(
-        {"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog", "eel"])}
-    )
-    part = datasets.Dataset.from_dict(
-        {"image": [cell(i) for i in range(len(labels))], "label": list(labels)}, features=features
-    )
-    root.mkdir(exist_ok=True)
-    part.to_parquet(root / "train-00000-of-00001.parquet")
-    part.to_parquet(root / "test.parquet")
-    return root
+def test_digits_of_another_size():
+    data = load_images("digits", img_size=16, limit=30)
+    assert data.train.images.shape == (30, 1, 16, 16)
+    assert data.test.images.shape == (360, 1, 16, 16)
 
 
 def test_digits():
@@ -181,7 +153,6 @@ REFUSED = {
         "cannot read .*test.parquet",
     ),
     "limit": (lambda p: "digits", {"limit": 0}, "limit=0"),
-    "digits size": (lambda p: "digits", {"img_size": 32}, "digits are 8 x 8"),
     "option": (lambda p: "digits", {"on_bad_image": "warn"}, "on_bad_image='warn'"),
 }
 

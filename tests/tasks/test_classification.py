@@ -8,7 +8,7 @@ from torch import nn
 from statickey.data import ImageData, ImageDataModule, LabelledImages
 from statickey.errors import DivergedError, OutputError
 from statickey.models import build_model
-from statickey.tasks import AtomicCheckpointIO, ClassificationTask
+from statickey.tasks import AtomicCheckpointIO, ClassificationTask, Recipe
 
 
 def images(count):
@@ -20,10 +20,10 @@ def module():
     return ImageDataModule(ImageData("noise", images(60), images(20), tuple("abcd"), 1, True), batch_size=16)
 
 
-def task(**kwargs):
+def task(seed=0, **recipe):
     args = {"embed_dim": 16, "depth": 2, "num_heads": 2, "drop_path_rate": 0.5}
     model = build_model("small_vit", "ska", img_size=8, in_chans=1, num_classes=4, model_args=args)
-    return ClassificationTask(model, num_classes=4, **kwargs)
+    return ClassificationTask(model, Recipe(**recipe), num_classes=4, seed=seed)
 
 
 def trainer(tmp_path, epochs, **kwargs):
@@ -54,7 +54,7 @@ def test_keys_positions_norms_and_biases_have_no_weight_decay():
 
 
 def test_schedule_warms_up_and_ends_near_zero():
-    made = task(warmup_epochs=1)
+    made = task(warmup_epochs=1, epochs=4)
     made.trainer = type("T", (), {"estimated_stepping_batches": 40, "max_epochs": 4})()
     factors = [made._lr_factor(step) for step in range(40)]
     assert factors[0] < 0.1
@@ -105,7 +105,7 @@ class Diverging(nn.Module):
 
 
 def test_loss_that_is_not_finite_names_epoch_and_step(tmp_path):
-    made = ClassificationTask(Diverging(), num_classes=4, lr=0.1)
+    made = ClassificationTask(Diverging(), Recipe(lr=0.1), num_classes=4)
     with pytest.raises(DivergedError, match=r"loss is nan at epoch 2, step 2 \(seed 0\); .* lower --lr \(now 0.1\)"):
         trainer(tmp_path, 3).fit(made, module())
 
@@ -117,10 +117,10 @@ def test_checkpoints_run_no_code_and_foreign_files_are_refused(tmp_path):
     assert io.load_checkpoint(path)["curve"] == [{"epoch": 1}]
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(OutputError, match=r"last.ckpt is not a checkpoint .* delete it"):
+    with pytest.raises(OutputError, match=r"last.ckpt is not a .*; delete it"):
         io.load_checkpoint(path)
     torch.save(Diverging(), path)
-    with pytest.raises(OutputError, match="not a checkpoint"):
+    with pytest.raises(OutputError, match=r"not a whole checkpoint of this program \(checksum\)"):
         io.load_checkpoint(path)
 
 

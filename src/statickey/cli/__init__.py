@@ -15,21 +15,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; default those of the process.
 
     Returns:
-        0, or 2 after a refusal (one line on standard error; ``--debug`` shows where it arose), or 130 after
-        Ctrl-C.
+        0, 1 where ``predict`` skipped a file, 2 after a refusal (one line on standard error; ``--debug`` shows
+        where it arose), or 130 after Ctrl-C.
     """
     args = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     debug = "--debug" in args
     args = [arg for arg in args if arg != "--debug"]
     try:
         from .parser import run
+
+        return run(args)
     except ModuleNotFoundError as error:
         if debug or (error.name or "").startswith("statickey"):
             raise
         print(f"{_TRAIN_HINT} ({error.name} is missing)", file=sys.stderr)  # noqa: T201
         return 2
-    try:
-        run(args)
     except StaticKeyError as error:
         if debug:
             raise
@@ -40,7 +40,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("statickey: interrupted; the same command continues where it stopped", file=sys.stderr)  # noqa: T201
         return 130
-    return 0
 
 
 def _with_underscores(arg: str) -> str:

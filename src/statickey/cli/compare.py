@@ -6,23 +6,21 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from ..compare import compare
+from ..tasks import Machine, Recipe
+from .options import add_run_options, take
 
 
-def compare_parser() -> ArgumentParser:
+def add_options(parser: ArgumentParser) -> None:
     """Options from the signature of ``compare``; lists are given as words: ``--mixers mhsa ska``."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(compare).parameters.items()}
-    parser = ArgumentParser(
-        exit_on_error=False,
-        description="Train one network with several token mixers and seeds, and compare them.",
-    )
     parser.add_argument(
         "--mixers", nargs="+", type=str, default=list(defaults["mixers"]), help="Names of token mixers."
     )
     parser.add_argument("--seeds", nargs="+", type=int, default=list(defaults["seeds"]), help="One run each.")
-    parser.add_function_arguments(compare, skip={"mixers", "seeds", "console"}, as_positional=False)
-    return parser
+    parser.add_function_arguments(compare, skip={"recipe", "machine", "mixers", "seeds", "console"})
+    add_run_options(parser)
 
 
-def run_compare(options: dict[str, Any]) -> None:
+def run(options: dict[str, Any]) -> None:
     """Run the command."""
-    compare(**options)
+    compare(take(Recipe, options), machine=take(Machine, options), **options)

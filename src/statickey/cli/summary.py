@@ -7,12 +7,8 @@ from jsonargparse import ArgumentParser
 from ..summary import summary
 
 
-def summary_parser() -> ArgumentParser:
+def add_options(parser: ArgumentParser) -> None:
     """Options from the signature of ``summary``; models are given as words."""
-    parser = ArgumentParser(
-        exit_on_error=False,
-        description="Parameters, multiply-accumulates and activations of models, beside the published figures.",
-    )
     parser.add_argument(
         "models",
         nargs="*",
@@ -22,9 +18,8 @@ def summary_parser() -> ArgumentParser:
         "(skaformer_s18=sepconv,sepconv,ska,mhsa); default all.",
     )
     parser.add_function_arguments(summary, skip={"models", "console"}, as_positional=False)
-    return parser
 
 
-def run_summary(options: dict[str, Any]) -> None:
+def run(options: dict[str, Any]) -> None:
     """Run the command."""
     summary(**options)

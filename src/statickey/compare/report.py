@@ -10,16 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
-import safetensors
-import safetensors.torch
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from .._files import write_text
 from ..data import ImageData, normalize
-from ..errors import OutputError
 from ..layers import ConvStaticKeyAttention, StaticKeyAttention, TokenMixer
+from ..tasks import data_module, load_model, new_model
 from ..viz import (
     attention_of_token,
     capture_attention,
@@ -29,9 +27,8 @@ from ..viz import (
     static_keys,
 )
 from .config import CompareConfig
-from .display import row_cells
 from .results import FinishedRun
-from .run import WEIGHTS_FILE, data_module, new_model
+from .table import row_cells
 
 REPORT_FILE = "report.html"
 NUM_IMAGES = 3
@@ -57,7 +54,7 @@ def write_report(
     """
     names = [row["mixer"] for row in summary["mixers"]]
     of = {name: [run for run in runs if run.mixer == name] for name in names}
-    models = {name: _load(config, data, of[name][0]) for name in names}
+    models = {name: load_model(of[name][0].path)[0] for name in names}
     baseline = summary["baseline"]
     sections = [
         _section("", _verdicts(summary) + _table(summary)),
@@ -129,24 +126,13 @@ def _per_seed(of: Mapping[str, Sequence[FinishedRun]], baseline: str) -> dict[st
     }
 
 
-def _load(config: CompareConfig, data: ImageData, run: FinishedRun) -> nn.Module:
-    model = new_model(config, data, run.mixer, run.seed)
-    path = run.path / WEIGHTS_FILE
-    try:
-        model.load_state_dict(safetensors.torch.load_file(path))
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise OutputError(f"cannot read {path} ({reason}); delete {run.path} to repeat the run") from error
-    return model.eval()
-
-
 def _attention(
     config: CompareConfig,
     data: ImageData,
     models: Mapping[str, nn.Module],
     of: Mapping[str, Sequence[FinishedRun]],
 ) -> str:
-    module = data_module(config, data, config.seeds[0])
+    module = data_module(config.recipe, data, config.seeds[0])
     part = data.test if config.score_on == "test" else module.val_part
     picks = _one_per_class(part.labels)
     images = normalize(part.images[picks], module.mean, module.std)
@@ -202,7 +188,7 @@ def _keys(
 ) -> str:
     figures = []
     for name, model in models.items():
-        fresh = new_model(config, data, name, of[name][0].seed)
+        fresh = new_model(config.recipe, data, name, of[name][0].seed)
         layers = [
             key_colours(_key(mixer) - _key(start), mixer.num_prefix_tokens, mixer.feat_size).numpy()
             for mixer, start in zip(model.modules(), fresh.modules(), strict=True)
@@ -229,7 +215,7 @@ def _making(config: CompareConfig, summary: Mapping[str, Any], runs: Sequence[Fi
     images = summary["data"]
     facts = {
         "command": command_line(config),
-        "training images": f"{images['train_images']:,}, {config.holdout:.0%} of them held out",
+        "training images": f"{images['train_images']:,}, {config.recipe.holdout:.0%} of them held out",
         "scored images": f"{images['scored_images']:,} of {images['img_size']} pixels",
         "training time": f"{sum(run.result['train_seconds'] for run in runs) / 60:.1f} min over {len(runs)} runs",
         "configuration hash": summary["config_hash"],

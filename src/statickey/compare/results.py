@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from .._files import write_json, write_text
 from ..data import ImageData
 from ..errors import OutputError
+from ..tasks import PREDICTIONS_FILE, RESULT_FILE
 from .config import CompareConfig
-from .run import PREDICTIONS_FILE, RESULT_FILE
 from .statistics import mean_and_std, paired_difference
 
 _ROW_FIELDS = (
@@ -113,11 +113,12 @@ def summarize(config: CompareConfig, data: ImageData, runs: list[FinishedRun]) -
             }
         )
     first = runs[0].result
+    data_name = Path(config.recipe.data).name
     part = "test" if config.score_on == "test" else "held-out training"
     return {
         "title": (
-            f"{config.model} on {Path(config.data).name}: {first['scored_images']} {part} images, "
-            f"{config.epochs} epochs"
+            f"{config.recipe.model} on {data_name}: {first['scored_images']} {part} images, "
+            f"{config.recipe.total_epochs} epochs"
         ),
         "reading": (
             f"accuracy: last epoch, mean ± standard deviation over seeds; minus {baseline}: paired difference in "
@@ -126,7 +127,7 @@ def summarize(config: CompareConfig, data: ImageData, runs: list[FinishedRun]) -
         "baseline": baseline,
         "mixers": rows,
         "data": {
-            "name": Path(config.data).name,
+            "name": data_name,
             "train_images": len(data.train.labels),
             "scored_images": first["scored_images"],
             "classes": list(data.class_names),

@@ -1,11 +1,10 @@
-"""Labelled images in memory, and the four places they can come from."""
+"""Labelled images in memory."""
 
 import hashlib
-import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,10 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
+from .sources import UNREADABLE, Source, open_sources
 
 OnBadImage = Literal["fail", "skip"]
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-TORCHVISION_SETS = {"cifar10": "CIFAR10", "cifar100": "CIFAR100"}
 _LIMIT_BYTES = 4 * 2**30
 
 
@@ -64,15 +62,6 @@ class ImageData:
         return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Where one split's images are: labels now, pixels on demand."""
-
-    labels: Sequence[int | None]
-    open: Callable[[int], Image.Image]
-    describe: Callable[[int], str]
-
-
 def load_images(
     data: str,
     *,
@@ -84,10 +73,10 @@ def load_images(
     """Read a data set into memory.
 
     Args:
-        data: ``"digits"`` (scikit-learn's 8 x 8 scans), ``"cifar10"`` or ``"cifar100"`` (torchvision, kept
-            under ``data_dir``), a folder ``DIR/train/CLASS/*.jpg`` with ``DIR/val`` alike, or a folder of
-            Hugging Face parquet files, ``train*.parquet`` and ``test*.parquet``.
-        data_dir: Where torchvision keeps its downloads.
+        data: ``"digits"`` (scikit-learn's 8 x 8 scans), a name of torchvision's such as ``"cifar10"``,
+            ``"hf:NAME"`` on the Hugging Face hub, or a folder of images, parquet files or tar shards; see
+            ``open_sources`` for all of them.
+        data_dir: Where downloads are kept.
         img_size: Resize to this many pixels (shorter side, then centre crop); default: as stored.
         limit: Use this many training images, drawn once at random.
         on_bad_image: Refuse a data set with an unreadable image, or leave such images out.
@@ -105,22 +94,8 @@ def load_images(
         raise DataError(f"on_bad_image={on_bad_image!r} must be 'fail' or 'skip'")
     if data == "digits":
         return _digits(img_size, limit)
-    if data in TORCHVISION_SETS:
-        train, test, names = _torchvision_sources(data, data_dir)
-    else:
-        root = Path(data)
-        if not root.is_dir():
-            raise DataError(
-                f"data {data!r} is neither a folder nor one of digits, {', '.join(TORCHVISION_SETS)}; "
-                "give the path of an image folder (train/CLASS/*.jpg, val/CLASS/*.jpg) or of parquet files"
-            )
-        if _parquet_files(root, ""):
-            train, test, names = _parquet_sources(root)
-        else:
-            train, test, names = _folder_sources(root)
-    for split, source in (("train", train), ("test", test)):
-        if not source.labels:
-            raise DataError(f"the {split} part of {data} has no image; add some")
+    sources = open_sources(data, data_dir)
+    train, test, names = sources.train, sources.test, sources.class_names
     skipped: list[str] = []
     train_part = _read(train, _chosen(len(train.labels), limit), img_size, len(names), on_bad_image, skipped)
     test_part = _read(
@@ -138,7 +113,7 @@ def load_images(
             f"(limit={limit}, {len(skipped)} unreadable); raise --limit or mend the data"
         )
     pad = train_part.images.shape[-1] // 8
-    return ImageData(data, train_part, test_part, tuple(names), pad, True, tuple(skipped))
+    return ImageData(data, train_part, test_part, names, pad, sources.flip, tuple(skipped))
 
 
 def _chosen(total: int, limit: int | None) -> Sequence[int]:
@@ -152,10 +127,11 @@ def _digits(img_size: int | None, limit: int | None) -> ImageData:
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    if img_size not in (None, 8):
-        raise DataError(f"img_size={img_size}: digits are 8 x 8 scans; leave img_size out")
     raw = load_digits()
-    images = torch.from_numpy(np.rint(raw.images * (255 / 16)).astype(np.uint8)).unsqueeze(1)
+    scans = np.rint(raw.images * (255 / 16)).astype(np.uint8)
+    if img_size is not None:
+        scans = np.stack([np.asarray(square(Image.fromarray(scan), img_size)) for scan in scans])
+    images = torch.from_numpy(scans).unsqueeze(1)
     labels = torch.from_numpy(raw.target.astype(np.int64))
     train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=raw.target, random_state=0)
     train = train[np.asarray(_chosen(len(train), limit))]
@@ -163,120 +139,8 @@ def _digits(img_size: int | None, limit: int | None) -> ImageData:
     return ImageData("digits", train_part, test_part, tuple("0123456789"), 0, False)
 
 
-def _torchvision_sources(data: str, data_dir: Path | None) -> tuple[_Source, _Source, list[str]]:
-    from torchvision import datasets
-
-    root = Path("data") if data_dir is None else data_dir
-    cls = getattr(datasets, TORCHVISION_SETS[data])
-    try:
-        # torchvision checks the MD5 of every file before it reads one
-        parts = [cls(root=root, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:
-        raise DataError(
-            f"{data} is not under data_dir={str(root)!r} and cannot be downloaded ({error}); "
-            "put torchvision's archive there, or point --data-dir at a folder that has it"
-        ) from error
-
-    def source(part: Any) -> _Source:
-        return _Source(part.targets, lambda i: Image.fromarray(part.data[i]), lambda i: f"{data} image {i}")
-
-    return source(parts[0]), source(parts[1]), list(parts[0].classes)
-
-
-def _parquet_files(root: Path, stem: str) -> list[Path]:
-    """Parquet files in the folder or one level below, where the hub keeps them."""
-    return sorted([*root.glob(f"{stem}*.parquet"), *root.glob(f"*/{stem}*.parquet")])
-
-
-def _parquet_sources(root: Path) -> tuple[_Source, _Source, list[str]]:
-    import datasets
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    def table(*stems: str) -> Any:
-        files: list[Path] = next(filter(None, (_parquet_files(root, stem) for stem in stems)), [])
-        if not files:
-            found = ", ".join(path.name for path in _parquet_files(root, "")[:6])
-            raise DataError(f"no {' or '.join(f'{s}*.parquet' for s in stems)} under {root} (found {found})")
-        tables = []
-        for path in files:
-            try:
-                tables.append(pq.read_table(path))
-            except (OSError, pa.ArrowException) as error:
-                raise DataError(f"cannot read {path}: {error}; replace this file") from error
-        try:
-            return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(tables)))
-        except pa.ArrowException as error:
-            raise DataError(f"the parquet files under {root} differ in their columns: {error}") from error
-
-    def source(part: Any) -> _Source:
-        features = part.features
-        image = next((k for k, v in features.items() if isinstance(v, datasets.Image)), None)
-        label = next((k for k, v in features.items() if isinstance(v, datasets.ClassLabel)), None)
-        if image is None or label is None:
-            raise DataError(f"{root} needs an Image and a ClassLabel column; its columns are {features}")
-        raw = part.cast_column(image, datasets.Image(decode=False))
-        labels = part.data.column(label).to_pylist()
-
-        def opened(i: int) -> Image.Image:
-            cell = raw[i][image]
-            if cell is None:
-                raise ValueError("the cell is empty")
-            return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
-
-        def describe(i: int) -> str:
-            cell = raw[i][image]
-            return f"{root} row {i}" + (f" ({cell['path']})" if cell and cell["path"] else "")
-
-        return _Source(labels, opened, describe)
-
-    def class_names(part: Any) -> list[str]:
-        return next((list(v.names) for v in part.features.values() if isinstance(v, datasets.ClassLabel)), [])
-
-    train, test = table("train"), table("test", "val")
-    sources = source(train), source(test)
-    if class_names(train) != class_names(test):
-        raise DataError(
-            f"the class names in {root} differ: {class_names(train)} in train, {class_names(test)} in test"
-        )
-    return *sources, class_names(train)
-
-
-def _folder_sources(root: Path) -> tuple[_Source, _Source, list[str]]:
-    def listing(split: str) -> dict[str, list[Path]]:
-        folder = root / split
-        if not folder.is_dir():
-            raise DataError(f"{folder} is missing; an image folder has {root}/train/CLASS and {root}/val/CLASS")
-        classes = {
-            sub.name: sorted(p for p in sub.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-            for sub in sorted(folder.iterdir())
-            if sub.is_dir()
-        }
-        empty = [name for name, files in classes.items() if not files]
-        if empty or not classes:
-            where = folder / empty[0] if empty else folder
-            raise DataError(f"{where} holds no image; put files there ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        return classes
-
-    train, val = listing("train"), listing("val")
-    unknown = sorted(set(val) - set(train))
-    if unknown:
-        raise DataError(
-            f"class {unknown[0]!r} is in {root / 'val'} but not in {root / 'train'}; "
-            "add training images of it or remove it from val"
-        )
-    names = sorted(train)
-
-    def source(classes: dict[str, list[Path]]) -> _Source:
-        files = [(path, names.index(name)) for name, paths in classes.items() for path in paths]
-        labels = [label for _, label in files]
-        return _Source(labels, lambda i: Image.open(files[i][0]), lambda i: str(files[i][0]))
-
-    return source(train), source(val), names
-
-
 def _read(
-    source: _Source,
+    source: Source,
     indices: Sequence[int],
     img_size: int | None,
     num_classes: int,
@@ -286,13 +150,11 @@ def _read(
     pixels = np.empty((0, 0, 0, 3), np.uint8)
     labels: list[int] = []
     for i in indices:
-        label = source.labels[i]
-        if label is None or not 0 <= label < num_classes:
-            raise DataError(f"{source.describe(i)} has label {label}, outside the {num_classes} classes")
+        label = source.label(i, num_classes)
         try:
             with source.open(i) as image:
-                array = np.asarray(_square(image.convert("RGB"), img_size))
-        except (OSError, SyntaxError, ValueError, TypeError, Image.DecompressionBombError) as error:
+                array = np.asarray(square(image.convert("RGB"), img_size))
+        except UNREADABLE as error:
             reason = f"{source.describe(i)}: {error}"
             if on_bad_image == "fail":
                 raise DataError(
@@ -329,7 +191,7 @@ def _allocate(first: NDArray[np.uint8], count: int, name: str) -> NDArray[np.uin
     return np.empty((count, *first.shape), np.uint8)
 
 
-def _square(image: Image.Image, img_size: int | None) -> Image.Image:
+def square(image: Image.Image, img_size: int | None) -> Image.Image:
     """Resize the shorter side and crop the centre; as it is when no size is asked for."""
     if img_size is None or image.size == (img_size, img_size):
         return image

@@ -1,23 +1,74 @@
 """Batches whose order and augmentation depend on seed and epoch alone."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import DataError
-from .images import ImageData, LabelledImages
+from .augment import BatchAugment
+from .images import ImageData, LabelledImages, OnBadImage
+from .plan import BatchPlan, mix_seed, seeded
+from .sources import Source, Sources, open_sources
+from .stream import ImageStream, stream_transforms
+
+EVAL_BATCH = 256
 
 
-class BatchPlan(NamedTuple):
-    """Which images form a batch, and the seed of their augmentation."""
+@dataclass(frozen=True)
+class StreamedImages:
+    """A data set that is decoded as it is needed; in place of an ``ImageData``."""
 
-    indices: Tensor
-    seed: int
+    name: str
+    sources: Sources
+    img_size: int
+    on_bad_image: OnBadImage = "fail"
+    in_chans: int = field(default=3, init=False)
+    skipped: tuple[str, ...] = field(default=(), init=False)
+
+    @property
+    def flip(self) -> bool:
+        """Whether the default augmentation mirrors images."""
+        return self.sources.flip
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.sources.class_names
+
+    def fingerprint(self) -> str:
+        """A hash of all labels, in their order; pixels are not read."""
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for part in (self.sources.train, self.sources.test):
+            digest.update(repr(list(part.labels)).encode())
+        return digest.hexdigest()
+
+
+def open_stream(
+    data: str, *, data_dir: Path | None = None, img_size: int | None = None, on_bad_image: OnBadImage = "fail"
+) -> StreamedImages:
+    """A data set to decode while training.
+
+    Args:
+        data: As in ``load_images``, but for ``digits``.
+        data_dir: Where downloads are kept.
+        img_size: Side of the images in pixels; default 224.
+        on_bad_image: Stop at an unreadable image, or take the next one in its place.
+
+    Raises:
+        DataError: The data is missing, empty or inconsistent.
+    """
+    if data == "digits":
+        raise DataError("digits are small and in memory; leave out --stream")
+    return StreamedImages(data, open_sources(data, data_dir), 224 if img_size is None else img_size, on_bad_image)
 
 
 class EpochBatches(Sampler[BatchPlan]):
@@ -25,12 +76,30 @@ class EpochBatches(Sampler[BatchPlan]):
 
     So every mixer at one seed sees the same batches, whatever it draws itself, and a resumed run goes on with
     the order it would have had. Lightning calls ``set_epoch``. The last, smaller batch is left out.
+
+    Args:
+        num_images: Images to choose from.
+        batch_size: Images per optimizer step, over all processes.
+        seed: Seed of the order.
+        steps: Parts of a batch that follow each other.
+        rank: This process, of ``world``; it yields its share of every part.
+        world: Number of processes.
+
+    Raises:
+        DataError: The batch does not divide into so many parts.
     """
 
-    def __init__(self, num_images: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self, num_images: int, batch_size: int, seed: int, *, steps: int = 1, rank: int = 0, world: int = 1
+    ) -> None:
         self.num_images = num_images
         self.batch_size = min(batch_size, num_images)
-        self.seed = seed
+        if self.batch_size % (steps * world):
+            raise DataError(
+                f"a batch of {self.batch_size} images does not divide into {world} processes x {steps} "
+                f"accumulation steps; use a batch_size that is a multiple of {world * steps}"
+            )
+        self.seed, self.steps, self.rank, self.world = seed, steps, rank, world
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -38,125 +107,246 @@ class EpochBatches(Sampler[BatchPlan]):
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.num_images // self.batch_size
+        return self.num_images // self.batch_size * self.steps
 
     def __iter__(self) -> Iterator[BatchPlan]:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         order = torch.randperm(self.num_images, generator=generator)
-        for i in range(len(self)):
+        share = self.batch_size // (self.steps * self.world)
+        for i in range(self.num_images // self.batch_size):
             indices = order[i * self.batch_size : (i + 1) * self.batch_size]
-            yield BatchPlan(indices, mix_seed(self.seed, self.epoch, i))
+            for step in range(self.steps):
+                first = (step * self.world + self.rank) * share
+                yield BatchPlan(indices[first : first + share], mix_seed(self.seed, self.epoch, i), first)
 
 
-class AugmentedImages(Dataset[tuple[Tensor, Tensor]]):
-    """Batches of normalised training images, randomly cropped and mirrored."""
+class EvenBatches(Sampler[BatchPlan]):
+    """All images in their order, every one once, in as many batches on every process."""
 
-    def __init__(self, part: LabelledImages, mean: Tensor, std: Tensor, *, crop_padding: int, flip: bool) -> None:
-        self.part, self.mean, self.std = part, mean, std
-        self.crop_padding, self.flip = crop_padding, flip
+    def __init__(self, num_images: int, rank: int = 0, world: int = 1) -> None:
+        self.num_images, self.rank, self.world = num_images, rank, world
 
-    def __getitem__(self, plan: BatchPlan) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(plan.seed)
-        images = self.part.images[plan.indices]
-        images = random_crop(images, self.crop_padding, generator)
-        if self.flip:
-            mirrored = torch.rand(len(images), generator=generator) < 0.5
-            images = torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images)
-        return normalize(images, self.mean, self.std), self.part.labels[plan.indices]
+    def __len__(self) -> int:
+        return -(-self.num_images // max(EVAL_BATCH, 2 * self.world))
+
+    def __iter__(self) -> Iterator[BatchPlan]:
+        order = torch.arange(self.num_images)
+        if self.world == 1:
+            batches = [order[start : start + EVAL_BATCH] for start in range(0, self.num_images, EVAL_BATCH)]
+        else:  # sizes differ by one at most, so that none is empty
+            batches = list(order.tensor_split(len(self)))
+        for batch in batches:
+            yield BatchPlan(batch.tensor_split(self.world)[self.rank], 0)
 
 
-class PlainImages(Dataset[tuple[Tensor, Tensor]]):
-    """Normalised images, one by one, in their order."""
+class MemoryImages(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of images in memory, (B, C, H, W) in uint8, with their labels."""
 
-    def __init__(self, part: LabelledImages, mean: Tensor, std: Tensor) -> None:
-        self.part, self.mean, self.std = part, mean, std
+    def __init__(self, part: LabelledImages) -> None:
+        self.part = part
 
     def __len__(self) -> int:
         return len(self.part.labels)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor, Tensor]:
-        return normalize(self.part.images[indices], self.mean, self.std), self.part.labels[indices]
+    def __getitem__(self, plan: BatchPlan) -> tuple[Tensor, Tensor]:
+        return self.part.images[plan.indices], self.part.labels[plan.indices]
+
+
+class _Planned(Dataset[tuple[Tensor, Tensor, int, int]]):
+    """Batches with what their augmentation is drawn from: the seed and the place of the first image."""
+
+    def __init__(self, images: Any) -> None:
+        self.images = images
+
+    def __getitem__(self, plan: BatchPlan) -> tuple[Tensor, Tensor, int, int]:
+        return *self.images[plan], plan.seed, plan.first
+
+
+class _Part(Source):
+    """Some images of a source."""
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, indices
+        self.labels = [source.labels[i] for i in indices]
+
+    def open(self, i: int) -> Any:
+        return self.source.open(self.indices[i])
+
+    def describe(self, i: int) -> str:
+        return self.source.describe(self.indices[i])
 
 
 class ImageDataModule(L.LightningDataModule):
-    """Training, validation and test batches of an ``ImageData``.
+    """Training, validation and test batches of images in memory or streamed.
 
-    The validation part is held out of the training images, the same for every seed; the test part is only
-    read by ``test_dataloader``.
+    Batches travel to the device as uint8; there they are augmented, each image by its own draws, and normalised.
+    The validation part is held out of the training images, the same for every seed; the test part is only read
+    by ``test_dataloader``.
 
     Args:
         data: The images.
-        batch_size: Images per step.
+        batch_size: Images per optimizer step, over all processes.
         seed: Seed of order and augmentation.
         holdout: Share of the training images to hold out, in (0, 1).
+        grad_accum_steps: Parts a batch is computed in.
         crop_padding: Zero padding of the random crop in pixels; default the data's own.
         flip: Whether to mirror at random; default the data's own.
+        auto_augment: RandAugment in timm's words.
+        random_erasing: Probability of erasing a rectangle.
+        mixup: Alpha of mixup.
+        cutmix: Alpha of cutmix.
+        label_smoothing: Smoothing of mixed labels.
+        mean: Normalisation per channel; default that of the training images, or of ImageNet when streaming.
+        std: As ``mean``.
+        num_workers: Loader processes.
 
     Raises:
-        DataError: Too few images to hold some out and train on the rest.
+        DataError: Too few images to hold some out and train on the rest, or an augmentation that does not fit.
     """
 
     def __init__(
         self,
-        data: ImageData,
+        data: ImageData | StreamedImages,
         *,
         batch_size: int,
         seed: int = 0,
         holdout: float = 0.1,
+        grad_accum_steps: int = 1,
         crop_padding: int | None = None,
         flip: bool | None = None,
+        auto_augment: str | None = None,
+        random_erasing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        label_smoothing: float = 0.0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        num_workers: int = 0,
     ) -> None:
         super().__init__()
-        total = len(data.train.labels)
+        streamed = isinstance(data, StreamedImages)
+        train: Any = data.sources.train if isinstance(data, StreamedImages) else data.train
+        total = len(train.labels)
         held = round(total * holdout)
         if not 0 < held < total:
             raise DataError(f"holdout={holdout} of {total} training images leaves {total - held}; use more images")
         order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-        self.data, self.batch_size, self.seed = data, batch_size, seed
-        self.val_part, self.train_part = (
-            LabelledImages(data.train.images[index], data.train.labels[index])
-            for index in (order[:held], order[held:])
-        )
-        self.mean, self.std = channel_statistics(self.train_part.images)
-        self.crop_padding = data.crop_padding if crop_padding is None else crop_padding
+        self.data, self.batch_size, self.seed, self.steps = data, batch_size, seed, grad_accum_steps
+        self.num_train = total - held
+        self.crop_padding = 0 if streamed else data.crop_padding if crop_padding is None else crop_padding  # type: ignore[union-attr]
         self.flip = data.flip if flip is None else flip
+        self.num_workers = num_workers
+        self.augment = BatchAugment(
+            crop_padding=self.crop_padding,
+            flip=self.flip and not streamed,
+            policy=None if streamed else auto_augment,
+        )
+        self._train: Any
+        self._val: Any
+        self._test: Any
+        if isinstance(data, StreamedImages):
+            self._train, self._val, self._test = self._streams(data, order, held, auto_augment)
+            statistics = [torch.tensor(x).view(-1, 1, 1) for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)]
+        else:
+            self.val_part, self.train_part = (
+                LabelledImages(data.train.images[index], data.train.labels[index])
+                for index in (order[:held], order[held:])
+            )
+            parts = (self.train_part, self.val_part, data.test)
+            self._train, self._val, self._test = (MemoryImages(part) for part in parts)
+            statistics = list(channel_statistics(self.train_part.images))
+        self.mean, self.std = (
+            auto if given is None else _per_channel(name, given, data.in_chans)
+            for name, given, auto in zip(("mean", "std"), (mean, std), statistics, strict=True)
+        )
+        self.erasing = random_erasing
+        self.mixup = None
+        if mixup > 0 or cutmix > 0:
+            self.mixup = Mixup(mixup, cutmix, label_smoothing=label_smoothing, num_classes=len(data.class_names))
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """Augmented batches, in an order of their own each epoch."""
-        images = AugmentedImages(self.train_part, self.mean, self.std, crop_padding=self.crop_padding, flip=self.flip)
-        sampler = EpochBatches(len(self.train_part.labels), self.batch_size, self.seed)
-        return _loader(images, batch_size=None, sampler=sampler)
+    def _streams(self, data: StreamedImages, order: Tensor, held: int, policy: str | None) -> tuple[ImageStream, ...]:
+        plain = stream_transforms(data.img_size, train=False)
+        augmented = stream_transforms(data.img_size, train=True, policy=policy, flip=self.flip)
+        train = data.sources.train
+        parts = (_Part(train, order[held:].tolist()), _Part(train, order[:held].tolist()), data.sources.test)
+        return tuple(
+            ImageStream(part, transform, len(data.class_names), data.on_bad_image)
+            for part, transform in zip(parts, (augmented, plain, plain), strict=True)
+        )
 
-    def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches in an order of their own each epoch, to be augmented on the device."""
+        rank, world = self._place()
+        sampler = EpochBatches(self.num_train, self.batch_size, self.seed, steps=self.steps, rank=rank, world=world)
+        share = sampler.batch_size // (self.steps * world)
+        if self.mixup is not None and share % 2:
+            raise DataError(f"mixup pairs images, but {share} are computed at once; use an even number")
+        return self._loader(_Planned(self._train), sampler)
+
+    def val_dataloader(self) -> DataLoader[Any]:
         """The held-out training images."""
-        return self._plain(self.val_part)
+        return self._loader(self._val, EvenBatches(len(self._val), *self._place()))
 
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
-        """The test images."""
-        return self._plain(self.data.test)
+    def test_dataloader(self) -> DataLoader[Any]:
+        """The test images, all of them whatever the number of processes."""
+        return self._loader(self._test, EvenBatches(len(self._test)))
 
-    def _plain(self, part: LabelledImages) -> DataLoader[tuple[Tensor, Tensor]]:
-        images = PlainImages(part, self.mean, self.std)
-        return _loader(images, batch_size=256, collate_fn=_as_is)
+    def holdout_dataloader(self) -> DataLoader[Any]:
+        """The held-out training images, all of them whatever the number of processes."""
+        return self._loader(self._val, EvenBatches(len(self._val)))
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Augment a training batch and normalise any, on the device.
+
+        Returns:
+            Images (B, C, H, W) in float32, and labels (B,), or (B, num_classes) once mixed.
+        """
+        images, labels, *plan = batch
+        if not plan:
+            return self.normalize(images), labels
+        seed, first = plan
+        generator = torch.Generator().manual_seed(seed)
+        draws = self.augment.draw(min(self.batch_size, self.num_train), generator)
+        images = self.normalize(self.augment(images, draws.rows(slice(first, first + len(images)))))
+        if self.erasing > 0 or self.mixup is not None:
+            with seeded(mix_seed(seed, first, 1)):
+                if self.erasing > 0:
+                    images = RandomErasing(self.erasing, mode="pixel", device=images.device)(images)
+                if self.mixup is not None:
+                    images, labels = self.mixup(images, labels)
+        return images, labels
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images in uint8 to zero mean and unit variance, float32."""
+        return normalize(images, self.mean.to(images.device), self.std.to(images.device))
+
+    def _place(self) -> tuple[int, int]:
+        """This process and their number."""
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _loader(self, images: Any, sampler: Sampler[BatchPlan]) -> DataLoader[Any]:
+        return DataLoader(
+            images,
+            batch_size=None,
+            sampler=sampler,
+            collate_fn=_as_is,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+            # without a generator of its own, opening an iterator advances torch's global random state, and when
+            # Lightning opens it differs between a fresh and a resumed run
+            generator=torch.Generator(),
+        )
 
 
-def _loader(images: Dataset[tuple[Tensor, Tensor]], **options: Any) -> DataLoader[tuple[Tensor, Tensor]]:
-    # without a generator of its own, opening an iterator advances torch's global random state, and when
-    # Lightning opens it differs between a fresh and a resumed run
-    return DataLoader(images, generator=torch.Generator(), **options)
-
-
-def _as_is(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def _as_is(batch: Any) -> Any:
     return batch
 
 
-def mix_seed(*parts: int) -> int:
-    """One 63-bit seed from several small numbers, the same on every machine."""
-    state = 0x9E3779B97F4A7C15
-    for part in parts:
-        state = ((state ^ (part + 0x9E3779B97F4A7C15)) * 0xBF58476D1CE4E5B9) % 2**64
-        state ^= state >> 31
-    return state >> 1
+def _per_channel(name: str, values: Sequence[float], in_chans: int) -> Tensor:
+    if len(values) != in_chans:
+        raise DataError(f"{name}={list(values)} has {len(values)} numbers for images of {in_chans} channels")
+    return torch.tensor(values).view(-1, 1, 1)
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,15 +362,3 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Images in uint8 to zero mean and unit variance, float32."""
     return (images.float() / 255 - mean) / std
-
-
-def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Shift every image by its own offset of up to ``padding`` pixels, zeros coming in."""
-    if padding == 0:
-        return images
-    batch, _, height, width = images.shape
-    padded = F.pad(images, (padding,) * 4).permute(0, 2, 3, 1)
-    offsets = torch.randint(0, 2 * padding + 1, (2, batch, 1), generator=generator)
-    rows = (offsets[0] + torch.arange(height)).unsqueeze(2)
-    cols = (offsets[1] + torch.arange(width)).unsqueeze(1)
-    return padded[torch.arange(batch).view(-1, 1, 1), rows, cols].permute(0, 3, 1, 2)

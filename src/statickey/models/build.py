@@ -5,6 +5,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.models._input import update_model_input_size
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +22,7 @@ OUR_MODULES = ["static_key_former", "static_key_vit", "lsa_vit"]
 
 def build_model(
     name: str,
-    mixer: str,
+    mixer: str | None,
     *,
     img_size: int,
     num_classes: int,
@@ -36,12 +37,13 @@ def build_model(
     Args:
         name: ``"small_vit"``, any timm vision transformer, or a name of this package (``"lsa_vit_small_patch4_32"``,
             ``"skaformer_nano"``), whose own mixer is replaced.
-        mixer: A name in ``MIXERS``.
+        mixer: A name in ``MIXERS``; None leaves the model as it is.
         img_size: Side of the square input in pixels.
         num_classes: Classes of the head.
         in_chans: Channels of the input.
         seed: All weights that mixers share are bit-identical at one seed.
-        model_args: Further constructor arguments of the host.
+        model_args: Further constructor arguments of the host. In ``mixers``, the names per stage of a MetaFormer of
+            this package, ``"X"`` stands for the given mixer: ``{"mixers": ["sepconv", "sepconv", "X", "mhsa"]}``.
 
     Returns:
         The host with its attention swapped.
@@ -52,15 +54,13 @@ def build_model(
     """
     check_name("model", name, [SMALL_VIT, *timm.list_models()])
     torch.manual_seed(seed)
-    args = {} if model_args is None else dict(model_args)
+    args = _filled({} if model_args is None else dict(model_args), mixer) | _own_mixer(name, mixer, model_args)
     host: Any
     try:
         if name == SMALL_VIT:
             host = small_vit(img_size, num_classes=num_classes, in_chans=in_chans, **args)
         else:
-            own = _own_mixer(name, mixer)
-            sizes = {"img_size": img_size, "num_classes": num_classes, "in_chans": in_chans}
-            host = timm.create_model(name, **sizes | own | args)
+            host = _timm_host(name, img_size, {"num_classes": num_classes, "in_chans": in_chans} | args)
     except StaticKeyError:
         raise
     except (TypeError, ValueError, RuntimeError, AssertionError, ZeroDivisionError) as error:
@@ -71,13 +71,44 @@ def build_model(
             f"the patch size {patch} of {name!r} does not divide img_size={img_size}; resize to "
             f"img_size={max(img_size // patch, 1) * patch}, or pass another patch_size in model_args"
         )
-    if not token_mixers(host):
+    if mixer is not None and not token_mixers(host):
         convert(host, mixer)
     return host  # type: ignore[no-any-return]
 
 
-def _own_mixer(name: str, mixer: str) -> dict[str, Any]:
-    """The argument that puts a mixer into a model of this package."""
+def timm_args(
+    name: str, mixer: str | None, img_size: int, model_args: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The arguments with which ``timm.create_model`` builds a model of this package as ``build_model`` does."""
+    args = {} if model_args is None else dict(model_args)
+    return {"img_size": img_size} | _filled(args, mixer) | _own_mixer(name, mixer, args)
+
+
+def _timm_host(name: str, img_size: int, args: dict[str, Any]) -> Any:
+    try:
+        return timm.create_model(name, img_size=img_size, **args)
+    except TypeError as error:
+        if "'img_size'" not in str(error):
+            raise
+    host = timm.create_model(name, **args)  # one that runs on any size, as timm's MetaFormers
+    update_model_input_size(host, (img_size, img_size))
+    return host
+
+
+def _filled(args: dict[str, Any], mixer: str | None) -> dict[str, Any]:
+    """The arguments with the place that is marked X in ``mixers`` taken by the mixer."""
+    mixers = args.get("mixers")
+    if mixer is None or not isinstance(mixers, list | tuple):
+        return args
+    if "X" not in mixers:
+        raise StaticKeyError(f"mixers={list(mixers)} has no 'X' for {mixer!r} to stand in; mark its stage")
+    return args | {"mixers": tuple(mixer if place == "X" else place for place in mixers)}
+
+
+def _own_mixer(name: str, mixer: str | None, args: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The argument that puts a mixer into a model of this package, unless its arguments say where it stands."""
+    if mixer is None or (args is not None and "mixers" in args):
+        return {}
     if name in timm.list_models(module="static_key_former"):
         return {"mixers": ("sepconv", mixer, "mhsa", "mhsa")}
     return {"mixer": mixer} if timm.models.is_model_in_modules(name, OUR_MODULES) else {}

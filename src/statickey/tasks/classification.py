@@ -1,4 +1,4 @@
-"""Training and scoring an image classifier under Lightning."""
+"""Training an image classifier under Lightning."""
 
 import math
 import time
@@ -7,92 +7,89 @@ from typing import Any
 import lightning as L
 import torch
 import torch.nn.functional as F
-from timm.optim import param_groups_weight_decay
+from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..data import mix_seed
-from ..errors import DivergedError, OutputError
+from ..errors import DivergedError, OutputError, StaticKeyError
+from .recipe import Recipe
+
+_FUSED = ("adam", "adamw", "sgd")
+_CHECK_EVERY = 50
+"""Steps between looks at the loss on an accelerator, which waits for every look."""
 
 
 class ClassificationTask(L.LightningModule):
-    """AdamW, linear warm-up, cosine decay to zero, label smoothing, an averaged copy of the weights.
+    """A timm optimizer, linear warm-up, cosine decay, cool-down, and an averaged copy of the weights.
 
     Random draws inside the model (dropout, drop path) restart from (seed, epoch) at each epoch, so a run
     resumed at an epoch boundary repeats the uninterrupted one.
 
     Args:
         model: Images (B, C, H, W) to logits (B, num_classes).
+        recipe: How to train it.
         num_classes: Number of classes.
         seed: Seed of the draws inside the model.
         run_id: Identity of the run's circumstances; a checkpoint of other circumstances is refused.
-        lr: Peak learning rate.
-        weight_decay: Decoupled decay of weights; not of biases, norms, position embeddings and keys.
-        warmup_epochs: Epochs of linear warm-up.
-        label_smoothing: Mass moved from the label to all classes.
-        ema_decay: Decay of the averaged weights, reached through a warm-up.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        *,
-        num_classes: int,
-        seed: int = 0,
-        run_id: str = "",
-        lr: float = 1e-3,
-        weight_decay: float = 0.05,
-        warmup_epochs: float = 1.0,
-        label_smoothing: float = 0.1,
-        ema_decay: float = 0.999,
+        self, model: nn.Module, recipe: Recipe | None = None, *, num_classes: int, seed: int = 0, run_id: str = ""
     ) -> None:
         super().__init__()
         self.model = model
-        self.ema = ModelEmaV3(model, decay=ema_decay, use_warmup=True)
+        self.recipe = (Recipe() if recipe is None else recipe).with_lr(32)
+        self.ema = ModelEmaV3(model, decay=self.recipe.ema_decay, use_warmup=True)
         self.ema.requires_grad_(False)
         self.seed = seed
         self.run_id = run_id
-        self.lr = lr
-        self.weight_decay = weight_decay
-        self.warmup_epochs = warmup_epochs
-        self.label_smoothing = label_smoothing
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.curve: list[dict[str, float]] = []
         """One row per finished epoch; part of the checkpoint."""
-        self._epoch_start = 0.0
-        self._seconds = 0.0
-        self._images = 0
-        self._loss_sum = 0.0
+        self._epoch_start = self._seconds = self._waited = self._idle_since = 0.0
+        self._sums = torch.zeros(2, dtype=torch.float64)  # of the loss, and of images
+        self._averaged_steps = 0
 
     def on_train_epoch_start(self) -> None:
         """Restart the model's draws and the epoch's counters."""
-        torch.manual_seed(mix_seed(self.seed, self.current_epoch, -1))
-        self._images, self._loss_sum = 0, 0.0
-        self._epoch_start = time.perf_counter()
+        torch.manual_seed(mix_seed(self.seed, self.current_epoch, -1 - self.global_rank))
+        self._sums = torch.zeros(2, dtype=torch.float64 if self.device.type != "mps" else None, device=self.device)
+        self._waited = 0.0
+        self._epoch_start = self._idle_since = time.perf_counter()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Count how long the loader was waited for."""
+        self._waited += time.perf_counter() - self._idle_since
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch.
+        """Cross-entropy of one batch; labels are classes (B,), or mixed, (B, num_classes).
 
         Raises:
             DivergedError: The loss is not finite.
         """
         images, labels = batch
-        loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.label_smoothing)
-        value = loss.item()
-        if not math.isfinite(value):
+        smoothing = self.recipe.label_smoothing if labels.ndim == 1 else 0.0  # mixed labels come smoothed
+        loss = F.cross_entropy(self.model(images), labels, label_smoothing=smoothing)
+        self._sums += torch.stack([loss.detach() * len(labels), loss.new_tensor(len(labels))])
+        if (self.device.type == "cpu" or batch_idx % _CHECK_EVERY == 0) and not math.isfinite(loss.item()):
             raise DivergedError(
-                f"loss is {value} at epoch {self.current_epoch + 1}, step {batch_idx + 1} "
-                f"(seed {self.seed}); use another --out with a lower --lr (now {self.lr:g}) or more --warmup-epochs"
+                f"loss is {loss.item()} at epoch {self.current_epoch + 1}, step {batch_idx + 1} "
+                f"(seed {self.seed}); use another --out with a lower --lr (now {self.recipe.lr:g}) "
+                "or more --warmup-epochs"
             )
-        self._images += len(labels)
-        self._loss_sum += value * len(labels)
         return loss
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the average follow; the clock stops with the last batch, before validation."""
-        self.ema.update(self.model, step=self.global_step)
-        self._seconds = time.perf_counter() - self._epoch_start
+        """Let the average follow each optimizer step; the clock stops with the last batch, before validation."""
+        if self.global_step != self._averaged_steps:
+            self.ema.update(self.model, step=self.global_step)
+            self._averaged_steps = self.global_step
+        if self.trainer.is_last_batch:
+            self._sums.cpu()  # waits for an accelerator
+        self._idle_since = time.perf_counter()
+        self._seconds = self._idle_since - self._epoch_start
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Accuracy of the plain weights."""
@@ -113,39 +110,58 @@ class ClassificationTask(L.LightningModule):
             if not parameter.isfinite().all():
                 raise DivergedError(
                     f"{name} is not finite after epoch {self.current_epoch + 1} (seed {self.seed}); "
-                    f"use another --out with a lower --lr (now {self.lr:g})"
+                    f"use another --out with a lower --lr (now {self.recipe.lr:g})"
                 )
-        self.curve.append(
-            {
-                "epoch": self.current_epoch + 1,
-                "train_loss": self._loss_sum / max(self._images, 1),
-                "holdout_accuracy": 100 * self.accuracy.compute().item(),
-                "images_per_second": self._images / max(self._seconds, 1e-9),
-                "seconds": self._seconds,
-            }
-        )
-
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Predicted and true labels, (3, B): by the last weights, by the averaged ones, the truth."""
-        images, labels = batch
-        return torch.stack([self.model(images).argmax(1), self.ema.module(images).argmax(1), labels])
+        loss, images = self.trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        row = {
+            "epoch": self.current_epoch + 1,
+            "train_loss": loss / max(images, 1),
+            "holdout_accuracy": 100 * self.accuracy.compute().item(),
+            "lr": self.trainer.optimizers[0].param_groups[-1]["lr"],
+            "images_per_second": images / max(self._seconds, 1e-9),
+            "loader_images_per_second": images / max(self._waited, 1e-9),
+            "seconds": self._seconds,
+        }
+        self.curve.append(row)
+        for logger in self.loggers:
+            logger.log_metrics({k: v for k, v in row.items() if k != "epoch"}, step=self.current_epoch + 1)
 
     def configure_optimizers(self) -> Any:
-        """AdamW and a schedule per step."""
-        exempt = getattr(self.model, "no_weight_decay", set)  # timm's models and converted ones name theirs
-        groups = param_groups_weight_decay(self.model, self.weight_decay, no_weight_decay_list=tuple(exempt()))
+        """A timm optimizer and a schedule per step.
+
+        Raises:
+            StaticKeyError: The optimizer refuses its arguments.
+        """
+        recipe = self.recipe
         # Lightning cannot clip gradients for a fused optimizer under mixed precision
-        fused = "mixed" not in str(self.trainer.precision)
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=fused)
+        fused = recipe.opt in _FUSED and "mixed" not in str(self.trainer.precision)
+        try:
+            optimizer = create_optimizer_v2(
+                self.model,
+                opt=recipe.opt,
+                lr=recipe.lr,
+                weight_decay=recipe.weight_decay,
+                layer_decay=recipe.layer_decay,
+                **({"fused": True} if fused else {}),
+            )
+        except (ValueError, AssertionError, TypeError) as error:
+            raise StaticKeyError(f"opt={recipe.opt!r} is not to be had: {error}") from error
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _lr_factor(self, step: int) -> float:
-        total = int(self.trainer.estimated_stepping_batches)
-        warmup = self.warmup_epochs * total / max(self.trainer.max_epochs or 1, 1)
+        recipe, peak = self.recipe, self.recipe.lr
+        assert peak is not None
+        per_epoch = int(self.trainer.estimated_stepping_batches) / recipe.total_epochs
+        warmup = recipe.warmup_epochs * per_epoch
         if step < warmup:
-            return (step + 1) / (warmup + 1)
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+            low = recipe.warmup_lr / peak
+            return low + (1 - low) * (step + 1) / (warmup + 1)
+        low = recipe.min_lr / peak
+        progress = min((step - warmup) / max(recipe.epochs * per_epoch - warmup, 1), 1.0)
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the curve with the weights."""
@@ -161,6 +177,7 @@ class ClassificationTask(L.LightningModule):
         if checkpoint.get("run_id") != self.run_id:
             raise OutputError(
                 f"the checkpoint is of another configuration or other data ({checkpoint.get('run_id')}, now "
-                f"{self.run_id}); choose another --out, or delete last.ckpt to start this run anew"
+                f"{self.run_id}); choose another --out, or delete its *.ckpt to start this run anew"
             )
         self.curve = list(checkpoint["curve"])
+        self._averaged_steps = int(checkpoint["global_step"])

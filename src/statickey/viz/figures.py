@@ -142,6 +142,73 @@ def attention_of_token(
     return figure
 
 
+def attention_overlay(image: NDArray[Any], weights: Tensor, feat_size: tuple[int, int], title: str) -> Figure:
+    """Where a layer looks: the image, the mean over heads, and every head, laid over the image.
+
+    Of a network with a class token the map is what that token attends to; else what all tokens do on average.
+
+    Args:
+        image: (H, W, C) in [0, 1].
+        weights: The layer's map of this image, (heads, tokens, tokens), prefix tokens first.
+        feat_size: The token grid (H, W).
+        title: Name of the layer.
+    """
+    prefix = weights.shape[-1] - feat_size[0] * feat_size[1]
+    rows = weights[:, 0] if prefix else weights.mean(dim=1)
+    maps = rows[:, prefix:].reshape(-1, *feat_size).float().cpu().numpy()
+    panels = {"mean of heads": maps.mean(axis=0)} | {f"head {i}": m for i, m in enumerate(maps, start=1)}
+    columns = min(len(panels) + 1, 6)
+    lines = -(-(len(panels) + 1) // columns)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(1.7 * columns, 1.85 * lines + 0.35), layout="constrained")
+        figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=10)
+        grid = figure.subplots(lines, columns, squeeze=False).flat
+        first, *others = grid
+        first.imshow(image.squeeze(), cmap="gray")
+        first.set_title("image", fontweight="normal", fontsize=8, loc="center")
+        height, width = image.shape[:2]
+        for axes, (name, seen) in zip(others, panels.items(), strict=False):
+            axes.imshow(image.mean(axis=-1), cmap="gray", alpha=0.55)
+            lowest = min(0.0, float(seen.min()))
+            extent = (-0.5, width - 0.5, height - 0.5, -0.5)
+            axes.imshow(seen, cmap="magma", alpha=0.65, vmin=lowest, extent=extent, interpolation="bilinear")
+            axes.set_title(name, fontweight="normal", fontsize=8, loc="center")
+        for axes in (first, *others):
+            _blank(axes)
+        for axes in others[len(panels) :]:
+            axes.set_visible(False)
+    return figure
+
+
+def confusion_matrix(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
+    """Which classes are taken for which, in percent of the true class.
+
+    Args:
+        counts: Images by true (rows) and predicted class.
+        class_names: Names of the classes.
+    """
+    table = np.asarray(counts, dtype=float)
+    share = 100 * table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    many = len(class_names) > 30  # neither names nor numbers would be readable
+    side = 6.5 if many else 1.6 + 0.46 * len(class_names)
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+        axes = figure.subplots()
+        picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
+        axes.set(xlabel="predicted", ylabel="true class", title="% of the true class")
+        if not many:
+            ticks = range(len(class_names))
+            axes.set_xticks(ticks, class_names, rotation=45, ha="right", rotation_mode="anchor")
+            axes.set_yticks(ticks, class_names)
+            for i, line in enumerate(share):
+                for j, value in enumerate(line):
+                    if value >= 0.5:
+                        colour = "white" if value > 60 else INK
+                        axes.text(j, i, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=8)
+        figure.colorbar(picture, ax=axes, shrink=0.8)
+    return figure
+
+
 def static_keys(layers: Sequence[NDArray[Any]], title: str) -> Figure:
     """Static keys as coloured grids, a row a layer, a column a head.
 

@@ -1,11 +1,12 @@
-"""What the terminal shows while runs are under way, and the table at the end."""
+"""What the terminal shows while runs are under way."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     Progress,
@@ -15,7 +16,8 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
+
+T = TypeVar("T")
 
 
 class Display:
@@ -35,6 +37,7 @@ class Display:
             TimeElapsedColumn(),
             TextColumn("[dim]left"),
             TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[rate]}", style="dim"),
             TextColumn("{task.fields[note]}", style="dim"),
             console=console,
             disable=not console.is_terminal,
@@ -45,9 +48,24 @@ class Display:
         """Print one line, in rich's markup: escape what is not ours."""
         self.console.print(text, highlight=False)
 
+    def skipped(self, reasons: Sequence[str]) -> None:
+        """Name images that were left out."""
+        for line in reasons[:5]:
+            self.say(f"[yellow]skipped[/yellow] {escape(line)}")
+        if len(reasons) > 5:
+            self.say(f"[yellow]skipped[/yellow] {len(reasons)} unreadable images in all")
+
     def busy(self, text: str) -> AbstractContextManager[Any]:
         """Show a spinner while the context lasts."""
         return self.console.status(text) if self.console.is_terminal else nullcontext()
+
+    def track(self, items: Iterable[T], total: int, text: str) -> Iterator[T]:
+        """Go through some items under a bar."""
+        with self._progress:
+            task = self._progress.add_task(text, total=total, note="", rate="")
+            for item in items:
+                yield item
+                self._progress.advance(task)
 
     @contextmanager
     def runs(self, num_runs: int) -> Iterator["RunsDisplay"]:
@@ -62,7 +80,7 @@ class RunsDisplay:
     def __init__(self, display: Display, progress: Progress, num_runs: int) -> None:
         self._display, self._progress = display, progress
         self._done, self._num_runs = 0, num_runs
-        self._all = progress.add_task("all runs", total=None, note="")
+        self._all = progress.add_task("all runs", total=None, note="", rate="")
 
     def start(self, label: str, epochs: int) -> "RunProgress":
         """A Lightning callback that moves the bars through one run."""
@@ -83,7 +101,7 @@ class RunProgress(L.Callback):
         self._progress, self._everything, self._num_runs = progress, everything, num_runs
         self._epochs = epochs
         self._label = label
-        self._task = progress.add_task(label, total=None, note="")
+        self._task = progress.add_task(label, total=None, note="", rate="")
         self._batches = 1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -99,65 +117,18 @@ class RunProgress(L.Callback):
     ) -> None:
         """One step on."""
         self._progress.advance(self._task)
+        speed = self._progress.tasks[self._progress.task_ids.index(self._task)].speed
+        if speed:
+            images = len(batch[0]) * trainer.world_size
+            self._progress.update(self._task, rate=f"{speed * images:,.0f} img/s")
         self._progress.advance(self._everything)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Show how the epoch before went; the task adds to its curve after the callbacks' turn."""
         curve = getattr(pl_module, "curve", [])
         if curve:
-            row = curve[-1]
-            note = f"held-out {row['holdout_accuracy']:.1f} %  {row['images_per_second']:,.0f} img/s"
-            self._progress.update(self._task, note=note)
+            self._progress.update(self._task, note=f"held-out {curve[-1]['holdout_accuracy']:.1f} %")
 
     def close(self) -> None:
         """Take the bar away."""
         self._progress.remove_task(self._task)
-
-
-def results_table(summary: dict[str, Any]) -> Table:
-    """The comparison as a table for the terminal."""
-    baseline = summary["baseline"]
-    table = Table(title=summary["title"], title_justify="left", caption_justify="left", title_style="bold")
-    for name in ("mixer", "params", "MACs", "train img/s", "runs", "accuracy %", "EMA %"):
-        table.add_column(name, justify="left" if name == "mixer" else "right", no_wrap=True)
-    table.add_column(f"minus {baseline}", justify="right", no_wrap=True)
-    table.add_column("95 % seeds (t)", justify="center", no_wrap=True)
-    table.add_column("95 % images", justify="center", no_wrap=True)
-    for row in summary["mixers"]:
-        table.add_row(*row_cells(row, baseline))
-    table.caption = summary["reading"]
-    return table
-
-
-def row_cells(row: dict[str, Any], baseline: str) -> list[str]:
-    """The cells of one mixer's row, as text, for terminal and page alike."""
-    difference = row["difference"]
-    cells = [
-        row["mixer"],
-        f"{row['params'] / 1e6:.3f} M",
-        f"{row['macs'] / 1e6:.1f} M",
-        f"{row['images_per_second']:,.0f}",
-        str(len(row["seeds"])),
-        spread(row["accuracy_mean"], row["accuracy_std"]),
-        spread(row["ema_accuracy_mean"], row["ema_accuracy_std"]),
-    ]
-    if row["mixer"] == baseline:
-        return [*cells, "baseline", "", ""]
-    if difference is None:
-        return [*cells, "no common seed", "", ""]
-    return [
-        *cells,
-        f"{difference['mean']:+.2f}",
-        interval(difference["seed_interval"]),
-        interval(difference["image_interval"]),
-    ]
-
-
-def spread(mean: float, std: float | None) -> str:
-    """Mean and standard deviation."""
-    return f"{mean:.2f}" if std is None else f"{mean:.2f} ± {std:.2f}"
-
-
-def interval(bounds: Any) -> str:
-    """An interval, or a dash."""
-    return "–" if bounds is None else f"{bounds[0]:+.2f} … {bounds[1]:+.2f}"

@@ -1,0 +1,134 @@
+"""Images that are decoded and augmented as they are needed, for data that do not fit into memory."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import RandAugment
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import DataError
+from .augment import parse_policy
+from .images import OnBadImage
+from .plan import BatchPlan, mix_seed, seeded
+from .sources import UNREADABLE, Source
+
+
+class ImageStream(Dataset[tuple[Tensor, Tensor]]):
+    """Batches of a source's images, decoded when asked for.
+
+    What a batch holds depends on its plan alone: every image is transformed under random generators seeded from
+    the plan and the image's place in the batch, so the number of workers, the rank and a resumed run change
+    nothing. Use it with ``batch_size=None`` and a sampler of plans.
+
+    Args:
+        source: The images.
+        transform: Makes uint8 pixels (C, H, W), a tensor or an array, of an RGB image. It may draw from the global
+            generators of Python, NumPy and torch, as timm's transforms do.
+        num_classes: Labels are below this.
+        on_bad_image: Refuse an unreadable image, or warn and take the next readable one of the source in its place.
+
+    Raises:
+        DataError: A label is missing or outside the classes; for unreadable images, see ``on_bad_image``.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transform: Callable[[Image.Image], Any],
+        num_classes: int,
+        on_bad_image: OnBadImage = "fail",
+    ) -> None:
+        if on_bad_image not in ("fail", "skip"):
+            raise DataError(f"on_bad_image={on_bad_image!r} must be 'fail' or 'skip'")
+        self.source, self.transform, self.on_bad_image = source, transform, on_bad_image
+        self.labels = torch.tensor([source.label(i, num_classes) for i in range(len(source))], dtype=torch.int64)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, plan: BatchPlan) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, H, W) in uint8 and labels (B,) of the planned batch."""
+        images = []
+        shown = []
+        for place, wanted in enumerate(plan.indices.tolist(), plan.first):
+            i, image = self._readable(wanted)
+            with seeded(mix_seed(plan.seed, place)):
+                images.append(torch.as_tensor(self.transform(image)))
+            shown.append(i)
+        return torch.stack(images), self.labels[shown]
+
+    def _readable(self, wanted: int) -> tuple[int, Image.Image]:
+        """The image wanted, or the next one that can be decoded, with its index."""
+        for step in range(len(self)):
+            i = (wanted + step) % len(self)
+            try:
+                with self.source.open(i) as image:
+                    return i, image.convert("RGB")
+            except UNREADABLE as error:
+                reason = f"cannot read image {self.source.describe(i)}: {error}"
+                if self.on_bad_image == "fail":
+                    raise DataError(f"{reason}; mend or remove it, or pass --on-bad-image skip") from error
+                warnings.warn(f"{reason}; the next one takes its place", stacklevel=2)
+        raise DataError(f"no readable image left; the last bad one is {self.source.describe(i)}; mend the data")
+
+
+def stream_transforms(
+    img_size: int,
+    *,
+    train: bool,
+    policy: str | None = None,
+    flip: bool = True,
+    min_scale: float = 0.08,
+    crop_pct: float = 0.875,
+    interpolation: str = "bicubic",
+) -> Callable[[Image.Image], Tensor]:
+    """The transform of timm's that makes uint8 pixels (3, img_size, img_size) of an RGB image.
+
+    Args:
+        img_size: Side of the result in pixels.
+        train: Crop a random part and augment it, or crop the centre.
+        policy: RandAugment for training, see ``parse_policy``. The operations are timm's, those of
+            ``BatchAugment`` and solarize-add.
+        flip: Whether to mirror at random in training.
+        min_scale: Smallest share of the area that a training crop may take.
+        crop_pct: Share of the shorter side that the crop for evaluation takes.
+        interpolation: ``"bilinear"``, ``"bicubic"``, or ``"random"`` of the two in training.
+
+    Raises:
+        DataError: An argument outside its range, or a policy of another form.
+    """
+    if img_size < 1:
+        raise DataError(f"img_size={img_size} must be a positive number")
+    for name, value in (("min_scale", min_scale), ("crop_pct", crop_pct)):
+        if not 0 < value <= 1:
+            raise DataError(f"{name}={value} must be in (0, 1]")
+    if interpolation not in ("bilinear", "bicubic", "random"):
+        raise DataError(f"interpolation={interpolation!r} must be bilinear, bicubic or random")
+    parsed = parse_policy(policy)
+    transform: Callable[[Image.Image], Tensor] = create_transform(
+        img_size,
+        is_training=train,
+        scale=(min_scale, 1.0),
+        hflip=0.5 if flip else 0.0,
+        color_jitter=None,
+        auto_augment=None if parsed is None else str(parsed),
+        interpolation=interpolation,
+        crop_pct=crop_pct,
+        use_prefetcher=True,
+    )
+    for step in getattr(transform, "transforms", ()):
+        if isinstance(step, RandAugment):
+            for op in step.ops:
+                if op.name == "PosterizeIncreasing":
+                    op.level_fn = _posterize_bits
+    return transform
+
+
+def _posterize_bits(level: float, hparams: Any) -> tuple[int]:
+    """Bits to keep, as in ``BatchAugment``; timm's own rule ends at none, which Pillow 13 refuses."""
+    return (8 - round(0.4 * level),)

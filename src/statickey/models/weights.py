@@ -1,0 +1,65 @@
+"""Reading weights from files, without running code, with refusals in one line."""
+
+import pickle
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from timm.models import load_state_dict
+from torch import Tensor, nn
+
+from ..errors import OutputError, StaticKeyError
+from .checkpoint import LoadReport, checkpoint_filter_fn, warm_start
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """The state dict in a file, safetensors or a timm checkpoint; code in it is never run.
+
+    Raises:
+        OutputError: There is no such file, or it holds no weights.
+    """
+    if not Path(path).is_file():
+        raise OutputError(f"no weights file {str(path)!r}; give a .safetensors file or a timm checkpoint")
+    try:
+        return dict(load_state_dict(str(path), weights_only=True))
+    except (
+        *(OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, KeyError),
+        *(pickle.UnpicklingError, safetensors.SafetensorError),
+    ) as error:
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise OutputError(f"cannot read weights from {path}: {reason}") from error
+
+
+def start_from(model: nn.Module, path: str | Path) -> LoadReport:
+    """Load everything of a weights file that fits; see ``warm_start``."""
+    return warm_start(model, read_weights(path))
+
+
+def load_exactly(model: nn.Module, path: str | Path) -> None:
+    """Load a weights file of this very model, of any of its input sizes.
+
+    Raises:
+        OutputError: The file cannot be read, or is of another model; the message names the first tensor.
+    """
+    state = read_weights(path)
+    try:
+        given = checkpoint_filter_fn(state, model)
+    except StaticKeyError as error:
+        raise OutputError(f"{path}: {error}") from error
+    own = model.state_dict()
+    missing = [name for name in own if name not in given and not name.endswith("_extra_state")]
+    foreign = [name for name in given if name not in own]
+    if missing or foreign:
+        raise OutputError(
+            f"{path} is of another model: "
+            + (f"it lacks {missing[0]!r}" if missing else f"the model has no {foreign[0]!r}")
+            + f" ({len(missing)} missing, {len(foreign)} foreign tensors); give --model and --mixer it was made with"
+        )
+    for name, tensor in own.items():
+        if isinstance(tensor, Tensor) and tensor.shape != given[name].shape:
+            what = "number of classes" if tensor.shape[1:] == given[name].shape[1:] else "shape"
+            raise OutputError(
+                f"{path} is of another model: {name} is {tuple(given[name].shape)} there, {tuple(tensor.shape)} "
+                f"here (another {what}); give the data and the model it was made with"
+            )
+    model.load_state_dict(given)

@@ -1,0 +1,282 @@
+import pickle
+import shutil
+import types
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from image_folders import make_folder, make_parquet, make_shard, make_shards, picture, png
+from statickey.data import load_images
+from statickey.data import sources as sources_module
+from statickey.data.sources import TORCHVISION_SETS, open_sources
+from statickey.errors import DataError
+
+KINDS = {"folder": make_folder, "parquet": make_parquet, "shards": make_shards}
+
+
+def pixels(source):
+    return [np.asarray(source.open(i).convert("RGB")) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_sources_survive_pickling(tmp_path, kind):
+    sources = open_sources(str(KINDS[kind](tmp_path)))
+    copies = pickle.loads(pickle.dumps(sources))
+    assert copies.class_names == sources.class_names
+    for name in ("train", "test"):
+        source, copy = getattr(sources, name), getattr(copies, name)
+        assert list(copy.labels) == list(source.labels)
+        assert [copy.describe(i) for i in range(len(copy))] == [source.describe(i) for i in range(len(source))]
+        assert all(np.array_equal(a, b) for a, b in zip(pixels(copy), pixels(source), strict=True))
+
+
+def test_shards(tmp_path):
+    sources = open_sources(str(make_shards(tmp_path)))
+    assert sources.class_names == ("0", "1", "2")
+    assert list(sources.train.labels) == [0, 1, 2, 1]
+    assert [x[0, 0, 0] for x in pixels(sources.test)] == [0, 10, 20, 30]
+    assert sources.train.describe(2) == f"{tmp_path / 'train-1.tar'} sample 002"
+    data = load_images(str(tmp_path))
+    assert data.train.labels.tolist() == [0, 1, 2, 1]
+    assert data.train.images[3, 0, 0, 0] == 30
+
+
+def test_shards_with_class_names_and_names_of_their_own(tmp_path):
+    make_shards(tmp_path, test="validation")
+    for path in tmp_path.glob("*.tar"):
+        path.rename(path.with_name(f"imagenet1k-{path.name}"))
+    (tmp_path / "classes.txt").write_text("cat\ndog\neel\nfox\n")
+    sources = open_sources(str(tmp_path))
+    assert sources.class_names == ("cat", "dog", "eel", "fox")
+    assert len(sources.test) == 4
+
+
+def test_shard_test_part_is_not_mixed_with_validation(tmp_path):
+    make_shards(tmp_path)
+    shutil.copy(tmp_path / "val-0.tar", tmp_path / "test.tar")
+    assert len(open_sources(str(tmp_path)).test) == 2
+
+
+def test_keys_end_at_the_first_dot_and_keep_their_folder(tmp_path):
+    files = {
+        "b/x.seg.png": png(1),
+        "b/x.PNG": png(2),
+        "a/x.webp": b"later",
+        "b/x.cls": b" 4\n",
+        "a/x.cls": b"3",
+        ".x.jpg": b"no key",
+    }
+    for split in ("train", "val"):
+        make_shard(tmp_path / f"{split}.tar", files)
+    train = open_sources(str(tmp_path)).train
+    assert list(train.labels) == [4, 3]
+    assert train.describe(0).endswith("sample b/x")
+    assert train.open(0).getpixel((0, 0)) == (2, 2, 2)
+
+
+def test_an_archive_beside_an_image_folder_is_not_read(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "ILSVRC2012_img_train.tar").write_bytes(b"")
+    assert open_sources(str(tmp_path)).class_names == ("a", "b")
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+TORN = {
+    "in a header": 700,
+    "in an image": 1600,
+    "between two files": 512 * 2,
+    "at the start": 100,
+    "to nothing": 0,
+}
+
+
+@pytest.mark.parametrize("case", TORN)
+def test_torn_shard_is_named(tmp_path, case):
+    make_shards(tmp_path)
+    cut(tmp_path / "train-1.tar", TORN[case])
+    with pytest.raises(DataError, match=r"cannot read .*train-1.tar: .*; replace it with a whole"):
+        open_sources(str(tmp_path))
+
+
+def test_shard_with_a_spoilt_header_is_named(tmp_path):
+    make_shards(tmp_path)
+    path = tmp_path / "val-0.tar"
+    content = bytearray(path.read_bytes())
+    content[1024:1034] = b"\xff" * 10
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot read .*val-0.tar: no header and no end at byte 1024"):
+        open_sources(str(tmp_path))
+
+
+BAD_SHARDS = {
+    "no class": ({"7.png": png(1)}, r"train.tar sample 7 has no .cls file; add one"),
+    "no image": ({"7.cls": b"1"}, r"train.tar sample 7 has a .cls but no image \(.jpg, .jpeg, .png, .webp\)"),
+    "a word": ({"7.png": png(1), "7.cls": b"cat"}, r"sample 7 has b'cat' in its .cls; write the number"),
+    "not text": ({"7.png": png(1), "7.cls": b"\xff\x00"}, r"sample 7 has b'\\xff\\x00' in its .cls"),
+    "two images": ({"7.png": png(1), "7.jpg": png(2), "7.cls": b"1"}, r"sample 7 has a second .jpg file"),
+    "empty": ({}, r"the train part of .* has no image; add some"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_SHARDS)
+def test_bad_sample_is_named(tmp_path, case):
+    files, message = BAD_SHARDS[case]
+    make_shard(tmp_path / "val.tar", {"1.png": png(1), "1.cls": b"0"})
+    make_shard(tmp_path / "train.tar", files)
+    with pytest.raises(DataError, match=message):
+        open_sources(str(tmp_path))
+
+
+def test_shards_of_one_split_alone(tmp_path):
+    make_shard(tmp_path / "train.tar", {})
+    with pytest.raises(DataError, match=r"no test\*.tar or val\*.tar under .* \(found train.tar\)"):
+        open_sources(str(tmp_path))
+
+
+def test_label_outside_the_classes_is_named(tmp_path):
+    make_shards(tmp_path)
+    (tmp_path / "classes.txt").write_text("cat\ndog")
+    with pytest.raises(DataError, match=r"train-1.tar sample 002 has label 2, outside the 2 classes"):
+        load_images(str(tmp_path))
+
+
+def test_large_parquet_is_mapped_from_disk(tmp_path, monkeypatch):
+    root = make_parquet(tmp_path / "data")
+    small = open_sources(str(root))
+    monkeypatch.setattr(sources_module, "_IN_MEMORY_BYTES", 0)
+    large = open_sources(str(root), tmp_path / "cache")
+    assert large.train.table.cache_files
+    assert large.class_names == small.class_names
+    assert large.train.labels == small.train.labels
+    assert all(np.array_equal(a, b) for a, b in zip(pixels(large.train), pixels(small.train), strict=True))
+    (root / "test.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"cannot read .*test.parquet"):
+        open_sources(str(root), tmp_path / "cache")
+
+
+def test_hub_name_of_a_local_folder(tmp_path):
+    root = make_parquet(tmp_path / "data")
+    sources = open_sources(f"hf:{root}", tmp_path / "cache")
+    assert sources.class_names == ("cat", "dog", "eel")
+    assert list(sources.train.labels) == [0, 1, 2, 1]
+    assert sources.train.describe(2) == f"hf:{root} train row 2 (2.png)"
+    assert len(pickle.loads(pickle.dumps(sources)).test) == 4
+
+
+def table(labels, names=("cat", "dog")):
+    features = datasets.Features({"img": datasets.Image(), "fine": datasets.ClassLabel(names=list(names))})
+    cells = [{"bytes": png(10 * i), "path": None} for i in range(len(labels))]
+    return datasets.Dataset.from_dict({"img": cells, "fine": list(labels)}, features=features)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Answer ``load_dataset`` with these splits and note how it was asked."""
+    splits, asked = {}, []
+
+    def load_dataset(*args, **kwargs):
+        asked.append((args, kwargs))
+        return datasets.DatasetDict(splits)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return types.SimpleNamespace(splits=splits, asked=asked)
+
+
+def test_hub_names_and_configurations(hub):
+    hub.splits |= {"train": table([0, 1]), "test": table([1])}
+    for name in ("hf:mnist", "hf:owner/name", "hf:owner/name/large"):
+        assert open_sources(name).class_names == ("cat", "dog")
+    assert [args for args, _ in hub.asked] == [("mnist", None), ("owner/name", None), ("owner/name", "large")]
+    assert not any("trust_remote_code" in kwargs for _, kwargs in hub.asked)
+
+
+def test_hub_test_split_without_labels_gives_way_to_validation(hub):
+    hub.splits |= {"train": table([0, 1]), "test": table([-1, -1]), "validation": table([1, 0, 1])}
+    assert open_sources("hf:imagenet").test.labels == [1, 0, 1]
+    del hub.splits["validation"]
+    with pytest.raises(DataError, match=r"hf:imagenet needs labelled splits .*; it has train, test"):
+        open_sources("hf:imagenet")
+
+
+def test_hub_splits_must_agree_on_class_names(hub):
+    hub.splits |= {"train": table([0]), "test": table([0], ("dog", "cat"))}
+    with pytest.raises(DataError, match="class names in hf:x differ"):
+        open_sources("hf:x")
+
+
+def test_hub_data_without_labels(hub):
+    hub.splits |= {"train": datasets.Dataset.from_dict({"text": ["a"]})}
+    with pytest.raises(
+        DataError, match=r"hf:imdb train needs an Image and a ClassLabel column; its columns are.*text"
+    ):
+        open_sources("hf:imdb")
+
+
+def test_hub_out_of_reach(monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match=r"cannot load hf:nobody/nothing \(.*\); check the name and the network"):
+        open_sources("hf:nobody/nothing")
+
+
+def test_unknown_name_lists_the_kinds():
+    with pytest.raises(DataError, match=r"neither a folder nor one of digits, cifar10, .*food101.*, hf:NAME; give"):
+        open_sources("cifar11")
+
+
+class FakeSet:
+    """A data set of torchvision's, with three images of a class each, and where it keeps them."""
+
+    def __init__(self, known, root, **options):
+        assert options.pop("download")
+        self.options, count = options, 3
+        if known.images == "_image_files":
+            root.mkdir(exist_ok=True)
+            images = [root / f"{i}.png" for i in range(count)]
+            for i, path in enumerate(images):
+                picture(i).save(path)
+        else:
+            gray = torch.arange(count, dtype=torch.uint8).view(-1, 1, 1)
+            shape = (count, 3, 8, 9) if known.channels_first else (count, 8, 9, 3)
+            images = np.broadcast_to(np.arange(count, dtype=np.uint8).reshape(-1, 1, 1, 1), shape)
+            if "MNIST" in known.name:
+                images = gray.expand(count, 8, 9)
+        setattr(self, known.images, images)
+        setattr(self, known.labels, torch.arange(count) if "MNIST" in known.name else list(range(count)))
+        if known.name != "SVHN":
+            self.classes = ["a", "b", "c"]
+
+
+@pytest.mark.parametrize("name", TORCHVISION_SETS)
+def test_torchvision_names(tmp_path, monkeypatch, name):
+    known = TORCHVISION_SETS[name]
+    made = []
+
+    def make(root, **options):
+        made.append(FakeSet(known, root, **options))
+        return made[-1]
+
+    monkeypatch.setattr(torchvision.datasets, known.name, make)
+    sources = open_sources(name, tmp_path)
+    assert sources.class_names == (("0", "1", "2") if name == "svhn" else ("a", "b", "c"))
+    assert list(sources.train.labels) == [0, 1, 2]
+    for i in range(3):
+        image = sources.train.open(i).convert("RGB")
+        assert image.size == ((8, 8) if known.images == "_image_files" else (9, 8))
+        assert image.getpixel((8 - 1, 0)) == (i, i, i)
+    assert [x.options for x in made] == [dict(x) for x in known.options]
+    assert sources.flip is (name not in ("mnist", "svhn"))
+    pickle.loads(pickle.dumps(sources))
+
+
+@pytest.mark.parametrize("name", TORCHVISION_SETS)
+def test_torchvision_has_these_classes_and_takes_these_options(name):
+    known = TORCHVISION_SETS[name]
+    cls = getattr(torchvision.datasets, known.name)
+    for options in known.options:
+        assert set(options) <= set(cls.__init__.__code__.co_varnames)

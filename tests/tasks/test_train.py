@@ -1,0 +1,354 @@
+import csv
+import io
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from rich.console import Console
+from safetensors.torch import load_file
+
+from statickey.data import ImageData, LabelledImages
+from statickey.errors import DataError, OutputError, StaticKeyError
+from statickey.tasks import ClassificationTask, Machine, Recipe, evaluate, load_model, train
+from statickey.tasks.checkpoint import check_whole
+
+TINY = {
+    "limit": 120,
+    "epochs": 3,
+    "batch_size": 32,
+    "model_args": {"embed_dim": 16, "depth": 2, "num_heads": 2, "drop_path_rate": 0.2},
+}
+FULL = {"mixup": 0.2, "auto_augment": "rand-m5-n1", "flip": True, "crop_padding": 1, "grad_accum_steps": 2}
+CPU = Machine(accelerator="cpu")
+
+
+def run(out, *, mixer="ska", machine=CPU, seed=0, score_on="test", resume="auto", **recipe):
+    text = io.StringIO()
+    result = train(
+        Recipe(**TINY | recipe),
+        mixer=mixer,
+        seed=seed,
+        out=str(out),
+        machine=machine,
+        score_on=score_on,
+        resume=resume,
+        console=Console(file=text, width=100),
+    )
+    return result, text.getvalue()
+
+
+def weights(out):
+    return {which: load_file(Path(out) / f"{which}.safetensors") for which in ("model", "model_ema")}
+
+
+def assert_same_weights(first, second):
+    for which, tensors in weights(first).items():
+        other = weights(second)[which]
+        assert tensors.keys() == other.keys()
+        for name, value in tensors.items():
+            assert torch.equal(value, other[name]), (which, name)
+
+
+def test_a_run_leaves_what_it_says(tmp_path):
+    result, text = run(tmp_path)
+    assert json.loads((tmp_path / "run.json").read_text()) == json.loads(json.dumps(result))
+    rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert float(rows[-1]["train_loss"]) == pytest.approx(result["curve"][-1]["train_loss"])
+    assert list((tmp_path / "tensorboard").glob("events*"))
+    assert not list(tmp_path.glob("*.ckpt"))
+    assert "epoch 2/3" in text
+    assert "360 test images" in text
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert (config["mixer"], config["epochs"], config["accelerator"]) == ("ska", 3, "cpu")
+    before = (tmp_path / "run.json").stat().st_mtime_ns
+    again, text = run(tmp_path)
+    assert "finished already" in text
+    assert again["accuracy"] == result["accuracy"]
+    assert (tmp_path / "run.json").stat().st_mtime_ns == before
+
+
+def test_saved_weights_are_the_scored_ones(tmp_path):
+    result, _ = run(tmp_path)
+    for ema, name in ((False, "accuracy"), (True, "ema_accuracy")):
+        found = evaluate(str(tmp_path), ema=ema, accelerator="cpu", console=Console(file=io.StringIO()))
+        assert found["top1"] == pytest.approx(result[name])
+
+
+def test_own_names_load_with_timm(tmp_path):
+    run(tmp_path, model="skaformer_nano", mixer="cska", model_args={}, epochs=1)
+    ours, card = load_model(tmp_path)
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, in_chans=1).eval()
+    x = torch.randn(2, 1, 8, 8)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert card.class_names == tuple("0123456789")
+    assert tuple(theirs.pretrained_cfg["mean"]) == card.mean
+
+
+def test_another_configuration_is_refused_with_the_difference(tmp_path):
+    run(tmp_path, epochs=1)
+    with pytest.raises(OutputError, match=r"another configuration \(epochs: 1 there, 2 here; lr: None there, 0.01"):
+        run(tmp_path, epochs=2, lr=0.01)
+    with pytest.raises(OutputError, match="holds a run and resume is 'never'"):
+        run(tmp_path, epochs=1, resume="never")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"opt": "lamb", "layer_decay": 0.8, "cooldown_epochs": 1, "min_lr": 1e-5, "warmup_lr": 1e-6},
+        {"opt": "sgd", "lr": 0.01, "clip_grad": 0.0, "ema_decay": 0.0, "fp32_logits": True},
+        {"precision": "bf16-mixed", "random_erasing": 0.5, "cutmix": 1.0},
+        {"model": "vit_tiny_patch16_224", "mixer": None, "model_args": {"depth": 1, "patch_size": 4}},
+        {"model": "caformer_s18", "mixer": "ska", "model_args": {}, "img_size": 32, "limit": 20, "batch_size": 9},
+    ],
+    ids=["lamb", "sgd", "bf16", "timm", "caformer"],
+)
+def test_options_train(tmp_path, options):
+    result, _ = run(tmp_path, **{"epochs": 1} | options)
+    assert len(result["curve"]) == 1 + options.get("cooldown_epochs", 0)
+    assert result["curve"][0]["train_loss"] > 0
+    if options.get("fp32_logits"):
+        assert result["backend"] == ["math"]
+
+
+@pytest.mark.slow
+def test_compiled_and_channels_last_train(tmp_path):
+    machine = Machine(accelerator="cpu", compile=True, channels_last=True)
+    result, _ = run(tmp_path, machine=machine, epochs=1, limit=64, model_args={"embed_dim": 16, "depth": 1})
+    assert result["environment"]["compiled"]
+
+
+def test_weights_to_start_from(tmp_path):
+    run(tmp_path / "first", epochs=1)
+    run(tmp_path / "second", epochs=1, weights=str(tmp_path / "first" / "model.safetensors"), lr=1e-9)
+    first, second = (weights(tmp_path / name)["model"] for name in ("first", "second"))
+    torch.testing.assert_close(first["blocks.0.attn.static_key"], second["blocks.0.attn.static_key"])
+    with pytest.raises(OutputError, match="no weights file 'nowhere'"):
+        run(tmp_path / "third", weights="nowhere")
+    assert not (tmp_path / "third").exists()
+
+
+def test_layer_decay_slows_the_lower_layers(tmp_path, monkeypatch):
+    made = {}
+    configure = ClassificationTask.configure_optimizers
+
+    def spy(self):
+        out = configure(self)
+        made.update(rates={group["initial_lr"] for group in out["optimizer"].param_groups})
+        return out
+
+    monkeypatch.setattr(ClassificationTask, "configure_optimizers", spy)
+    run(tmp_path, epochs=1, layer_decay=0.5, lr=1e-3)
+    assert max(made["rates"]) == pytest.approx(1e-3)
+    assert min(made["rates"]) == pytest.approx(1e-3 * 0.5 ** (len(made["rates"]) - 1))
+    assert len(made["rates"]) > 2
+
+
+def test_accumulated_steps_train_as_whole_ones(tmp_path):
+    args = TINY["model_args"] | {"drop_path_rate": 0.0}
+    whole, _ = run(tmp_path / "whole", model_args=args)
+    parts, _ = run(tmp_path / "parts", model_args=args, grad_accum_steps=4)
+    curves = [[row["train_loss"] for row in result["curve"]] for result in (whole, parts)]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+WRONG = {
+    "mixer": ({"mixer": "skaa"}, "unknown mixer 'skaa'; did you mean"),
+    "optimizer": ({"opt": "adamq"}, "unknown opt 'adamq'; did you mean"),
+    "policy": ({"auto_augment": "rand-x"}, "rand-x"),
+    "mean": ({"mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0)}, "has 3 numbers for images of 1 channels"),
+    "accumulation": ({"grad_accum_steps": 5}, "grad_accum_steps=5 does not divide batch_size=32"),
+    "accelerator": ({"machine": Machine(accelerator="cuda")}, "accelerator='cuda' .* is not to be had here"),
+    "strategy": ({"machine": Machine(accelerator="cpu", strategy="magic")}, "strategy='magic'"),
+    "workers": ({"machine": {"num_workers": -1}}, "num_workers=-1 must not be negative"),
+    "stream": ({"stream": True, "limit": None}, "digits are small and in memory; leave out --stream"),
+    "seed": ({"seed": -1}, "seed=-1 must not be negative"),
+    "layer decay": ({"layer_decay": 1.5}, r"layer_decay=1.5 must be in \(0, 1\]"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_refuses_and_writes_nothing(tmp_path, case):
+    options, message = WRONG[case]
+    if case == "accelerator" and torch.cuda.is_available():
+        pytest.skip("has CUDA")
+    with pytest.raises(StaticKeyError, match=message):
+        if isinstance(options.get("machine"), dict):
+            options = {"machine": Machine(**options["machine"])}
+        run(tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loader_worker_that_dies_is_named(tmp_path, monkeypatch):
+    images = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
+    part = LabelledImages(images, torch.arange(40) % 2)
+    data = ImageData("dead", part, part, ("a", "b"), 0, False)
+    monkeypatch.setattr("statickey.tasks.engine.load_images", lambda *args, **kwargs: data)
+    monkeypatch.setattr("statickey.data.module.MemoryImages.__getitem__", _dies)
+    with pytest.raises(
+        DataError, match=r"^DataLoader worker .*; out of memory\? .* the same command goes on where it stopped$"
+    ):
+        run(tmp_path, machine=Machine(accelerator="cpu", num_workers=1), limit=None)
+
+
+def _dies(self, plan):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+# --- resume --------------------------------------------------------------------------------------------------
+
+
+def _train_in_child(out, recipe):
+    torch.set_num_threads(1)
+    run(out, **recipe)
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """A server that has imported everything forks each child in no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["statickey.tasks", "tensorboard.compat"])
+    return context
+
+
+def kill_until_done(processes, out, recipe, kills, generator):
+    """Kill runs with SIGKILL at random moments, then let one finish; the number of kills that hit."""
+    hits = 0
+    while True:
+        child = processes.Process(target=_train_in_child, args=(out, recipe))
+        child.start()
+        if hits < kills:
+            # from before the first epoch's end to well into the next ones, wherever the earlier run got to
+            seen = len(list(out.glob("*.ckpt"))) if out.is_dir() else 0
+            deadline = time.monotonic() + 60
+            while child.is_alive() and time.monotonic() < deadline and not (out / ".lock").exists():
+                time.sleep(0.01)
+            time.sleep(torch.rand((), generator=generator).item() * (0.6 if seen else 1.2))
+            if child.is_alive():
+                os.kill(child.pid, signal.SIGKILL)
+                hits += 1
+        child.join(120)
+        assert child.exitcode is not None
+        if child.exitcode == 0:
+            return hits
+        assert child.exitcode == -signal.SIGKILL
+
+
+def killed_run_ends_in_the_same_bits(processes, tmp_path, kills):
+    recipe = FULL | {"epochs": 40}
+    run(tmp_path / "whole", **recipe)
+    hits = kill_until_done(processes, tmp_path / "killed", recipe, kills, torch.Generator().manual_seed(kills))
+    assert hits == kills
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    curves = [json.loads((tmp_path / name / "run.json").read_text())["curve"] for name in ("whole", "killed")]
+    assert [(r["epoch"], r["train_loss"]) for r in curves[0]] == [(r["epoch"], r["train_loss"]) for r in curves[1]]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_killed_run_ends_in_the_same_bits(processes, tmp_path):
+    killed_run_ends_in_the_same_bits(processes, tmp_path, kills=5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_run_killed_twenty_times_ends_in_the_same_bits(processes, tmp_path):
+    killed_run_ends_in_the_same_bits(processes, tmp_path, kills=20)
+
+
+class Interruption(Exception):
+    """Stands in for a power cut."""
+
+
+def interrupted(tmp_path, monkeypatch, epoch, **recipe):
+    step = ClassificationTask.training_step
+
+    def breaks(self, batch, batch_idx):
+        if self.current_epoch == epoch:
+            raise Interruption
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassificationTask, "training_step", breaks)
+        with pytest.raises(Interruption):
+            run(tmp_path, **recipe)
+
+
+@pytest.mark.parametrize("harm", ["torn", "foreign", "flipped"])
+def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(tmp_path, monkeypatch, harm):
+    run(tmp_path / "whole")
+    interrupted(tmp_path / "parts", monkeypatch, 2)
+    newest = tmp_path / "parts" / "epoch00001.ckpt"
+    content = bytearray(newest.read_bytes())
+    if harm == "torn":
+        newest.write_bytes(content[: len(content) // 2])
+    elif harm == "foreign":
+        torch.save({"state_dict": {}}, newest)
+    else:
+        content[len(content) // 2] ^= 1
+        newest.write_bytes(content)
+    with pytest.warns(
+        UserWarning, match=r"epoch00001.ckpt is not a .*checkpoint .*; going on from .*epoch00000.ckpt"
+    ):
+        run(tmp_path / "parts")
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_all_checkpoints_broken(tmp_path, monkeypatch):
+    interrupted(tmp_path, monkeypatch, 1)
+    (tmp_path / "epoch00000.ckpt").write_bytes(b"PK")
+    with pytest.raises(
+        OutputError, match=r"epoch00000.ckpt is not a checkpoint .*; delete it to start this run anew"
+    ):
+        run(tmp_path)
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
+    interrupted(tmp_path / "a", monkeypatch, 1)
+    interrupted(tmp_path / "b", monkeypatch, 1, mixer="mhsa")
+    (tmp_path / "b" / "epoch00000.ckpt").replace(tmp_path / "a" / "epoch00000.ckpt")
+    with pytest.raises(OutputError, match="the checkpoint is of another configuration or other data"):
+        run(tmp_path / "a")
+
+
+def test_checkpoints_hold_a_checksum_and_load_with_torch(tmp_path, monkeypatch):
+    interrupted(tmp_path, monkeypatch, 2)
+    paths = sorted(tmp_path.glob("*.ckpt"))
+    assert [path.name for path in paths] == ["epoch00000.ckpt", "epoch00001.ckpt"]
+    check_whole(paths[-1])
+    state = torch.load(paths[-1], weights_only=True)
+    assert state["epoch"] == 1
+    assert state["global_step"] == 6
+    assert len(state["curve"]) == 2
+
+
+# --- two processes ---------------------------------------------------------------------------------------------
+
+
+def test_two_processes_train_as_one(tmp_path):
+    """Same global batch over gloo: the loss curve of one process, and metrics right with uneven last batches."""
+    args = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    single, _ = run(tmp_path / "one", limit=121, flip=True, model_args=args)
+    words = ["train", "--limit", "121", "--epochs", "3", "--batch-size", "32", "--flip", "true", "--mixer", "ska"]
+    words += ["--model-args", json.dumps(args), "--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
+    env = {k: v for k, v in os.environ.items() if "RANK" not in k} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "statickey", *words, "--out", str(tmp_path / "two")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    double = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert double["environment"]["processes"] == 2
+    for name, tolerance in (("train_loss", 1e-4), ("holdout_accuracy", 1e-6)):
+        curves = [[row[name] for row in result["curve"]] for result in (single, double)]
+        assert curves[0] == pytest.approx(curves[1], rel=tolerance), name
+    assert double["accuracy"] == pytest.approx(single["accuracy"], abs=0.3)
+    assert double["scored_images"] == 360
+    assert done.stdout.count("epoch 1/3") == 1  # one process talks
