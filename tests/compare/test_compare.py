@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from statickey import MIXERS
 from statickey.compare import compare
 from statickey.compare.config import CONFIG_FILE
+from statickey.compare.table import results_table
 from statickey.data import ImageData, LabelledImages
 from statickey.errors import DivergedError, OutputError, StaticKeyError
 from statickey.tasks import ClassificationTask, Machine, Recipe
@@ -96,6 +97,15 @@ def test_terminal_shows_the_table_without_bars(finished):
     for word in ("mixer", "params", "MACs", "img/s", "accuracy %", "minus mhsa", "sepconv", "report.html", "8/8"):
         assert word in text
     assert "\x1b[" not in text
+
+
+def test_narrow_terminals_get_the_columns_that_matter(finished):
+    _, summary, _ = finished
+    text = io.StringIO()
+    Console(file=text, width=80).print(results_table(summary, 80))
+    assert "…" not in text.getvalue().replace(" … ", "")
+    assert "accuracy %" in text.getvalue()
+    assert "params" not in text.getvalue()
 
 
 def test_report_is_self_contained(finished):

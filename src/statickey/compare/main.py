@@ -84,7 +84,7 @@ def compare(
         write_results(root, summary, finished)
         with display.busy("drawing the report"):
             report = write_report(root, merged, images, summary, finished)
-    display.console.print(results_table(summary))
+    display.console.print(results_table(summary, display.console.width))
     display.say(f"report: {escape(str(report))}")
     return summary
 

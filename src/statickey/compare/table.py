@@ -5,17 +5,24 @@ from typing import Any
 from rich.table import Table
 
 
-def results_table(summary: dict[str, Any]) -> Table:
-    """The comparison as a table for the terminal."""
+_COLUMNS = ("mixer", "params", "MACs", "train img/s", "runs", "accuracy %", "EMA %")
+_LEFT_OUT = ("params", "MACs", "train img/s", "runs", "EMA %")
+"""On a narrow terminal; the page has them."""
+_WIDTH = 112
+
+
+def results_table(summary: dict[str, Any], width: int = _WIDTH) -> Table:
+    """The comparison as a table for a terminal of so many columns."""
     baseline = summary["baseline"]
     table = Table(title=summary["title"], title_justify="left", caption_justify="left", title_style="bold")
-    for name in ("mixer", "params", "MACs", "train img/s", "runs", "accuracy %", "EMA %"):
-        table.add_column(name, justify="left" if name == "mixer" else "right", no_wrap=True)
-    table.add_column(f"minus {baseline}", justify="right", no_wrap=True)
-    table.add_column("95 % seeds (t)", justify="center", no_wrap=True)
-    table.add_column("95 % images", justify="center", no_wrap=True)
+    heads = (*_COLUMNS, f"minus {baseline}", "95 % seeds (t)", "95 % images")
+    shown = [i for i, name in enumerate(heads) if width >= _WIDTH or name not in _LEFT_OUT]
+    for i in shown:
+        justify: Any = "left" if i == 0 else "center" if heads[i].startswith("95 %") else "right"
+        table.add_column(heads[i], justify=justify, no_wrap=True)
     for row in summary["mixers"]:
-        table.add_row(*row_cells(row, baseline))
+        cells = row_cells(row, baseline)
+        table.add_row(*(cells[i] for i in shown))
     table.caption = summary["reading"]
     return table
 
