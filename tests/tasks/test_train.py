@@ -171,6 +171,10 @@ WRONG = {
     "accelerator": ({"machine": Machine(accelerator="cuda")}, "accelerator='cuda' .* is not to be had here"),
     "strategy": ({"machine": Machine(accelerator="cpu", strategy="magic")}, "strategy='magic'"),
     "workers": ({"machine": {"num_workers": -1}}, "num_workers=-1 must not be negative"),
+    "world": (
+        {"machine": Machine(accelerator="cpu", devices=3, strategy="ddp")},
+        "does not divide into 3 processes x 1",
+    ),
     "stream": ({"stream": True, "limit": None}, "digits are small and in memory; leave out --stream"),
     "seed": ({"seed": -1}, "seed=-1 must not be negative"),
     "layer decay": ({"layer_decay": 1.5}, r"layer_decay=1.5 must be in \(0, 1\]"),

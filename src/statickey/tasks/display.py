@@ -80,7 +80,7 @@ class RunsDisplay:
     def __init__(self, display: Display, progress: Progress, num_runs: int) -> None:
         self._display, self._progress = display, progress
         self._done, self._num_runs = 0, num_runs
-        self._all = progress.add_task("all runs", total=None, note="", rate="")
+        self._all = progress.add_task("all runs", total=None, visible=num_runs > 1, note="", rate="")
 
     def start(self, label: str, epochs: int) -> "RunProgress":
         """A Lightning callback that moves the bars through one run."""

@@ -77,7 +77,14 @@ def train(
         check_name("mixer", mixer, MIXERS)
     if seed < 0:
         raise StaticKeyError(f"seed={seed} must not be negative")
-    first = new_trainer(recipe, machine).is_global_zero
+    trainer = new_trainer(recipe, machine)
+    parts = trainer.world_size * recipe.grad_accum_steps
+    if recipe.batch_size % parts:
+        raise StaticKeyError(
+            f"batch_size={recipe.batch_size} does not divide into {trainer.world_size} processes x "
+            f"{recipe.grad_accum_steps} accumulation steps; use a multiple of {parts}"
+        )
+    first = trainer.is_global_zero
     display = Display(console if first else Console(file=io.StringIO()))
     with display.busy("reading images"):
         data = read_data(recipe)
@@ -197,7 +204,7 @@ def _table(run: Run, result: dict[str, Any]) -> Table:
         "parameters": f"{result['params'] / 1e6:.3f} M",
         "MACs": f"{result['macs'] / 1e6:.1f} M",
         "training": f"{result['train_seconds']:,.0f} s, {result['images_per_second']:,.0f} img/s",
-        "loader alone": f"{result['loader_images_per_second']:,.0f} img/s",
+        "loader": f"{result['loader_images_per_second']:,.0f} img/s",
     }
     for name, value in rows.items():
         table.add_row(name, value)
