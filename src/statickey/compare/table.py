@@ -4,7 +4,6 @@ from typing import Any
 
 from rich.table import Table
 
-
 _COLUMNS = ("mixer", "params", "MACs", "train img/s", "runs", "accuracy %", "EMA %")
 _LEFT_OUT = ("params", "MACs", "train img/s", "runs", "EMA %")
 """On a narrow terminal; the page has them."""
