@@ -33,7 +33,18 @@ def test_recipe_trains_one_step(name, tmp_path, monkeypatch, capsys):
         assert word in text
     recipe = Recipe(**yaml.safe_load(text))
     assert recipe.model == SMALL_VIT or timm.is_model(recipe.model)
-    tiny = ["--epochs", "1", "--cooldown-epochs", "0", "--batch-size", "4", "--holdout", "0.2"]
+    tiny = [
+        "--epochs",
+        "1",
+        "--cooldown-epochs",
+        "0",
+        "--warmup-epochs",
+        "0",
+        "--batch-size",
+        "4",
+        "--holdout",
+        "0.2",
+    ]
     if recipe.data != "digits":
         tiny += ["--data", str(make_folder(tmp_path / "data", per_class=4, size=(32, 32))), "--img-size", "32"]
     if "s18" in recipe.model or "b36" in recipe.model:

@@ -289,7 +289,7 @@ WRONG = {
     ),
     "holdout": ({"holdout": 0.0}, "holdout=0.0 must be in"),
     "few images": ({"limit": 4}, "holdout=0.1 of 4 training images"),
-    "precision": ({"precision": "fp9"}, "precision='fp9' is not to be had here"),
+    "precision": ({"precision": "fp9"}, "precision='fp9' must be one of auto, 32-true"),
     "accelerator": ({"accelerator": "abacus"}, "accelerator='abacus'"),
     "patch": ({"model_args": {"patch_size": 3}}, "patch_size=3 does not divide img_size=8"),
     "lr": ({"lr": 0.0}, "lr=0.0 must be positive"),

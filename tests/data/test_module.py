@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -17,7 +19,8 @@ def module(**kwargs):
 
 
 def epoch(data, number, rank=0, world=1):
-    data.trainer = type("Trainer", (), {"global_rank": rank, "world_size": world})()
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(global_rank=rank, world_size=world, strategy=strategy)
     loader = data.train_dataloader()
     loader.sampler.set_epoch(number)
     batches = [data.on_after_batch_transfer(batch, 0) for batch in loader]

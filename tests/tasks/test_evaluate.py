@@ -128,9 +128,6 @@ def test_weights_never_run_code(trained, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-# --- predict --------------------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def scans(tmp_path):
     from sklearn.datasets import load_digits

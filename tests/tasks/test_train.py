@@ -16,9 +16,10 @@ import yaml
 from rich.console import Console
 from safetensors.torch import load_file
 
+from image_folders import make_folder
 from statickey.data import ImageData, LabelledImages
 from statickey.errors import DataError, OutputError, StaticKeyError
-from statickey.tasks import ClassificationTask, Machine, Recipe, evaluate, load_model, train
+from statickey.tasks import AtomicCheckpointIO, ClassificationTask, Machine, Recipe, evaluate, load_model, train
 from statickey.tasks.checkpoint import check_whole
 
 TINY = {
@@ -124,7 +125,9 @@ def test_options_train(tmp_path, options):
 @pytest.mark.slow
 def test_compiled_and_channels_last_train(tmp_path):
     machine = Machine(accelerator="cpu", compile=True, channels_last=True)
-    result, _ = run(tmp_path, machine=machine, epochs=1, limit=64, model_args={"embed_dim": 16, "depth": 1})
+    result, _ = run(
+        tmp_path, mixer="cska", machine=machine, epochs=1, limit=64, model_args={"embed_dim": 16, "depth": 1}
+    )
     assert result["environment"]["compiled"]
 
 
@@ -169,12 +172,12 @@ WRONG = {
     "mean": ({"mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0)}, "has 3 numbers for images of 1 channels"),
     "accumulation": ({"grad_accum_steps": 5}, "grad_accum_steps=5 does not divide batch_size=32"),
     "accelerator": ({"machine": Machine(accelerator="cuda")}, "accelerator='cuda' .* is not to be had here"),
-    "strategy": ({"machine": Machine(accelerator="cpu", strategy="magic")}, "strategy='magic'"),
+    "strategy": ({"machine": {"strategy": "fsdp"}}, "strategy='fsdp' must be 'auto' or 'ddp'"),
     "workers": ({"machine": {"num_workers": -1}}, "num_workers=-1 must not be negative"),
-    "world": (
-        {"machine": Machine(accelerator="cpu", devices=3, strategy="ddp")},
-        "does not divide into 3 processes x 1",
-    ),
+    "world": ({"machine": Machine(accelerator="cpu", devices=3)}, "does not divide into 3 processes x 1"),
+    "odd": ({"batch_size": 9, "mixup": 0.2}, "mixup pairs images, but 9 are computed at once"),
+    "precision": ({"precision": "bf16-true"}, "precision='bf16-true' must be one of auto, 32-true"),
+    "warm-up": ({"warmup_epochs": 4.0}, "warmup_epochs=4.0 must not exceed epochs=3"),
     "stream": ({"stream": True, "limit": None}, "digits are small and in memory; leave out --stream"),
     "seed": ({"seed": -1}, "seed=-1 must not be negative"),
     "layer decay": ({"layer_decay": 1.5}, r"layer_decay=1.5 must be in \(0, 1\]"),
@@ -193,6 +196,37 @@ def test_refuses_and_writes_nothing(tmp_path, case):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_refused_start_leaves_a_folder_that_can_be_used(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["statickey.tasks.train"], "train_run", _refuses)
+        with pytest.raises(StaticKeyError, match="refused"):
+            run(tmp_path, epochs=2)
+    assert (tmp_path / "config.yaml").is_file()
+    result, _ = run(tmp_path, epochs=1)
+    assert len(result["curve"]) == 1
+
+
+def _refuses(*args):
+    raise StaticKeyError("refused")
+
+
+def test_a_finished_run_on_other_data_is_refused(tmp_path):
+    first, second = (make_folder(tmp_path / name, per_class=n) for name, n in (("a", 8), ("b", 9)))
+    options = {"limit": None, "epochs": 1, "batch_size": 4, "holdout": 0.2}
+    run(tmp_path / "out", data=str(first), **options)
+    with pytest.raises(OutputError, match="holds a finished run on other data"):
+        run(tmp_path / "out", data=str(second), **options)
+    first.rename(tmp_path / "moved")
+    _, text = run(tmp_path / "out", data=str(tmp_path / "moved"), **options)
+    assert "finished already" in text
+
+
+def test_a_launcher_with_more_processes_than_devices(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(StaticKeyError, match="the launcher started 4 processes, devices=1"):
+        run(tmp_path / "out")
+
+
 def test_a_loader_worker_that_dies_is_named(tmp_path, monkeypatch):
     images = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
     part = LabelledImages(images, torch.arange(40) % 2)
@@ -207,9 +241,6 @@ def test_a_loader_worker_that_dies_is_named(tmp_path, monkeypatch):
 
 def _dies(self, plan):
     os.kill(os.getpid(), signal.SIGKILL)
-
-
-# --- resume --------------------------------------------------------------------------------------------------
 
 
 def _train_in_child(out, recipe):
@@ -287,6 +318,31 @@ def interrupted(tmp_path, monkeypatch, epoch, **recipe):
             run(tmp_path, **recipe)
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["memory", "stream"])
+def test_resume_with_loader_workers_ends_in_the_same_bits(tmp_path, monkeypatch, stream):
+    data = make_folder(tmp_path / "data", per_class=10, size=(12, 12))
+    recipe = {"data": str(data), "limit": None, "holdout": 0.2, "batch_size": 4, "img_size": 8, "stream": stream}
+    machine = Machine(accelerator="cpu", num_workers=1)
+    run(tmp_path / "whole", machine=machine, **recipe)
+    interrupted(tmp_path / "parts", monkeypatch, 2, machine=machine, **recipe)
+    run(tmp_path / "parts", machine=machine, **recipe)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    run(tmp_path / "none", **recipe)
+    assert_same_weights(tmp_path / "whole", tmp_path / "none")
+
+
+def test_a_bad_image_while_scoring_is_one_line(tmp_path):
+    data = make_folder(tmp_path / "data", per_class=10)
+    (data / "val" / "b" / "bad.png").write_bytes(b"nope")
+    recipe = {"data": str(data), "limit": None, "holdout": 0.2, "batch_size": 4, "img_size": 8, "stream": True}
+    machine = Machine(accelerator="cpu", num_workers=1)
+    with pytest.raises(DataError, match=r"^cannot read image .*bad.png: .*; mend or remove it, .*skip$"):
+        run(tmp_path / "out", machine=machine, epochs=1, **recipe)
+    with pytest.warns(UserWarning, match=r"bad.png.*; left out"):
+        result, _ = run(tmp_path / "skip", epochs=1, on_bad_image="skip", **recipe)
+    assert result["scored_images"] == 20
+
+
 @pytest.mark.parametrize("harm", ["torn", "foreign", "flipped"])
 def test_a_broken_checkpoint_is_named_and_the_one_before_it_used(tmp_path, monkeypatch, harm):
     run(tmp_path / "whole")
@@ -324,6 +380,22 @@ def test_checkpoint_of_another_model_is_refused(tmp_path, monkeypatch):
         run(tmp_path / "a")
 
 
+def test_every_flipped_bit_is_noticed(tmp_path):
+    path = tmp_path / "a.ckpt"
+    AtomicCheckpointIO().save_checkpoint({"weights": torch.arange(3.0)}, path)
+    whole = path.read_bytes()
+    state = torch.load(io.BytesIO(whole), weights_only=True)
+    for position in range(len(whole)):
+        torn = bytearray(whole)
+        torn[position] ^= 1 << (position % 8)
+        path.write_bytes(torn)
+        try:
+            loaded = AtomicCheckpointIO().load_checkpoint(path)
+        except OutputError:
+            continue
+        assert torch.equal(loaded["weights"], state["weights"])  # a bit that nothing reads, such as of a time stamp
+
+
 def test_checkpoints_hold_a_checksum_and_load_with_torch(tmp_path, monkeypatch):
     interrupted(tmp_path, monkeypatch, 2)
     paths = sorted(tmp_path.glob("*.ckpt"))
@@ -335,15 +407,12 @@ def test_checkpoints_hold_a_checksum_and_load_with_torch(tmp_path, monkeypatch):
     assert len(state["curve"]) == 2
 
 
-# --- two processes ---------------------------------------------------------------------------------------------
-
-
 def test_two_processes_train_as_one(tmp_path):
     """Same global batch over gloo: the loss curve of one process, and metrics right with uneven last batches."""
     args = {"embed_dim": 16, "depth": 1, "num_heads": 2}
     single, _ = run(tmp_path / "one", limit=121, flip=True, model_args=args)
     words = ["train", "--limit", "121", "--epochs", "3", "--batch-size", "32", "--flip", "true", "--mixer", "ska"]
-    words += ["--model-args", json.dumps(args), "--accelerator", "cpu", "--devices", "2", "--strategy", "ddp"]
+    words += ["--model-args", json.dumps(args), "--accelerator", "cpu", "--devices", "2"]
     env = {k: v for k, v in os.environ.items() if "RANK" not in k} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "statickey", *words, "--out", str(tmp_path / "two")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)

@@ -70,7 +70,7 @@ def _with_recipes(args: Sequence[str]) -> list[str]:
     """The arguments with names of recipes as the paths of their files, where no file has such a name."""
     words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
     for i, word in enumerate(words[1:], start=1):
-        if words[i - 1] == "--config" and word in recipes() and not Path(word).exists():
+        if words[i - 1] == "--config" and word in recipes() and not Path(word).is_file():
             words[i] = str(RECIPES / f"{word}.yaml")
     return words
 

@@ -56,9 +56,10 @@ def compare(
         StaticKeyError: An argument, the data or the folder is not usable; the message says what to do.
         KeyboardInterrupt: Ctrl-C; the same call continues.
     """
+    machine = Machine() if machine is None else machine
     config = CompareConfig(
-        recipe=Recipe() if recipe is None else recipe,
-        machine=Machine() if machine is None else machine,
+        recipe=(Recipe() if recipe is None else recipe).on(machine),
+        machine=machine,
         mixers=tuple(mixers),
         seeds=tuple(seeds),
         score_on=score_on,

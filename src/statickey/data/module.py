@@ -121,13 +121,19 @@ class EpochBatches(Sampler[BatchPlan]):
 
 
 class EvenBatches(Sampler[BatchPlan]):
-    """All images in their order, every one once, in as many batches on every process."""
+    """All images in their order, every one once, in as many batches on every process.
+
+    Raises:
+        DataError: There are fewer images than processes.
+    """
 
     def __init__(self, num_images: int, rank: int = 0, world: int = 1) -> None:
+        if num_images < world:
+            raise DataError(f"{num_images} held-out images are too few for {world} processes; raise --holdout")
         self.num_images, self.rank, self.world = num_images, rank, world
 
     def __len__(self) -> int:
-        return -(-self.num_images // max(EVAL_BATCH, 2 * self.world))
+        return -(-self.num_images // (EVAL_BATCH * self.world))
 
     def __iter__(self) -> Iterator[BatchPlan]:
         order = torch.arange(self.num_images)
@@ -233,7 +239,9 @@ class ImageDataModule(L.LightningDataModule):
         order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
         self.data, self.batch_size, self.seed, self.steps = data, batch_size, seed, grad_accum_steps
         self.num_train = total - held
-        self.crop_padding = 0 if streamed else data.crop_padding if crop_padding is None else crop_padding  # type: ignore[union-attr]
+        self.crop_padding = 0
+        if isinstance(data, ImageData):
+            self.crop_padding = data.crop_padding if crop_padding is None else crop_padding
         self.flip = data.flip if flip is None else flip
         self.num_workers = num_workers
         self.augment = BatchAugment(
@@ -270,18 +278,29 @@ class ImageDataModule(L.LightningDataModule):
         train = data.sources.train
         parts = (_Part(train, order[held:].tolist()), _Part(train, order[:held].tolist()), data.sources.test)
         return tuple(
-            ImageStream(part, transform, len(data.class_names), data.on_bad_image)
+            ImageStream(part, transform, len(data.class_names), data.on_bad_image, substitute=transform is augmented)
             for part, transform in zip(parts, (augmented, plain, plain), strict=True)
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches in an order of their own each epoch, to be augmented on the device."""
-        rank, world = self._place()
+        sampler = self.plan(*self._place())
+        # loader workers plan ahead, before Lightning says which epoch a resumed run is in
+        task = None if self.trainer is None else getattr(self.trainer, "lightning_module", None)
+        sampler.set_epoch(len(getattr(task, "curve", ())))
+        return self._loader(_Planned(self._train), sampler)
+
+    def plan(self, rank: int = 0, world: int = 1) -> EpochBatches:
+        """The training batches of one process.
+
+        Raises:
+            DataError: The batch does not divide, or mixup has no pairs in a part of it.
+        """
         sampler = EpochBatches(self.num_train, self.batch_size, self.seed, steps=self.steps, rank=rank, world=world)
         share = sampler.batch_size // (self.steps * world)
         if self.mixup is not None and share % 2:
             raise DataError(f"mixup pairs images, but {share} are computed at once; use an even number")
-        return self._loader(_Planned(self._train), sampler)
+        return sampler
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The held-out training images."""
@@ -311,14 +330,17 @@ class ImageDataModule(L.LightningDataModule):
         if self.erasing > 0 or self.mixup is not None:
             with seeded(mix_seed(seed, first, 1)):
                 if self.erasing > 0:
-                    images = RandomErasing(self.erasing, mode="pixel", device=images.device)(images)
+                    # noise of the CPU: a device's generator is the model's too, and mixers differ in what they draw
+                    images = RandomErasing(self.erasing, mode="pixel", device="cpu")(images)
                 if self.mixup is not None:
                     images, labels = self.mixup(images, labels)
         return images, labels
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images in uint8 to zero mean and unit variance, float32."""
-        return normalize(images, self.mean.to(images.device), self.std.to(images.device))
+        if self.mean.device != images.device:  # once: a copy to an accelerator waits for it
+            self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
+        return normalize(images, self.mean, self.std)
 
     def _place(self) -> tuple[int, int]:
         """This process and their number."""
@@ -332,7 +354,7 @@ class ImageDataModule(L.LightningDataModule):
             collate_fn=_as_is,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
             # without a generator of its own, opening an iterator advances torch's global random state, and when
             # Lightning opens it differs between a fresh and a resumed run
             generator=torch.Generator(),

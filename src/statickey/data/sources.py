@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -199,8 +200,7 @@ def _torchvision_sources(data: str, data_dir: Path | None) -> Sources:
     known = TORCHVISION_SETS[data]
     root = Path("data") if data_dir is None else data_dir
     try:
-        # torchvision checks the MD5 of every archive before it reads one
-        parts = [getattr(datasets, known.name)(root=root, download=True, **options) for options in known.options]
+        parts = _torchvision_parts(getattr(datasets, known.name), root, known)
     except (OSError, RuntimeError) as error:
         raise DataError(
             f"{data} is not under data_dir={str(root)!r} and cannot be downloaded ({error}); "
@@ -211,6 +211,16 @@ def _torchvision_sources(data: str, data_dir: Path | None) -> Sources:
     if names is None:
         names = [str(label) for label in range(max(filter(None, train.labels)) + 1)]
     return Sources(train, test, tuple(names), known.flip)
+
+
+def _torchvision_parts(cls: Any, root: Path, known: _TorchvisionSet) -> list[Any]:
+    """The parts as they lie there, or else downloaded; torchvision checks the MD5 of what it reads."""
+    try:
+        return [cls(root=root, download=False, **options) for options in known.options]
+    except RuntimeError:
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / ".download.lock"):  # the processes of one run ask at once
+            return [cls(root=root, download=True, **options) for options in known.options]
 
 
 def _torchvision_source(data: str, part: Any, known: _TorchvisionSet) -> Source:
@@ -308,8 +318,9 @@ def _folder_sources(root: Path) -> Sources:
 
 
 def _class_source(classes: Mapping[str, Sequence[Path]], names: Sequence[str]) -> Source:
+    numbers = {name: number for number, name in enumerate(names)}
     files = [path for paths in classes.values() for path in paths]
-    return _FileSource(files, [names.index(name) for name, paths in classes.items() for _ in paths])
+    return _FileSource(files, [numbers[name] for name, paths in classes.items() for _ in paths])
 
 
 def _class_files(root: Path, split: str) -> dict[str, list[Path]]:

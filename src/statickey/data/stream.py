@@ -30,7 +30,9 @@ class ImageStream(Dataset[tuple[Tensor, Tensor]]):
         transform: Makes uint8 pixels (C, H, W), a tensor or an array, of an RGB image. It may draw from the global
             generators of Python, NumPy and torch, as timm's transforms do.
         num_classes: Labels are below this.
-        on_bad_image: Refuse an unreadable image, or warn and take the next readable one of the source in its place.
+        on_bad_image: Refuse an unreadable image, or warn and do without it.
+        substitute: Take the next readable image of the source in the place of an unreadable one, as training needs
+            for whole batches; else leave it out.
 
     Raises:
         DataError: A label is missing or outside the classes; for unreadable images, see ``on_bad_image``.
@@ -42,10 +44,13 @@ class ImageStream(Dataset[tuple[Tensor, Tensor]]):
         transform: Callable[[Image.Image], Any],
         num_classes: int,
         on_bad_image: OnBadImage = "fail",
+        *,
+        substitute: bool = True,
     ) -> None:
         if on_bad_image not in ("fail", "skip"):
             raise DataError(f"on_bad_image={on_bad_image!r} must be 'fail' or 'skip'")
-        self.source, self.transform, self.on_bad_image = source, transform, on_bad_image
+        self.source, self.transform = source, transform
+        self.on_bad_image, self.substitute = on_bad_image, substitute
         self.labels = torch.tensor([source.label(i, num_classes) for i in range(len(source))], dtype=torch.int64)
 
     def __len__(self) -> int:
@@ -56,15 +61,20 @@ class ImageStream(Dataset[tuple[Tensor, Tensor]]):
         images = []
         shown = []
         for place, wanted in enumerate(plan.indices.tolist(), plan.first):
-            i, image = self._readable(wanted)
+            found = self._readable(wanted)
+            if found is None:
+                continue
+            i, image = found
             with seeded(mix_seed(plan.seed, place)):
                 images.append(torch.as_tensor(self.transform(image)))
             shown.append(i)
+        if not images:
+            raise DataError(f"none of {len(plan.indices)} images in a row could be read; mend the data")
         return torch.stack(images), self.labels[shown]
 
-    def _readable(self, wanted: int) -> tuple[int, Image.Image]:
-        """The image wanted, or the next one that can be decoded, with its index."""
-        for step in range(len(self)):
+    def _readable(self, wanted: int) -> tuple[int, Image.Image] | None:
+        """The image wanted, or the next one that can be decoded, with its index; None where none may stand in."""
+        for step in range(len(self) if self.substitute else 1):
             i = (wanted + step) % len(self)
             try:
                 with self.source.open(i) as image:
@@ -73,7 +83,10 @@ class ImageStream(Dataset[tuple[Tensor, Tensor]]):
                 reason = f"cannot read image {self.source.describe(i)}: {error}"
                 if self.on_bad_image == "fail":
                     raise DataError(f"{reason}; mend or remove it, or pass --on-bad-image skip") from error
-                warnings.warn(f"{reason}; the next one takes its place", stacklevel=2)
+                instead = "the next one takes its place" if self.substitute else "left out"
+                warnings.warn(f"{reason}; {instead}", stacklevel=2)
+        if not self.substitute:
+            return None
         raise DataError(f"no readable image left; the last bad one is {self.source.describe(i)}; mend the data")
 
 

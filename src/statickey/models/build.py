@@ -81,7 +81,8 @@ def timm_args(
 ) -> dict[str, Any]:
     """The arguments with which ``timm.create_model`` builds a model of this package as ``build_model`` does."""
     args = {} if model_args is None else dict(model_args)
-    return {"img_size": img_size} | _filled(args, mixer) | _own_mixer(name, mixer, args)
+    sizes = {} if name in timm.list_models(module="metaformer") else {"img_size": img_size}
+    return sizes | _filled(args, mixer) | _own_mixer(name, mixer, args)
 
 
 def _timm_host(name: str, img_size: int, args: dict[str, Any]) -> Any:

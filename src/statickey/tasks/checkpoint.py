@@ -4,6 +4,7 @@ import hashlib
 import io
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def check_whole(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             stored = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/" + _CHECKSUM)]
             found = _checksum(archive)
-    except (OSError, ValueError, EOFError, NotImplementedError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise OutputError(f"{path} is not a checkpoint of this program ({_reason(error)}); delete it") from error
     if stored != [found]:
         raise OutputError(f"{path} is not a whole checkpoint of this program (checksum); delete it")
@@ -78,7 +79,7 @@ def newest_whole(folder: Path) -> tuple[Path | None, list[str]]:
     reasons: list[str] = []
     for path in sorted(folder.glob(f"*{SUFFIX}"), reverse=True):  # names carry the epoch
         try:
-            check_whole(path)
+            AtomicCheckpointIO().load_checkpoint(path)
         except OutputError as error:
             reasons.append(str(error))
         else:

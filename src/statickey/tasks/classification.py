@@ -49,13 +49,13 @@ class ClassificationTask(L.LightningModule):
         self.curve: list[dict[str, float]] = []
         """One row per finished epoch; part of the checkpoint."""
         self._epoch_start = self._seconds = self._waited = self._idle_since = 0.0
-        self._sums = torch.zeros(2, dtype=torch.float64)  # of the loss, and of images
+        self._loss_sum, self._images = torch.zeros(()), 0
         self._averaged_steps = 0
 
     def on_train_epoch_start(self) -> None:
         """Restart the model's draws and the epoch's counters."""
         torch.manual_seed(mix_seed(self.seed, self.current_epoch, -1 - self.global_rank))
-        self._sums = torch.zeros(2, dtype=torch.float64 if self.device.type != "mps" else None, device=self.device)
+        self._loss_sum, self._images = torch.zeros((), device=self.device), 0
         self._waited = 0.0
         self._epoch_start = self._idle_since = time.perf_counter()
 
@@ -72,7 +72,8 @@ class ClassificationTask(L.LightningModule):
         images, labels = batch
         smoothing = self.recipe.label_smoothing if labels.ndim == 1 else 0.0  # mixed labels come smoothed
         loss = F.cross_entropy(self.model(images), labels, label_smoothing=smoothing)
-        self._sums += torch.stack([loss.detach() * len(labels), loss.new_tensor(len(labels))])
+        self._loss_sum += loss.detach().float() * len(labels)
+        self._images += len(labels)
         if (self.device.type == "cpu" or batch_idx % _CHECK_EVERY == 0) and not math.isfinite(loss.item()):
             raise DivergedError(
                 f"loss is {loss.item()} at epoch {self.current_epoch + 1}, step {batch_idx + 1} "
@@ -87,7 +88,7 @@ class ClassificationTask(L.LightningModule):
             self.ema.update(self.model, step=self.global_step)
             self._averaged_steps = self.global_step
         if self.trainer.is_last_batch:
-            self._sums.cpu()  # waits for an accelerator
+            self._loss_sum.item()  # waits for an accelerator
         self._idle_since = time.perf_counter()
         self._seconds = self._idle_since - self._epoch_start
 
@@ -112,7 +113,8 @@ class ClassificationTask(L.LightningModule):
                     f"{name} is not finite after epoch {self.current_epoch + 1} (seed {self.seed}); "
                     f"use another --out with a lower --lr (now {self.recipe.lr:g})"
                 )
-        loss, images = self.trainer.strategy.reduce(self._sums, reduce_op="sum").tolist()
+        sums = torch.stack([self._loss_sum, torch.tensor(float(self._images), device=self.device)])
+        loss, images = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
         row = {
             "epoch": self.current_epoch + 1,
             "train_loss": loss / max(images, 1),

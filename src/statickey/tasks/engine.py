@@ -174,8 +174,9 @@ def new_trainer(
                 accelerator=machine.accelerator,
                 devices=machine.devices,
                 num_nodes=machine.num_nodes,
-                strategy=machine.strategy,
-                precision=_precision(recipe, machine),
+                # in a notebook Lightning would fork, and the results would stay in the child
+                strategy="ddp" if machine.devices * machine.num_nodes > 1 else machine.strategy,
+                precision=recipe.on(machine).precision,  # type: ignore[arg-type]
                 accumulate_grad_batches=recipe.grad_accum_steps,
                 gradient_clip_val=recipe.clip_grad if recipe.clip_grad > 0 else None,
                 callbacks=list(callbacks),
@@ -194,13 +195,6 @@ def new_trainer(
             f"accelerator={machine.accelerator!r} with devices={machine.devices}, strategy={machine.strategy!r} "
             f"and precision={recipe.precision!r} is not to be had here: {reason}"
         ) from error
-
-
-def _precision(recipe: Recipe, machine: Machine) -> Any:
-    if recipe.precision != "auto":
-        return recipe.precision
-    on_gpu = machine.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
 
 
 def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[Any] = ()) -> dict[str, Any] | None:
@@ -225,7 +219,9 @@ def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[
     recipe = run.recipe.with_lr(run.data.img_size)
     task = ClassificationTask(model, recipe, num_classes=len(run.data.class_names), seed=run.seed, run_id=run.run_id)
     if run.machine.channels_last:
-        task.to(memory_format=torch.channels_last)
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.to(memory_format=torch.channels_last)
     if run.machine.compile:
         model.compile()
     keep_two = ModelCheckpoint(
@@ -235,6 +231,7 @@ def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[
         monitor="step",
         mode="max",
         save_top_k=2,
+        enable_version_counter=False,  # a broken file of an epoch is written anew
         save_on_train_epoch_end=True,
     )
     trainer = new_trainer(recipe, run.machine, [*callbacks, keep_two], loggers)
@@ -244,12 +241,8 @@ def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[
     resume, broken = newest_whole(run.path)
     for reason in broken:
         warnings.warn(f"{reason}; going on from {resume}", stacklevel=2)
-    with _interruptible():
-        try:
-            trainer.fit(task, module, ckpt_path=resume, weights_only=True)
-        except (RuntimeError, DataError) as error:
-            explained = _explained(error)
-            raise explained from (None if explained is error else error)
+    with _interruptible(), explained_workers():
+        trainer.fit(task, module, ckpt_path=resume, weights_only=True)
         state = trainer.strategy.lightning_module_state_dict()
         if not trainer.is_global_zero:
             return None
@@ -336,15 +329,26 @@ def score(
     return torch.cat(logits), torch.cat(labels)
 
 
-def _explained(error: Exception) -> Exception:
-    """What befell a loader worker, in one line; any other error as it is."""
-    lines = str(error).splitlines() or [""]
-    if isinstance(error, DataError) and lines[0].startswith("Caught"):
-        return DataError(lines[-1].partition("DataError: ")[2])
-    if isinstance(error, DataError) or "DataLoader worker" not in lines[0]:
-        return error
-    reason = lines[0]
-    return DataError(f"{reason}; out of memory? use fewer --num-workers, the same command goes on where it stopped")
+@contextmanager
+def explained_workers() -> Iterator[None]:
+    """Say in one line what befell a loader worker.
+
+    Raises:
+        DataError: A worker met a bad image, or died.
+    """
+    try:
+        yield
+    except DataError as error:
+        if not str(error).startswith("Caught"):  # as torch passes on what a worker raised
+            raise
+        raise DataError(" ".join(str(error).rpartition("DataError: ")[2].split())) from error
+    except RuntimeError as error:
+        reason = next(iter(str(error).splitlines()), "")
+        if "DataLoader worker" not in reason:
+            raise
+        raise DataError(
+            f"{reason}; out of memory? use fewer --num-workers, the same command goes on where it stopped"
+        ) from error
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from .._files import write_atomic, write_json, write_text
 from ..errors import DataError, OutputError, StaticKeyError
 from ..viz import confusion_matrix
 from .display import Display
-from .engine import RESULT_FILE, data_module, new_trainer, read_data, score
+from .engine import RESULT_FILE, data_module, explained_workers, new_trainer, read_data, score
 from .environment import environment
 from .recipe import Machine, Recipe
 from .weights import ModelCard, load_model
@@ -88,7 +88,7 @@ def evaluate(
         split: The test images, or the training images held out by the run.
         img_size: Bring images and network to this size; keys and position embeddings are resampled.
         ema: Score the averaged weights.
-        out: Folder of the results; default ``evaluation`` in the run's folder.
+        out: Folder of the results; default ``evaluation`` in the run's folder, with what differs from the run.
         accelerator: Lightning's accelerator.
         precision: Lightning's precision; auto is bf16-mixed on GPUs that have it, else 32-true.
         num_workers: Loader processes, for streamed images.
@@ -113,7 +113,7 @@ def evaluate(
     module = data_module(recipe, images, 0, num_workers)
     loader = module.test_dataloader() if split == "test" else module.holdout_dataloader()
     start = time.perf_counter()
-    with display.busy("scoring"):
+    with display.busy("scoring"), explained_workers():
         logits, labels = score(model.to(trainer.strategy.root_device), module, loader, str(trainer.precision))
     seconds = time.perf_counter() - start
     found = Scores(logits, labels).metrics()
@@ -129,7 +129,9 @@ def evaluate(
         "images_per_second": len(labels) / seconds,
         "environment": environment(trainer.strategy.root_device.type) | {"precision": str(trainer.precision)},
     }
-    folder = _folder(source, out)
+    marks = ["holdout"] * (split == "holdout") + ["ema"] * ema + [f"{img_size}px"] * (img_size is not None)
+    marks += [Path(data).name] if data is not None else []
+    folder = _folder(source) / "-".join(["evaluation", *marks]) if out is None else Path(out)
     write_json(folder / "evaluation.json", result)
     write_text(folder / "per_class.csv", _per_class(found["per_class"]))
     figure = confusion_matrix(found["confusion"], card.class_names)
@@ -139,18 +141,16 @@ def evaluate(
     return result
 
 
-def _folder(source: str, out: str | None) -> Path:
-    if out is not None:
-        return Path(out)
+def _folder(source: str) -> Path:
     path = Path(source)
-    return (path if path.is_dir() else path.parent) / "evaluation"
+    return path if path.is_dir() else path.parent
 
 
 def _recipe(
     source: Path, card: ModelCard, data: str | None, data_dir: str | None, img_size: int | None, precision: str
 ) -> Recipe:
     """The recipe of the run, with what is asked for here."""
-    path = (source if source.is_dir() else source.parent) / RESULT_FILE
+    path = _folder(str(source)) / RESULT_FILE
     known: dict[str, Any] = {}
     if path.is_file():
         try:
@@ -167,6 +167,8 @@ def _recipe(
         "stream": card.streamed,
     }
     known = {"img_size": card.img_size} | known | {k: v for k, v in asked.items() if v is not None} | fixed
+    if data is not None:
+        known["limit"] = None
     return Recipe(**known | {"mean": card.mean, "std": card.std})
 
 

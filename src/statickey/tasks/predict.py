@@ -88,7 +88,7 @@ def predict(
     reader = _Reader(card, card.img_size if img_size is None else img_size)
     rows: list[dict[str, Any]] = []
     skipped: list[str] = []
-    paths = list(dict.fromkeys(_paths(files)))
+    paths = list(dict.fromkeys(_paths(files, skipped)))
     if not paths:
         raise StaticKeyError(
             f"no image in {', '.join(map(str, files)) or 'nothing'}; give files, folders or wildcards"
@@ -114,17 +114,23 @@ def predict(
     return Predictions(rows, skipped)
 
 
-def _paths(files: Iterable[str]) -> Iterator[Path]:
+def _paths(files: Iterable[str], skipped: list[str]) -> Iterator[Path]:
     for word in files:
-        path = Path(word)
-        if word == "-":
-            yield from (Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
-        elif path.is_dir():
-            yield from sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
-        elif glob.has_magic(word) and not path.exists():
-            yield from (Path(name) for name in sorted(glob.glob(word, recursive=True)) if Path(name).is_file())  # noqa: PTH207 (of any root)
-        else:
-            yield path
+        found = list(_found(word))
+        if not found:
+            skipped.append(f"{word}: no image there")
+        yield from found
+
+
+def _found(word: str) -> Iterable[Path]:
+    path = Path(word)
+    if word == "-":
+        return (Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    if glob.has_magic(word) and not path.exists():
+        return (Path(name) for name in sorted(glob.glob(word, recursive=True)) if Path(name).is_file())  # noqa: PTH207 (of any root)
+    return [path]
 
 
 class _Reader:
@@ -199,6 +205,8 @@ def _draw(
 ) -> None:
     mixer: Any = model.get_submodule(layer)
     weights = capture_attention(model, images)[layer]
+    if len(weights) != len(images):
+        raise StaticKeyError(f"layer {layer} attends within windows of an image; choose another --layer")
     for image, maps, name in zip(pixels, weights, names, strict=True):
         picture = image.permute(1, 2, 0).numpy() / 255
         figure = attention_overlay(picture, maps, mixer.feat_size, layer)

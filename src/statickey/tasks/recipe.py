@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from timm.optim import list_optimizers
 
 from .._checks import check_mapping, check_name, check_positive, check_rate
@@ -13,6 +14,9 @@ from ..data import OnBadImage
 from ..errors import StaticKeyError
 
 _NOT_PART_OF_A_RUN = ("data", "data_dir")  # data count by their content
+
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +58,7 @@ class Recipe:
         cutmix: Alpha of cutmix; 0 for none.
         mean: Normalisation per channel; default that of the training images, of ImageNet when streaming.
         std: As ``mean``.
-        precision: Lightning's precision; auto is bf16-mixed on GPUs that have it, else 32-true.
+        precision: 32-true, bf16-mixed or 16-mixed; auto is bf16-mixed on GPUs that have it, else 32-true.
         fp32_logits: Take attention logits and softmax in float32 whatever the precision (slower).
     """
 
@@ -100,6 +104,14 @@ class Recipe:
         for name in ("img_size", "limit"):
             if getattr(self, name) is not None:
                 check_positive(**{name: getattr(self, name)})
+        if self.precision not in PRECISIONS:
+            raise StaticKeyError(f"precision={self.precision!r} must be one of {', '.join(PRECISIONS)}")
+        if self.warmup_epochs > self.epochs:
+            raise StaticKeyError(f"warmup_epochs={self.warmup_epochs} must not exceed epochs={self.epochs}")
+        if self.stream and self.crop_padding is not None:
+            raise StaticKeyError(
+                f"crop_padding={self.crop_padding} is for images in memory; streamed ones are cropped at random scale"
+            )
         if self.lr is not None and not self.lr > 0:
             raise StaticKeyError(f"lr={self.lr} must be positive")
         if self.layer_decay is not None and not 0 < self.layer_decay <= 1:
@@ -129,6 +141,14 @@ class Recipe:
     def total_epochs(self) -> int:
         """Epochs with the cool-down."""
         return self.epochs + self.cooldown_epochs
+
+    def on(self, machine: "Machine") -> "Recipe":
+        """The recipe with its precision settled for a machine."""
+        if self.precision != "auto":
+            return self
+        on_gpu = machine.accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        has_bf16 = on_gpu and torch.cuda.is_bf16_supported(including_emulation=False)
+        return replace(self, precision="bf16-mixed" if has_bf16 else "32-true")
 
     def with_lr(self, img_size: int) -> "Recipe":
         """The recipe with its peak learning rate filled in: as given, or what mhsa trains best with."""
@@ -163,10 +183,10 @@ class Machine:
         accelerator: Lightning's accelerator: auto, cpu, gpu, mps, ...
         devices: Devices per machine.
         num_nodes: Machines; under torchrun or Slurm they find each other.
-        strategy: Lightning's strategy: auto, ddp, fsdp, ...
+        strategy: ``ddp``, which ``auto`` is on several devices; sharded strategies are not supported.
         num_workers: Loader processes per device; images in memory need none.
         compile: Compile the network with torch.compile.
-        channels_last: Keep images and convolution weights channels-last.
+        channels_last: Keep the weights of convolutions channels-last, which their results follow.
     """
 
     accelerator: str = "auto"
@@ -179,6 +199,8 @@ class Machine:
 
     def __post_init__(self) -> None:
         check_positive(devices=self.devices, num_nodes=self.num_nodes)
+        if self.strategy not in ("auto", "ddp"):
+            raise StaticKeyError(f"strategy={self.strategy!r} must be 'auto' or 'ddp'")
         if self.num_workers < 0:
             raise StaticKeyError(f"num_workers={self.num_workers} must not be negative")
 

@@ -20,8 +20,10 @@ from .._checks import check_name
 from .._files import write_text
 from ..errors import OutputError, StaticKeyError
 from ..layers import MIXERS
+from ..models import start_from
+from .checkpoint import SUFFIX
 from .display import Display
-from .engine import Run, new_trainer, read_data, train_run
+from .engine import Run, new_model, new_trainer, read_data, train_run
 from .folder import locked
 from .recipe import Machine, Recipe, difference
 from .weights import WEIGHTS_FILES
@@ -66,6 +68,7 @@ def train(
     """
     recipe = Recipe() if recipe is None else recipe
     machine = Machine() if machine is None else machine
+    recipe = recipe.on(machine)
     for name, value, known in (
         ("resume", resume, ("auto", "never")),
         ("score_on", score_on, ("test", "holdout")),
@@ -78,11 +81,11 @@ def train(
     if seed < 0:
         raise StaticKeyError(f"seed={seed} must not be negative")
     trainer = new_trainer(recipe, machine)
-    parts = trainer.world_size * recipe.grad_accum_steps
-    if recipe.batch_size % parts:
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started > trainer.world_size:
         raise StaticKeyError(
-            f"batch_size={recipe.batch_size} does not divide into {trainer.world_size} processes x "
-            f"{recipe.grad_accum_steps} accumulation steps; use a multiple of {parts}"
+            f"the launcher started {started} processes, devices={machine.devices} and num_nodes={machine.num_nodes} "
+            f"make {trainer.world_size}; pass --devices and --num-nodes to match"
         )
     first = trainer.is_global_zero
     display = Display(console if first else Console(file=io.StringIO()))
@@ -92,18 +95,25 @@ def train(
     root = Path(out)
     run_id = recipe.hash(data.fingerprint(), mixer=mixer, seed=seed, score_on=score_on)
     run = Run(recipe, machine, data, mixer, seed, root, run_id, score_on)
-    run.data_module()
-    run.new_model()
+    run.data_module().plan(0, trainer.world_size)
+    model = new_model(recipe, data, mixer, seed)
+    if recipe.weights is not None:
+        report = start_from(model, recipe.weights)
+        display.say(
+            f"{escape(recipe.weights)}: {len(report.taken)} tensors taken, {len(report.fresh)} start fresh, "
+            f"{len(report.unused)} not used"
+        )
     config = _config(run, out, resume, logger)
     with locked(root) if first else nullcontext():
-        _check_folder(root, config, resume)
+        if first:  # the other processes come when the first has begun
+            _check_folder(run, config, resume)
         if run.finished:
             display.say(f"{escape(str(run.result))} is finished already; choose another --out to train anew")
             return run.read_result()
         if first:
             write_text(root / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
         label = f"{recipe.model}{'' if mixer is None else f' with {mixer}'}, seed {seed}"
-        with display.runs(1) as bars, _loggers(root, logger) as loggers:
+        with display.runs(1) as bars, _loggers(root, logger, run_id) as loggers:
             progress = bars.start(label, recipe.total_epochs)
             result = train_run(run, [progress, CurveFile(root / CURVE_FILE, display)], loggers)
             progress.close()
@@ -120,14 +130,15 @@ def _config(run: Run, out: str, resume: str, logger: str) -> dict[str, Any]:
     return run.recipe.to_dict() | options | asdict(run.machine) | places
 
 
-def _check_folder(root: Path, config: dict[str, Any], resume: str) -> None:
+def _check_folder(run: Run, config: dict[str, Any], resume: str) -> None:
     """Refuse a folder that holds another run.
 
     Raises:
         OutputError: It does; the message says what differs.
     """
-    path = root / CONFIG_FILE
-    if not path.is_file():
+    root, path = run.path, run.path / CONFIG_FILE
+    begun = run.finished or any(root.glob(f"*{SUFFIX}"))
+    if not path.is_file() or not begun:
         return
     if resume == "never":
         raise OutputError(f"{root} holds a run and resume is 'never'; choose another --out, or leave out --resume")
@@ -141,6 +152,8 @@ def _check_folder(root: Path, config: dict[str, Any], resume: str) -> None:
             f"{root} holds a run of another configuration ({difference(there, here)}); choose another --out, or "
             "repeat the earlier options"
         )
+    if run.finished and run.read_result().get("config_hash") != run.run_id:
+        raise OutputError(f"{root} holds a finished run on other data; choose another --out")
 
 
 _FREE = ("data", "data_dir", "out", "resume", "logger", *Machine.__dataclass_fields__)
@@ -148,14 +161,18 @@ _FREE = ("data", "data_dir", "out", "resume", "logger", *Machine.__dataclass_fie
 
 
 @contextmanager
-def _loggers(root: Path, logger: str) -> Iterator[list[Any]]:
+def _loggers(root: Path, logger: str, run_id: str) -> Iterator[list[Any]]:
     """TensorBoard, and another logger by request."""
     loggers: list[Any] = [TensorBoardLogger(root, name="", version="tensorboard")]
     try:
         if logger == "wandb":
-            loggers.append(WandbLogger(save_dir=root, name=root.name, resume="allow", id=root.name))
+            loggers.append(WandbLogger(save_dir=root, name=root.name, resume="allow", id=run_id))
         elif logger == "mlflow":
-            loggers.append(MLFlowLogger(run_name=root.name, tracking_uri=os.environ.get("MLFLOW_TRACKING_URI")))
+            loggers.append(
+                MLFlowLogger(
+                    run_name=root.name, tags={"run_id": run_id}, tracking_uri=os.environ.get("MLFLOW_TRACKING_URI")
+                )
+            )
     except ModuleNotFoundError as error:
         raise StaticKeyError(f"logger={logger!r} needs a package: pip install {logger}") from error
     try:

@@ -1,4 +1,4 @@
-"""The figures of a comparison, as matplotlib figures."""
+"""The figures of comparisons, evaluations and predictions, as matplotlib figures."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
