@@ -62,7 +62,7 @@ def test_one_seed_one_set_of_weights():
             StaticKeyError,
             "patch size 12 .* does not divide img_size=32; resize to img_size=24",
         ),
-        ("resnet18", {}, StaticKeyError, "ResNet is not a timm VisionTransformer|refuses img_size"),
+        ("resnet18", {}, StaticKeyError, "ResNet is not a host this can convert"),
     ],
 )
 def test_refuses(name, args, error, message):
