@@ -83,7 +83,7 @@ def _take_sigint():
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="os.kill sends no SIGINT there")
-def test_ctrl_c_is_resumable(tmp_path):
+def test_ctrl_c_is_resumable(tmp_path, monkeypatch, capsys):
     command = [sys.executable, "-m", "statickey", *TINY, "--mixers", "mhsa", "--epochs", "30", "--out", "out"]
     pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
     # a test run started in the background ignores the signal, and its children would inherit that
@@ -99,8 +99,9 @@ def test_ctrl_c_is_resumable(tmp_path):
     assert b"interrupted; the same command continues" in error
     assert b"Traceback" not in error
     assert list(folder.glob("*.ckpt"))
-    again = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, env=pipes["env"])
-    assert "mhsa" in again.stdout
+    monkeypatch.chdir(tmp_path)
+    assert main(command[3:]) == 0
+    assert "mhsa" in capsys.readouterr().out
     curve = json.loads((folder / "run.json").read_text())["curve"]
     assert [row["epoch"] for row in curve] == list(range(1, 31))
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,10 +16,14 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from image_folders import make_folder
 from statickey.data import ImageData, LabelledImages
 from statickey.errors import DataError, OutputError, StaticKeyError
+from statickey.models import build_model
 from statickey.tasks import AtomicCheckpointIO, ClassificationTask, Machine, Recipe, evaluate, load_model, train
 from statickey.tasks.checkpoint import check_whole
 
@@ -172,7 +177,11 @@ WRONG = {
     "mean": ({"mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0)}, "has 3 numbers for images of 1 channels"),
     "accumulation": ({"grad_accum_steps": 5}, "grad_accum_steps=5 does not divide batch_size=32"),
     "accelerator": ({"machine": Machine(accelerator="cuda")}, "accelerator='cuda' .* is not to be had here"),
-    "strategy": ({"machine": {"strategy": "fsdp"}}, "strategy='fsdp' must be 'auto' or 'ddp'"),
+    "strategy": ({"machine": {"strategy": "deepspeed"}}, "strategy='deepspeed' must be 'auto', 'ddp' or 'fsdp'"),
+    "channels_last shards": (
+        {"machine": {"strategy": "fsdp", "channels_last": True}},
+        "strategy='fsdp' keeps weights contiguous; leave out channels_last",
+    ),
     "workers": ({"machine": {"num_workers": -1}}, "num_workers=-1 must not be negative"),
     "world": ({"machine": Machine(accelerator="cpu", devices=3)}, "does not divide into 3 processes x 1"),
     "odd": ({"batch_size": 9, "mixup": 0.2}, "mixup pairs images, but 9 are computed at once"),
@@ -407,21 +416,109 @@ def test_checkpoints_hold_a_checksum_and_load_with_torch(tmp_path, monkeypatch):
     assert len(state["curve"]) == 2
 
 
-def test_two_processes_train_as_one(tmp_path):
-    """Same global batch over gloo: the loss curve of one process, and metrics right with uneven last batches."""
-    args = {"embed_dim": 16, "depth": 1, "num_heads": 2}
-    single, _ = run(tmp_path / "one", limit=121, flip=True, model_args=args)
-    words = ["train", "--limit", "121", "--epochs", "3", "--batch-size", "32", "--flip", "true", "--mixer", "ska"]
-    words += ["--model-args", json.dumps(args), "--accelerator", "cpu", "--devices", "2"]
-    env = {k: v for k, v in os.environ.items() if "RANK" not in k} | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "statickey", *words, "--out", str(tmp_path / "two")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    double = json.loads((tmp_path / "two" / "run.json").read_text())
+SHARED = {"limit": 121, "flip": True, "model_args": {"embed_dim": 16, "depth": 2, "num_heads": 2}}
+
+
+def _train_as_rank(out, rank, port, strategy, stop_at):
+    """As torchrun starts one of two processes."""
+    torch.set_num_threads(1)
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    os.environ.update({k: str(v) for k, v in (ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items()})
+    os.environ["TORCHELASTIC_RUN_ID"] = "test"
+    step = ClassificationTask.training_step
+
+    def stops(self, batch, batch_idx):
+        if self.current_epoch == stop_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, batch, batch_idx)
+
+    ClassificationTask.training_step = stops
+    run(out, machine=Machine(accelerator="cpu", devices=2, strategy=strategy), **SHARED)
+
+
+def train_as_two(processes, out, strategy, stop_at=None):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [
+        processes.Process(target=_train_as_rank, args=(out, rank, port, strategy, stop_at)) for rank in (0, 1)
+    ]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(120)
+    return [child.exitcode for child in children]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    run(out, **SHARED)
+    return out
+
+
+def assert_trained_alike(alone, together):
+    """The loss curve of one process, and metrics right with uneven last batches."""
+    single, double = (json.loads((out / "run.json").read_text()) for out in (alone, together))
     assert double["environment"]["processes"] == 2
     for name, tolerance in (("train_loss", 1e-4), ("holdout_accuracy", 1e-6)):
         curves = [[row[name] for row in result["curve"]] for result in (single, double)]
         assert curves[0] == pytest.approx(curves[1], rel=tolerance), name
     assert double["accuracy"] == pytest.approx(single["accuracy"], abs=0.3)
     assert double["scored_images"] == 360
+    for which, tensors in weights(alone).items():
+        for name, value in weights(together)[which].items():
+            torch.testing.assert_close(value, tensors[name], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no gloo there")
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_as_one(processes, alone, tmp_path, strategy):
+    assert train_as_two(processes, tmp_path, strategy) == [0, 0]
+    assert_trained_alike(alone, tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+def test_killed_shards_end_in_the_same_bits(processes, tmp_path):
+    assert train_as_two(processes, tmp_path / "whole", "fsdp") == [0, 0]
+    killed = train_as_two(processes, tmp_path / "parts", "fsdp", stop_at=2)
+    assert killed == [-signal.SIGKILL] * 2
+    states = sorted((tmp_path / "parts").glob("*.ckpt"))
+    assert len(states) == 2
+    state = torch.load(states[-1], weights_only=True)
+    assert all(type(value) is torch.Tensor for value in state["state_dict"].values())  # whole, not shards
+    assert train_as_two(processes, tmp_path / "parts", "fsdp") == [0, 0]
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_shards_are_shards():
+    """Each process keeps its part of weights, average and optimizer state; here it is all, on a mesh of one."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    store = torch.distributed.TCPStore("127.0.0.1", port, 1, is_master=True)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = build_model("small_vit", "ska", img_size=8, num_classes=3, in_chans=1)
+        task = ClassificationTask(model, num_classes=3)
+        task._device_mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        task.configure_model()
+        units = [name for name, module in task.named_modules() if isinstance(module, FSDPModule)]
+        assert units == ["model", *(f"model.blocks.{i}" for i in range(4)), "ema.module"] + [
+            f"ema.module.blocks.{i}" for i in range(4)
+        ]
+        assert all(isinstance(parameter, DTensor) for parameter in task.parameters())
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_one_command_starts_two_processes(alone, tmp_path):
+    words = ["train", "--limit", "121", "--epochs", "3", "--batch-size", "32", "--flip", "true", "--mixer", "ska"]
+    words += ["--model-args", json.dumps(SHARED["model_args"]), "--accelerator", "cpu", "--devices", "2"]
+    env = {k: v for k, v in os.environ.items() if "RANK" not in k} | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "statickey", *words, "--out", str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert_trained_alike(alone, tmp_path)
     assert done.stdout.count("epoch 1/3") == 1  # one process talks

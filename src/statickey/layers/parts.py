@@ -22,7 +22,7 @@ class GridState(nn.Module):
         Raises:
             FeatSizeError: The checkpoint was saved on another grid.
         """
-        if state.is_meta:
+        if not isinstance(state, Tensor) or state.is_meta:  # torch's distributed loader passes a placeholder
             return
         saved = tuple(int(size) for size in state)
         if saved != self.feat_size:

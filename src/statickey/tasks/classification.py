@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torchmetrics.classification import MulticlassAccuracy
 
 from ..data import mix_seed
@@ -51,6 +53,12 @@ class ClassificationTask(L.LightningModule):
         self._epoch_start = self._seconds = self._waited = self._idle_since = 0.0
         self._loss_sum, self._images = torch.zeros(()), 0
         self._averaged_steps = 0
+
+    def configure_model(self) -> None:
+        """Under a sharded strategy, share out the network and its average, block by block."""
+        if self.device_mesh is not None:
+            for model in (self.model, self.ema.module):
+                _shard(model, self.device_mesh["data_parallel"])
 
     def on_train_epoch_start(self) -> None:
         """Restart the model's draws and the epoch's counters."""
@@ -183,3 +191,13 @@ class ClassificationTask(L.LightningModule):
             )
         self.curve = list(checkpoint["curve"])
         self._averaged_steps = int(checkpoint["global_step"])
+
+
+def _shard(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Share a network's tensors out: each of timm's ``blocks`` is gathered when its turn comes, the rest once."""
+    for module in list(model.modules()):
+        blocks = getattr(module, "blocks", None)
+        if isinstance(blocks, nn.Sequential | nn.ModuleList):
+            for block in blocks:
+                fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)

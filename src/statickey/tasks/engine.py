@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
 from .._files import write_atomic, write_json
@@ -165,7 +166,8 @@ def new_trainer(
     Raises:
         StaticKeyError: Lightning refuses the accelerator, the strategy or the precision on this machine.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # its notes on devices and offers
+    for name in ("pytorch", "fabric"):
+        logging.getLogger(f"lightning.{name}").setLevel(logging.ERROR)  # its notes on devices and offers
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
@@ -174,8 +176,7 @@ def new_trainer(
                 accelerator=machine.accelerator,
                 devices=machine.devices,
                 num_nodes=machine.num_nodes,
-                # in a notebook Lightning would fork, and the results would stay in the child
-                strategy="ddp" if machine.devices * machine.num_nodes > 1 else machine.strategy,
+                strategy=_strategy(machine),
                 precision=recipe.on(machine).precision,  # type: ignore[arg-type]
                 accumulate_grad_batches=recipe.grad_accum_steps,
                 gradient_clip_val=recipe.clip_grad if recipe.clip_grad > 0 else None,
@@ -195,6 +196,15 @@ def new_trainer(
             f"accelerator={machine.accelerator!r} with devices={machine.devices}, strategy={machine.strategy!r} "
             f"and precision={recipe.precision!r} is not to be had here: {reason}"
         ) from error
+
+
+def _strategy(machine: Machine) -> str | Strategy:
+    """Lightning's strategy: by name, or the sharded one with all processes in one group."""
+    if machine.strategy == "fsdp":
+        # whole tensors in the checkpoint: it resumes on any number of processes
+        return ModelParallelStrategy(machine.processes, 1, save_distributed_checkpoint=False)
+    # by name, for in a notebook Lightning would fork, and the results would stay in the child
+    return "ddp" if machine.processes > 1 else machine.strategy
 
 
 def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[Any] = ()) -> dict[str, Any] | None:

@@ -183,7 +183,8 @@ class Machine:
         accelerator: Lightning's accelerator: auto, cpu, gpu, mps, ...
         devices: Devices per machine.
         num_nodes: Machines; under torchrun or Slurm they find each other.
-        strategy: ``ddp``, which ``auto`` is on several devices; sharded strategies are not supported.
+        strategy: ``ddp``, which ``auto`` is on several devices, or ``fsdp``, which shares weights, gradients,
+            averages and optimizer state out among them (torch's ``fully_shard``).
         num_workers: Loader processes per device; images in memory need none.
         compile: Compile the network with torch.compile.
         channels_last: Keep the weights of convolutions channels-last, which their results follow.
@@ -197,10 +198,17 @@ class Machine:
     compile: bool = False
     channels_last: bool = False
 
+    @property
+    def processes(self) -> int:
+        """How many take part."""
+        return self.devices * self.num_nodes
+
     def __post_init__(self) -> None:
         check_positive(devices=self.devices, num_nodes=self.num_nodes)
-        if self.strategy not in ("auto", "ddp"):
-            raise StaticKeyError(f"strategy={self.strategy!r} must be 'auto' or 'ddp'")
+        if self.strategy not in ("auto", "ddp", "fsdp"):
+            raise StaticKeyError(f"strategy={self.strategy!r} must be 'auto', 'ddp' or 'fsdp'")
+        if self.strategy == "fsdp" and self.channels_last:
+            raise StaticKeyError("strategy='fsdp' keeps weights contiguous; leave out channels_last")
         if self.num_workers < 0:
             raise StaticKeyError(f"num_workers={self.num_workers} must not be negative")
 
