@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .._checks import check_backend, check_rate, check_static_key_attention
 from .._typing import Backend
+from .tiles import tiled_attention
 
 
 def static_key_attention(
@@ -39,9 +40,9 @@ def static_key_attention(
         attn_mask: Added to the logits after scaling, or, if boolean, true where attention is allowed; broadcasts
             to (B, h, N, M). A position bias that is learned, for example.
         dropout_p: Dropout rate on the attention weights.
-        backend: ``"sdpa"`` runs torch's fused attention, which does not store the N x M map where its
-            kernel allows (not with dropout on the CPU, nor there with a static key wider than the value, which
-            a product for the whole batch serves several times faster); ``"math"`` always stores it.
+        backend: ``"sdpa"`` runs torch's fused attention, or on the CPU, where the static key is wider than the
+            value, products for the whole batch a tile of the map at a time; neither stores a large N x M map
+            (but with dropout on the CPU). ``"math"`` always stores it.
 
     Returns:
         (B, h, N, dv), in the dtype of the inputs.
@@ -133,7 +134,9 @@ def _sdpa(
     dropout_p: float,
 ) -> Tensor:
     if key.ndim == 3 and key.shape[-1] > value.shape[-1] and query.device.type == "cpu":
-        return _math(query, key, value, key_bias, scale, mask, dropout_p)
+        if dropout_p > 0 or _is_traced():
+            return _math(query, key, value, key_bias, scale, mask, dropout_p)
+        return _tiled(query, key, value, key_bias, scale, mask)
     if key_bias is not None:
         # as an additive mask the bias would keep the fused kernels out of training (none gives a mask its
         # gradient on the CPU): it becomes one more column of the key, against a query of one
@@ -151,6 +154,29 @@ def _sdpa(
         key = key.expand(query.shape[0], -1, -1, -1)
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
     return out[..., :value_width]
+
+
+def _is_traced() -> bool:
+    """Whether something other than the tensors themselves is looking, which a loop over tiles would not serve."""
+    tracing = torch._C._get_tracing_state() is not None
+    return tracing or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _tiled(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_bias: Tensor | None,
+    scale: float | Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        bias = None if key_bias is None else key_bias.to(wide) * scale
+        if mask is not None:
+            mask = mask.to(wide).reshape((1,) * (4 - mask.ndim) + mask.shape)
+        out = tiled_attention(query.to(wide), key.to(wide) * scale, bias, value.to(wide), mask)
+    return out.to(query.dtype)
 
 
 def _math(

@@ -1,0 +1,172 @@
+"""Attention on a static key by parts of the map that stay in the CPU's cache."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TILE = 1 << 19
+"""Logits of one part: 2 MiB in float32."""
+KEPT = 1 << 23
+"""Logits up to which backward reads the map of forward, 32 MiB in float32, rather than make it again."""
+
+
+def tiled_attention(
+    query: Tensor, key: Tensor, key_bias: Tensor | None, value: Tensor, mask: Tensor | None
+) -> Tensor:
+    """Compute ``softmax(query @ key^T + key_bias + mask) @ value`` and, backwards, its gradients.
+
+    A key without a batch axis makes the logits of several images one matrix product, and lets them be made,
+    normalised and used a part at a time. A large map is never whole: backward makes it again.
+
+    Args:
+        query: (B, h, N, dk), any strides; head-major in memory spares a copy.
+        key: (h, M, dk), scaled.
+        key_bias: (h, M), scaled.
+        value: (B, h, M, dv).
+        mask: Added to the logits; broadcasts to (B, h, N, M), four axes.
+
+    Returns:
+        (B, h, N, dv), token-major in memory, as the output projection reads it.
+    """
+    out: Tensor = _TiledAttention.apply(query, key, key_bias, value, mask)
+    return out
+
+
+class _Tile(NamedTuple):
+    """Some heads, images and rows of the map; several heads only with all images, part of the rows only with one."""
+
+    heads: slice
+    images: slice
+    rows: slice
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of (B, h, N, d), head-major, (heads, images, rows, d)."""
+        return tensor[self.images, self.heads, self.rows].transpose(0, 1)
+
+    def of_keys(self, tensor: Tensor) -> Tensor:
+        """The part of (B, h, M, d), one matrix per head and image, (heads * images, M, d)."""
+        return tensor[self.images, self.heads].transpose(0, 1).flatten(0, 1)
+
+    def of_mask(self, mask: Tensor) -> Tensor:
+        """The part of a mask whose axes may have extent one, head-major."""
+        cuts = zip((self.images, self.heads, self.rows), mask.shape, strict=False)
+        return mask[tuple(cut if extent > 1 else slice(None) for cut, extent in cuts)].transpose(0, 1)
+
+    @property
+    def shape(self) -> torch.Size:
+        """Heads, images and rows."""
+        return torch.Size(cut.stop - cut.start for cut in self)
+
+
+def _tiles(shape: torch.Size, num_keys: int) -> Iterator[_Tile]:
+    """The tiles of the map for queries of a shape (B, h, N, dk)."""
+    batch, heads, num_queries, _ = shape
+    rows = min(num_queries, max(1, TILE // num_keys))
+    images = min(batch, max(1, TILE // (num_keys * num_queries)))
+    together = max(1, TILE // (num_keys * num_queries * batch))
+    for head in range(0, heads, together):
+        for image in range(0, batch, images):
+            for row in range(0, num_queries, rows):
+                yield _Tile(
+                    slice(head, min(head + together, heads)),
+                    slice(image, min(image + images, batch)),
+                    slice(row, min(row + rows, num_queries)),
+                )
+
+
+def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
+    """Batched product; a batch of one goes the way that uses all threads."""
+    if len(left) == 1:
+        return torch.mm(left[0], right[0], out=None if out is None else out[0]).unsqueeze(0)
+    return torch.bmm(left, right, out=out)
+
+
+def _queries(tile: _Tile, query: Tensor) -> Tensor:
+    """The tile's queries, one matrix per head, (heads, images * rows, dk)."""
+    return tile.of(query).flatten(1, 2)
+
+
+def _weights(
+    tile: _Tile, query: Tensor, key: Tensor, key_bias: Tensor | None, mask: Tensor | None, room: Tensor
+) -> Tensor:
+    """The tile of the map, (heads, images, rows, M), made in the given room."""
+    flat, columns = _queries(tile, query), key[tile.heads].mT
+    logits = room.view(*flat.shape[:2], -1)
+    if key_bias is None:
+        _product(flat, columns, logits)
+    elif len(flat) == 1:
+        torch.addmm(key_bias[tile.heads], flat[0], columns[0], out=logits[0])
+    else:
+        torch.baddbmm(key_bias[tile.heads].unsqueeze(1), flat, columns, out=logits)
+    weights = logits.view(tile.shape + logits.shape[-1:])
+    if mask is not None:
+        weights += tile.of_mask(mask)
+    return torch.softmax(weights, -1, out=weights)
+
+
+class _TiledAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, key_bias: Tensor | None, value: Tensor, mask: Tensor | None
+    ) -> Tensor:
+        batch, heads, num_queries, _ = query.shape
+        num_keys = key.shape[1]
+        out = value.new_empty(batch, num_queries, heads, value.shape[-1]).transpose(1, 2)
+        size = query.shape[:3].numel() * num_keys
+        keep = any(ctx.needs_input_grad) and size <= KEPT
+        room = query.new_empty(size if keep else min(size, max(TILE, num_keys)))
+        start = 0
+        for tile in _tiles(query.shape, num_keys):
+            end = start + tile.shape.numel() * num_keys
+            weights = _weights(tile, query, key, key_bias, mask, room[start:end])
+            part = _product(weights.flatten(0, 1), tile.of_keys(value))
+            tile.of(out).copy_(part.view(*tile.shape, -1))
+            start = end if keep else 0
+        ctx.save_for_backward(query, key, key_bias, value, mask, room if keep else None)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        *inputs, kept = ctx.saved_tensors
+        query, key, key_bias, value, mask = inputs
+        grads = [
+            torch.zeros_like(x) if needed else None for x, needed in zip(inputs, ctx.needs_input_grad, strict=True)
+        ]
+        grad_query, grad_key, grad_bias, grad_value, grad_mask = grads
+        num_keys = key.shape[1]
+        largest = min(query.shape[:3].numel() * num_keys, max(TILE, num_keys))
+        room = query.new_empty(largest)
+        made = query.new_empty(largest if kept is None else 0)
+        start = 0
+        for tile in _tiles(query.shape, num_keys):
+            size = tile.shape.numel() * num_keys
+            if kept is None:
+                weights = _weights(tile, query, key, key_bias, mask, made[:size])
+            else:
+                weights = kept[start : start + size].view(*tile.shape, num_keys)
+                start += size
+            matrices, grad_part = weights.flatten(0, 1), tile.of(grad_out).flatten(0, 1)
+            if grad_value is not None:
+                part = _product(matrices.mT, grad_part)
+                grad_value[tile.images, tile.heads] += part.view(*tile.shape[:2], num_keys, -1).transpose(0, 1)
+            grad_logits = room[:size].view_as(matrices)
+            _product(grad_part, tile.of_keys(value).mT, grad_logits)
+            torch.ops.aten._softmax_backward_data.out(
+                grad_logits, matrices, -1, matrices.dtype, grad_input=grad_logits
+            )
+            if grad_mask is not None:
+                where = tile.of_mask(grad_mask)
+                where += grad_logits.view_as(weights).sum_to_size(where.shape)
+            grad_logits = grad_logits.view(tile.shape[0], -1, num_keys)
+            if grad_query is not None:
+                part = _product(grad_logits, key[tile.heads])
+                tile.of(grad_query).copy_(part.view(*tile.shape, -1))
+            if grad_key is not None:
+                grad_key[tile.heads] += _product(grad_logits.mT, _queries(tile, query))
+            if grad_bias is not None:
+                grad_bias[tile.heads] += grad_logits.sum(1)
+        return tuple(grads)
