@@ -49,8 +49,9 @@ def naive(layer, x):
     first, grid = query[:, :, :prefix], query[:, :, prefix:]
     if isinstance(layer, ConvStaticKeyAttention):
         unfolded = reference.unfold_queries(grid, GRID, layer.kernel_size)
+        key = layer.conv_key.permute(0, 1, 3, 4, 2).flatten(2)
         out = reference.static_key_attention(
-            unfolded, layer.conv_key.flatten(2), value, key_bias=layer.conv_bias, query_offset=prefix, **common
+            unfolded, key, value, key_bias=layer.conv_bias, query_offset=prefix, **common
         )
         if prefix:
             out = torch.cat([reference.static_key_attention(first, layer.prefix_key, value, **common), out], 2)

@@ -32,7 +32,7 @@ def test_unfolded_query_times_weight_is_a_convolution():
     query, weight = torch.randn(2, 1, 35, 4, dtype=torch.float64), torch.randn(6, 4, 3, 3, dtype=torch.float64)
     maps = query[:, 0].transpose(1, 2).reshape(2, 4, 7, 5)
     expected = F.conv2d(maps, weight, padding=1).flatten(2).transpose(1, 2)
-    assert_close("logits", unfold_queries(query, (7, 5), 3)[:, 0] @ weight.flatten(1).T, expected)
+    assert_close("logits", unfold_queries(query, (7, 5), 3)[:, 0] @ weight.permute(0, 2, 3, 1).flatten(1).T, expected)
 
 
 def test_unfold_is_laid_out_head_by_head_for_the_product():

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "Train one network.",
     "evaluate": "Score a trained network.",
     "predict": "Classify images with a trained network.",
+    "bench": "Measure speed and memory against timm and against the machine's limits.",
     "summary": "Parameters, multiply-accumulates and activations of models, beside the published figures.",
 }
 """Commands, each a module of this package with ``parser`` and ``run``, read only when it is asked for."""

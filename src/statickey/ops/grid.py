@@ -10,9 +10,9 @@ from ..errors import FeatSizeError
 
 
 def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
-    """Gather the zero-padded neighbourhood of every query, in the order of a convolution's weight.
+    """Gather the zero-padded neighbourhood of every query, in the order of a channels-last convolution's weight.
 
-    With ``weight`` of a k x k convolution from d to M channels, ``unfold_queries(q) @ weight.flatten(1).T``
+    With ``weight`` (M, d, k, k) of a convolution, ``unfold_queries(q) @ weight.permute(0, 2, 3, 1).flatten(1).T``
     is that convolution of the query map: CSKA is static-key attention on unfolded queries.
 
     Args:
@@ -21,7 +21,7 @@ def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
         kernel_size: Odd k.
 
     Returns:
-        (B, h, H*W, d*k*k), head-major in memory; index ``(c*k + row)*k + column``.
+        (B, h, H*W, d*k*k), head-major in memory; index ``(row*k + column)*d + c``, so that whole queries are copied.
 
     Raises:
         FeatSizeError: The queries do not fill the grid.
@@ -40,7 +40,7 @@ def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
     views = [
         grid[:, :, row : row + height, col : col + length] for row in range(kernel_size) for col in range(kernel_size)
     ]
-    unfolded = torch.stack(views, dim=-1).reshape(heads, batch, num_tokens, width * kernel_size * kernel_size)
+    unfolded = torch.stack(views, dim=-2).reshape(heads, batch, num_tokens, width * kernel_size * kernel_size)
     return unfolded.transpose(0, 1)
 
 

@@ -72,13 +72,13 @@ def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
     batch, heads, num_tokens, width = query.shape
     height, length = feat_size
     pad = kernel_size // 2
-    out = query.new_zeros(batch, heads, num_tokens, width, kernel_size, kernel_size)
+    out = query.new_zeros(batch, heads, num_tokens, kernel_size, kernel_size, width)
     for i in range(num_tokens):
         for row in range(kernel_size):
             for col in range(kernel_size):
                 y, x = i // length + row - pad, i % length + col - pad
                 if 0 <= y < height and 0 <= x < length:
-                    out[:, :, i, :, row, col] = query[:, :, y * length + x]
+                    out[:, :, i, row, col] = query[:, :, y * length + x]
     return out.flatten(3)
 
 

@@ -1,5 +1,6 @@
 """Training, scoring and using image classifiers under Lightning."""
 
+from .._environment import environment
 from .checkpoint import AtomicCheckpointIO
 from .classification import ClassificationTask
 from .display import Display, RunProgress
@@ -14,7 +15,6 @@ from .engine import (
     score,
     train_run,
 )
-from .environment import environment
 from .evaluate import evaluate
 from .folder import locked
 from .predict import Predictions, predict

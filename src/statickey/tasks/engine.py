@@ -20,6 +20,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 
+from .._environment import environment
 from .._files import write_atomic, write_json
 from ..data import ImageData, ImageDataModule, StreamedImages, load_images, open_stream
 from ..errors import DataError, OutputError, StaticKeyError
@@ -27,7 +28,6 @@ from ..layers import AttentionMixer
 from ..models import build_model, count_macs, start_from
 from .checkpoint import SUFFIX, AtomicCheckpointIO, newest_whole
 from .classification import ClassificationTask
-from .environment import environment
 from .recipe import Machine, Recipe
 from .weights import ModelCard, write_model
 

@@ -20,12 +20,12 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
+from .._environment import environment
 from .._files import write_atomic, write_json, write_text
 from ..errors import DataError, OutputError, StaticKeyError
 from ..viz import confusion_matrix
 from .display import Display
 from .engine import RESULT_FILE, data_module, explained_workers, new_trainer, read_data, score
-from .environment import environment
 from .recipe import Machine, Recipe
 from .weights import ModelCard, load_model
 

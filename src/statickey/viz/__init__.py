@@ -9,8 +9,10 @@ from .figures import (
     learning_curves,
     static_keys,
 )
+from .speed import accuracy_against_cost, scaling
 
 __all__ = [
+    "accuracy_against_cost",
     "attention_of_token",
     "attention_overlay",
     "capture_attention",
@@ -18,5 +20,6 @@ __all__ = [
     "differences",
     "key_colours",
     "learning_curves",
+    "scaling",
     "static_keys",
 ]

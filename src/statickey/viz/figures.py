@@ -23,7 +23,7 @@ _COLOURS = (
     "#3fa7d6",
     "#b5651d",
 )
-_STYLE: Any = {
+STYLE: Any = {
     "font.size": 9,
     "text.color": INK,
     "axes.edgecolor": FAINT,
@@ -51,7 +51,7 @@ def learning_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]
         curves: For each mixer, one curve a seed, one row an epoch.
     """
     shades = colours(list(curves))
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.2), layout="constrained")
         panels = figure.subplots(1, 2)
         for axes, key, title in zip(
@@ -85,7 +85,7 @@ def differences(rows: Sequence[Mapping[str, Any]], baseline: str, per_seed: Mapp
     """
     shades = colours([row["mixer"] for row in rows])
     shown = [row for row in rows if row["difference"] is not None]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 0.9 + 0.5 * len(shown)), layout="constrained")
         axes = figure.subplots()
         axes.axvline(0, color=INK, linewidth=1)
@@ -121,7 +121,7 @@ def attention_of_token(
         token: Row and column of the token that looks.
     """
     layers = max(len(layer_maps) for layer_maps in maps.values())
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(0.57 * (layers + 1) + 0.45, 0.57 * len(maps) + 0.5), layout="constrained")
         panels = figure.subplots(len(maps), layers + 1, squeeze=False)
         for line, (name, layer_maps) in zip(panels, maps.items(), strict=True):
@@ -159,7 +159,7 @@ def attention_overlay(image: NDArray[Any], weights: Tensor, feat_size: tuple[int
     panels = {"mean of heads": maps.mean(axis=0)} | {f"head {i}": m for i, m in enumerate(maps, start=1)}
     columns = min(len(panels) + 1, 6)
     lines = -(-(len(panels) + 1) // columns)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(1.7 * columns, 1.85 * lines + 0.35), layout="constrained")
         figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=10)
         grid = figure.subplots(lines, columns, squeeze=False).flat
@@ -191,7 +191,7 @@ def confusion_matrix(counts: Sequence[Sequence[int]], class_names: Sequence[str]
     share = 100 * table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     many = len(class_names) > 30  # neither names nor numbers would be readable
     side = 6.5 if many else 1.6 + 0.46 * len(class_names)
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(side + 0.6, side), layout="constrained")
         axes = figure.subplots()
         picture = axes.imshow(share, cmap="Blues", vmin=0, vmax=100)
@@ -217,7 +217,7 @@ def static_keys(layers: Sequence[NDArray[Any]], title: str) -> Figure:
         title: Name of the mixer.
     """
     heads = layers[0].shape[0]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(0.6 * heads + 0.6, 0.6 * len(layers) + 0.5), layout="constrained")
         figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=10)
         panels = figure.subplots(len(layers), heads, squeeze=False)

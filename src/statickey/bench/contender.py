@@ -1,0 +1,186 @@
+"""What is measured: a network and its input, made anew wherever it is needed."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import timm
+import torch
+from timm.layers import Attention
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from .._typing import Size2
+from ..layers import MIXERS, AttentionMixer, ConvStaticKeyAttention, TokenMixer
+from ..layers.mixer import AttendOp
+from ..models import build_model, count_macs
+from ..ops import reference
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The most that a ratio to the contender it is measured against may be."""
+
+    forward: float | None = None
+    training: float | None = None
+    memory: float | None = None
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One row: a name, how to make the network and its input, and what it is measured against.
+
+    Args:
+        group: Contenders of one group are measured in turns.
+        name: Name within the group.
+        make: A picklable function without arguments: the network in float32 on the CPU, and its input.
+        against: Name of the contender of the same group that the ratios are to; None for a baseline.
+        units: Divide times by this before the ratio is taken (tokens, for a cost per token).
+        targets: What the ratios are to be at most.
+        twin: Make the same function another way; parity with it is checked before anything is timed. Default
+            the same network with every map stored (backend ``math``).
+    """
+
+    group: str
+    name: str
+    make: Callable[[], tuple[nn.Module, Tensor]]
+    against: str | None = None
+    units: int = 1
+    targets: Targets = Targets()
+    twin: Callable[[], tuple[nn.Module, Tensor]] | None = None
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The shape of one attention layer and its input."""
+
+    feat_size: Size2
+    dim: int
+    num_heads: int
+    num_prefix_tokens: int = 0
+    batch: int = 8
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one image."""
+        return self.num_prefix_tokens + self.feat_size[0] * self.feat_size[1]
+
+    def __str__(self) -> str:
+        height, width = self.feat_size
+        size = f"{self.num_tokens}x" if self.num_prefix_tokens else f"{height}x{width}x"
+        return f"{size}{self.dim}, {self.num_heads} heads, batch {self.batch}"
+
+
+class PlainConvStaticKeyAttention(ConvStaticKeyAttention):
+    """CSKA as the paper writes it: a grouped convolution, a softmax, a product."""
+
+    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+        query, value = self._split_heads(self.qv(x), 2)
+        return reference.conv_static_key_attention(
+            query, self.conv_key, self.conv_bias, value, feat_size=feat_size, scale=self._logit_scale()
+        )
+
+
+PLAIN_CSKA = "plain cska"
+TIMM_MHSA = "timm mhsa"
+
+
+def layer(shape: LayerShape, name: str, built_for: Size2 | None = None) -> tuple[nn.Module, Tensor]:
+    """A layer with weights of seed 0, and tokens.
+
+    Args:
+        shape: Of the layer and its input.
+        name: A mixer, ``PLAIN_CSKA`` or ``TIMM_MHSA``.
+        built_for: Build the mixer for this grid and tile the input with windows of it.
+    """
+    torch.manual_seed(0)
+    x = torch.randn(shape.batch, shape.num_tokens, shape.dim)
+    if name == TIMM_MHSA:
+        return Attention(shape.dim, shape.num_heads), x
+    args: dict[str, Any] = {
+        "feat_size": shape.feat_size if built_for is None else built_for,
+        "num_prefix_tokens": shape.num_prefix_tokens,
+    }
+    mixer = MIXERS["cska" if name == PLAIN_CSKA else name](shape.dim, shape.num_heads, **args)
+    if name == PLAIN_CSKA:
+        plain(mixer)
+    return (mixer if built_for is None else OnGrid(mixer, shape.feat_size)), x
+
+
+class OnGrid(nn.Module):
+    """A mixer on another grid than it was built for, tiled with windows of that."""
+
+    def __init__(self, mixer: Any, feat_size: Size2) -> None:
+        super().__init__()
+        self.mixer, self.feat_size = mixer, feat_size
+        mixer.off_grid = "window"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix."""
+        return self.mixer(x, self.feat_size)  # type: ignore[no-any-return]
+
+
+def model(name: str, batch: int, img_size: int = 224, plain_cska: bool = False) -> tuple[nn.Module, Tensor]:
+    """A timm model with weights of seed 0, and images."""
+    torch.manual_seed(0)
+    network = timm.create_model(name)
+    return (plain(network) if plain_cska else network), torch.randn(batch, 3, img_size, img_size)
+
+
+def network(
+    name: str, mixer: str, *, batch: int, img_size: int, num_classes: int, in_chans: int, model_args: dict[str, Any]
+) -> tuple[nn.Module, Tensor]:
+    """A network as ``train`` and ``compare`` build it, and images."""
+    made = build_model(
+        name, mixer, img_size=img_size, num_classes=num_classes, in_chans=in_chans, model_args=model_args
+    )
+    return made, torch.randn(batch, in_chans, img_size, img_size)
+
+
+def plain(module: nn.Module) -> nn.Module:
+    """The same weights, with every CSKA computed as the paper writes it."""
+    for each in module.modules():
+        if type(each) is ConvStaticKeyAttention:
+            each.__class__ = PlainConvStaticKeyAttention
+    return module
+
+
+def stored_maps(make: Callable[[], tuple[nn.Module, Tensor]]) -> tuple[nn.Module, Tensor]:
+    """The same network with every attention map stored in full."""
+    made, x = make()
+    layers: list[Any] = list(made.modules())
+    for each in layers:
+        if isinstance(each, AttentionMixer):
+            each.backend = "math"
+        if hasattr(each, "fused_attn"):  # timm's
+            each.fused_attn = False
+    return made, x
+
+
+def twin(contender: Contender) -> tuple[nn.Module, Tensor]:
+    """The contender's function made another way."""
+    return contender.twin() if contender.twin is not None else stored_maps(contender.make)
+
+
+def macs(module: nn.Module, x: Tensor) -> int:
+    """Multiply-accumulates of one forward pass on the whole batch."""
+    if isinstance(module, TokenMixer):
+        return len(x) * module.macs()
+    if isinstance(module, OnGrid):
+        return len(x) * int(module.mixer.macs(module.feat_size))
+    if isinstance(module, Attention):
+        num_tokens, dim = x.shape[1:]
+        return len(x) * (4 * dim * dim * num_tokens + 2 * num_tokens * num_tokens * dim)
+    with sdpa_kernel(SDPBackend.MATH):  # torch's counter sees nothing inside fused attention on the CPU
+        return len(x) * count_macs(module, (x.shape[1], x.shape[2], x.shape[3]))
+
+
+def least_bytes(module: nn.Module, x: Tensor) -> int:
+    """What must be read and written at the least: weights, input, and an output as large as the input."""
+    return sum(p.numel() * p.element_size() for p in module.parameters()) + 2 * x.numel() * x.element_size()
+
+
+def made_by(function: Callable[..., tuple[nn.Module, Tensor]], *args: Any, **options: Any) -> Any:
+    """A picklable function without arguments."""
+    return partial(function, *args, **options)

@@ -1,0 +1,263 @@
+"""``bench``: contenders in one run, checked first, then timed in turns."""
+
+import csv
+import io
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+
+from .._checks import check_name, check_positive
+from .._environment import environment
+from .._files import write_atomic, write_json, write_text
+from ..errors import OutputError, StaticKeyError
+from ..layers import MIXERS
+from ..viz import accuracy_against_cost, scaling
+from .contender import Contender, least_bytes, macs, twin
+from .measure import Phase, Setting, differences, interleaved, peak_memory, roofline
+from .suites import SUITES, training
+from .table import READING, tables
+
+PHASES: dict[str, tuple[Phase, ...]] = {
+    "layers": ("forward", "training"),
+    "models": ("forward", "training"),
+    "resolution": ("forward",),
+    "training": ("forward", "step"),
+}
+ROUNDS = {"layers": 25, "models": 9, "resolution": 5, "training": 15}
+PARITY = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""The largest relative difference between a contender and its twin that still counts as the same function."""
+PASSES = {"forward": 1, "training": 3, "step": 3}
+"""Multiply-accumulates in terms of those of a forward pass."""
+
+
+def bench(
+    suites: Sequence[str] = ("layers",),
+    *,
+    mixers: Sequence[str] = ("ska", "cska", "fcska"),
+    device: Literal["cpu", "cuda"] = "cpu",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    compile: bool = False,
+    rounds: int | None = None,
+    memory: bool = True,
+    compared: Path | None = None,
+    out: Path = Path("statickey-bench"),
+    console: Console | None = None,
+) -> list[dict[str, Any]]:
+    """Measure mixers, and the models made of them, against timm's and against the limits of the machine.
+
+    The contenders of a group run in turns, so that their ratios hold whatever else the machine does; each is first
+    checked against another computation of the same function, and nothing is timed if one differs.
+
+    Args:
+        suites: ``layers``, ``models``, ``resolution`` (224 to 1536 pixels) or ``training``.
+        mixers: Names of token mixers.
+        device: What to run on.
+        dtype: Type of weights and inputs.
+        compile: Compile every contender with torch.compile.
+        rounds: Samples of each contender and phase; default 5 to 25, by the suite's cost.
+        memory: Measure peak memory too, each contender in a process of its own on the CPU.
+        compared: A folder of ``compare``: the training suite measures its network, and a figure sets the measured
+            cost against the accuracy found there.
+        out: Folder of the results: ``bench.json``, ``bench.csv``, figures. A suite's rows replace its earlier ones.
+        console: Where to print; default the terminal.
+
+    Returns:
+        One row per contender and phase.
+
+    Raises:
+        StaticKeyError: An argument is not usable, or a contender differs from its twin.
+        OutputError: A file cannot be read or written.
+    """
+    console = Console() if console is None else console
+    for name in suites:
+        check_name("suite", name, SUITES)
+    for name in mixers:
+        check_name("mixer", name, MIXERS)
+    if rounds is not None:
+        check_positive(rounds=rounds)
+    check_name("device", device, ("cpu", "cuda"))
+    check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise StaticKeyError("device='cuda' is not to be had here: torch sees no GPU")
+    setting = Setting(device, getattr(torch, dtype), compile)
+    accuracy = None if compared is None else _accuracy(compared)
+    plans = {
+        suite: training(mixers, compared) if suite == "training" else SUITES[suite](mixers)
+        for suite in dict.fromkeys(suites)
+    }
+    earlier = _earlier(out)
+    where = environment(device) | {"dtype": dtype, "compiled": compile}
+    rows: list[dict[str, Any]] = []
+    with Progress(console=console, transient=True) as progress:
+        for suite, contenders in plans.items():
+            _check(contenders, PHASES[suite], setting, progress)
+            number = ROUNDS[suite] if rounds is None else rounds
+            found = _measure(suite, contenders, setting, number, memory, progress)
+            rows += [row | {"suite": suite} | where for row in found]
+    for table in tables(rows):
+        console.print(table)
+    console.print(READING.format(**rows[-1]), style="dim")
+    kept = [row for row in earlier if row["suite"] not in plans]
+    _write(out, kept + rows, accuracy)
+    console.print(f"results: {out}", highlight=False)
+    return rows
+
+
+def _check(contenders: list[Contender], phases: tuple[Phase, ...], setting: Setting, progress: Progress) -> None:
+    """Compare every contender with its twin.
+
+    Raises:
+        StaticKeyError: One differs: a speed of something else would be worth nothing.
+    """
+    task = progress.add_task("checking parity", total=len(contenders))
+    for contender in contenders:
+        pair = [setting.place(made) for made in (contender.make(), twin(contender))]
+        for what, apart in differences(pair[0], pair[1], phases).items():
+            if not apart <= PARITY[setting.dtype]:
+                raise StaticKeyError(
+                    f"{contender.group}: the {what} of {contender.name} is {apart:.1e} from that of its plain twin "
+                    f"(at most {PARITY[setting.dtype]:g}); nothing was timed"
+                )
+        progress.advance(task)
+    progress.remove_task(task)
+
+
+def _measure(
+    suite: str,
+    contenders: list[Contender],
+    setting: Setting,
+    rounds: int,
+    memory: bool,
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    limit = roofline(setting)
+    groups = list(dict.fromkeys(contender.group for contender in contenders))
+    task = progress.add_task(suite, total=len(groups) * len(PHASES[suite]) * rounds + len(contenders) * memory)
+    for group in groups:
+        members = [contender for contender in contenders if contender.group == group]
+        peaks: dict[str, dict[Phase, int | None]] = {}
+        for contender in members:
+            peaks[contender.name] = (
+                peak_memory(contender.make, PHASES[suite], setting) if memory else dict.fromkeys(PHASES[suite])
+            )
+            progress.advance(task, memory)
+        limit = limit.best(roofline(setting))
+        for phase in PHASES[suite]:
+            made = {contender.name: setting.place(contender.make()) for contender in members}
+            calls = {name: setting.prepare(each, phase) for name, each in made.items()}
+            samples: dict[str, list[float]] = {name: [] for name in calls}
+            for times in interleaved(calls, rounds, setting):
+                for name, seconds in times.items():
+                    samples[name].append(seconds)
+                progress.advance(task)
+            for contender in members:
+                network, x = made[contender.name]
+                work = PASSES[phase] * macs(network, x)
+                least = limit.seconds(work, PASSES[phase] * least_bytes(network, x))
+                peak = {name: values[phase] for name, values in peaks.items()}
+                rows.append(_row(contender, members, phase, samples, peak, len(x), work, least))
+                rows[-1] |= {"gmacs_per_second": limit.macs / 1e9, "gbytes_per_second": limit.bandwidth / 1e9}
+    progress.remove_task(task)
+    return rows
+
+
+def _row(
+    contender: Contender,
+    members: list[Contender],
+    phase: Phase,
+    samples: dict[str, list[float]],
+    peaks: dict[str, int | None],
+    batch: int,
+    work: int,
+    least: float,
+) -> dict[str, Any]:
+    seconds = samples[contender.name]
+    low, median, high = _quartiles(seconds)
+    row: dict[str, Any] = {
+        "group": contender.group,
+        "contender": contender.name,
+        "phase": phase,
+        "milliseconds": 1e3 * median,
+        "milliseconds_q1": 1e3 * low,
+        "milliseconds_q3": 1e3 * high,
+        "images_per_second": batch / median,
+        "tokens": contender.units,
+        "gmacs": work / 1e9,
+        "share_of_limit": least / median,
+        "peak_megabytes": None if peaks[contender.name] is None else (peaks[contender.name] or 0) / 1e6,
+        "against": contender.against,
+        **dict.fromkeys(("ratio", "ratio_q1", "ratio_q3", "ratio_at_most", "memory_ratio", "memory_ratio_at_most")),
+    }
+    if contender.against is None:
+        return row
+    other = next(member for member in members if member.name == contender.against)
+    scale = other.units / contender.units
+    ratios = [scale * mine / theirs for mine, theirs in zip(seconds, samples[other.name], strict=True)]
+    row["ratio_q1"], row["ratio"], row["ratio_q3"] = _quartiles(ratios)
+    row["ratio_at_most"] = contender.targets.forward if phase == "forward" else contender.targets.training
+    row["memory_ratio_at_most"] = contender.targets.memory
+    mine, theirs = peaks[contender.name], peaks[other.name]
+    if mine is not None and theirs:
+        row["memory_ratio"] = mine / theirs
+    return row
+
+
+def _quartiles(values: list[float]) -> tuple[float, float, float]:
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def _accuracy(folder: Path) -> dict[str, tuple[float, float | None]]:
+    """Mean and spread of the accuracy of each mixer in a folder of ``compare``.
+
+    Raises:
+        OutputError: It is no such folder, or has no finished run.
+    """
+    try:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        return {row["mixer"]: (row["accuracy_mean"], row["accuracy_std"]) for row in summary["mixers"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"compared={str(folder)!r} is not a folder that compare has filled ({error})") from error
+
+
+def _earlier(out: Path) -> list[dict[str, Any]]:
+    path = out / "bench.json"
+    if not path.exists():
+        return []
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        assert all("suite" in row for row in rows)
+    except (OSError, ValueError, TypeError, AssertionError) as error:
+        raise OutputError(f"{path} was not written by bench; choose another --out") from error
+    return list(rows)
+
+
+def _write(out: Path, rows: list[dict[str, Any]], accuracy: dict[str, tuple[float, float | None]] | None) -> None:
+    write_json(out / "bench.json", rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(out / "bench.csv", text.getvalue())
+    resolution = [row for row in rows if row["suite"] == "resolution"]
+    if resolution:
+        _figure(out / "resolution.png", scaling(resolution))
+    if accuracy is not None:
+        steps = {row["contender"]: row for row in rows if row["suite"] == "training" and row["phase"] == "step"}
+        points = {
+            name: (1e3 / steps[name]["images_per_second"], *accuracy[name]) for name in steps if name in accuracy
+        }
+        _figure(out / "accuracy.png", accuracy_against_cost(points))
+
+
+def _figure(path: Path, figure: Any) -> None:
+    write_atomic(path, lambda file: figure.savefig(file, dpi=150, format="png"))

@@ -1,0 +1,150 @@
+"""The suites: which contenders are measured, against what, and what the ratios are to be at most."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..errors import OutputError
+from .contender import (
+    PLAIN_CSKA,
+    TIMM_MHSA,
+    Contender,
+    LayerShape,
+    Targets,
+    layer,
+    made_by,
+    model,
+    network,
+)
+
+LAYERS = (
+    LayerShape((14, 14), 384, 6, num_prefix_tokens=1),
+    LayerShape((28, 28), 128, 8),
+    LayerShape((14, 14), 320, 10),
+    LayerShape((14, 14), 320, 20),
+    LayerShape((7, 7), 512, 16),
+)
+FCSKA_TARGETS = Targets(1.20, 1.30)
+LAYER_TARGETS = {
+    (LAYERS[0], "ska"): Targets(0.85, 0.88),
+    (LAYERS[1], "cska"): Targets(0.35, 0.50, memory=0.30),
+    (LAYERS[2], "ska"): Targets(0.85, 0.90),
+    (LAYERS[3], "cska"): Targets(0.80, 0.80),
+    (LAYERS[4], "ska"): Targets(0.85, 0.90),
+}
+RESOLUTIONS = (224, 384, 512, 768, 1024, 1536)
+STRIDE, BUILT_FOR = 8, (28, 28)
+"""The second stage of a MetaFormer, built for images of 224 pixels."""
+
+
+def layers(mixers: Sequence[str]) -> list[Contender]:
+    """Attention layers at the shapes of ViT-S and of the stages of a MetaFormer."""
+    rows = []
+    for shape in LAYERS:
+
+        def row(name: str, against: str | None, shape: LayerShape = shape, **options: Any) -> Contender:
+            return Contender(str(shape), name, made_by(layer, shape, name), against, **options)
+
+        with_plain = "cska" in mixers and not shape.num_prefix_tokens
+        rows.append(row(TIMM_MHSA, None))
+        if with_plain:
+            rows.append(row(PLAIN_CSKA, None))
+        for mixer in mixers:
+            against = {"cska": PLAIN_CSKA if with_plain else TIMM_MHSA, "fcska": "ska"}.get(mixer, TIMM_MHSA)
+            if against == "ska" and "ska" not in mixers:
+                against = TIMM_MHSA
+            targets = FCSKA_TARGETS if against == "ska" else LAYER_TARGETS.get((shape, mixer), Targets())
+            twin = made_by(layer, shape, PLAIN_CSKA) if against == PLAIN_CSKA else None
+            rows.append(row(mixer, against, targets=targets, twin=twin))
+    return rows
+
+
+def models(mixers: Sequence[str], batch: int = 8) -> list[Contender]:
+    """Whole networks against timm's."""
+    rows = []
+    vit, former = "vit_small_patch16_224", "caformer_s18"
+    group = f"ViT-S, 224 pixels, batch {batch}"
+    rows.append(Contender(group, vit, made_by(model, vit, batch)))
+    for mixer in mixers:
+        targets = Targets(0.93, 0.95) if mixer == "ska" else Targets()
+        name = f"{mixer}_{vit}"
+        rows.append(Contender(group, name, made_by(model, name, batch), vit, targets=targets))
+    group = f"MetaFormer S18, 224 pixels, batch {batch}"
+    rows.append(Contender(group, former, made_by(model, former, batch)))
+    for mixer in mixers:
+        name = f"{mixer}former_s18"
+        if mixer == "cska":
+            plain_name = f"{name}, plain convolution"
+            plain = made_by(model, name, batch, plain_cska=True)
+            rows.append(Contender(group, plain_name, plain, former))
+            rows.append(
+                Contender(
+                    group, name, made_by(model, name, batch), plain_name, targets=Targets(0.50, 0.60), twin=plain
+                )
+            )
+        else:
+            targets = Targets(1.08, 1.12) if mixer == "fcska" else Targets()
+            rows.append(Contender(group, name, made_by(model, name, batch), former, targets=targets))
+    return rows
+
+
+def resolution(mixers: Sequence[str]) -> list[Contender]:
+    """The second stage's layer from 224 to 1536 pixels, windows of its grid against attention to all: per token."""
+    rows = []
+    for size in RESOLUTIONS:
+        shape = LayerShape((size // STRIDE, size // STRIDE), 128, 8, batch=1)
+        for name in (TIMM_MHSA, *mixers):
+            windows = None if name == TIMM_MHSA else BUILT_FOR
+            first = size == RESOLUTIONS[0]
+            rows.append(
+                Contender(
+                    "stage 2 (stride 8, 128 channels, 8 heads), one image, time per token",
+                    f"{name}, {size} px",
+                    made_by(layer, shape, name, windows),
+                    None if first else f"{name}, {RESOLUTIONS[0]} px",
+                    units=shape.num_tokens,
+                    targets=Targets(1.15) if (name, size) == ("cska", 1024) else Targets(),
+                )
+            )
+    return rows
+
+
+def training(mixers: Sequence[str], compared: Path | None = None, batch: int = 64) -> list[Contender]:
+    """The network of a comparison, or the built-in one at 32 pixels, against itself with self-attention."""
+    name, args = "small_vit", {"img_size": 32, "num_classes": 10, "in_chans": 3, "model_args": {}}
+    if compared is not None:
+        name, args, batch = _compared(compared)
+    group = f"{name}, {args['img_size']} pixels, batch {batch}"
+    return [
+        Contender(
+            group,
+            mixer,
+            made_by(network, name, mixer, batch=batch, **args),
+            None if mixer == "mhsa" else "mhsa",
+        )
+        for mixer in ("mhsa", *(m for m in mixers if m != "mhsa"))
+    ]
+
+
+def _compared(folder: Path) -> tuple[str, dict[str, Any], int]:
+    """The network of a folder of ``compare``: its name, arguments and batch size.
+
+    Raises:
+        OutputError: It is no such folder.
+    """
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        card = json.loads(next(folder.glob("runs/*/config.json")).read_text(encoding="utf-8"))
+        in_chans, _, img_size = card["pretrained_cfg"]["input_size"]
+        args = {"img_size": img_size, "num_classes": card["num_classes"], "in_chans": in_chans}
+        return str(config["model"]), args | {"model_args": dict(config["model_args"])}, int(config["batch_size"])
+    except (OSError, StopIteration, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise OutputError(
+            f"{folder} is not a folder that compare has filled ({type(error).__name__}: {error})"
+        ) from error
+
+
+SUITES = {"layers": layers, "models": models, "resolution": resolution, "training": training}
