@@ -40,6 +40,8 @@ class Contender:
         targets: What the ratios are to be at most.
         twin: Make the same function another way; parity with it is checked before anything is timed. Default
             the same network with every map stored (backend ``math``).
+        checked: Whether parity is checked here; not where the twin would need more memory than machines have and
+            the same network on a smaller input is checked.
     """
 
     group: str
@@ -49,6 +51,7 @@ class Contender:
     units: int = 1
     targets: Targets = Targets()
     twin: Callable[[], tuple[nn.Module, Tensor]] | None = None
+    checked: bool = True
 
 
 @dataclass(frozen=True)

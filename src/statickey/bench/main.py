@@ -21,7 +21,7 @@ from ..viz import accuracy_against_cost, scaling
 from .contender import Contender, least_bytes, macs, twin
 from .measure import Phase, Setting, differences, interleaved, peak_memory, roofline
 from .suites import SUITES, training
-from .table import READING, tables
+from .table import READING, markdown, tables
 
 PHASES: dict[str, tuple[Phase, ...]] = {
     "layers": ("forward", "training"),
@@ -64,7 +64,8 @@ def bench(
         memory: Measure peak memory too, each contender in a process of its own on the CPU.
         compared: A folder of ``compare``: the training suite measures its network, and a figure sets the measured
             cost against the accuracy found there.
-        out: Folder of the results: ``bench.json``, ``bench.csv``, figures. A suite's rows replace its earlier ones.
+        out: Folder of the results: ``bench.json``, ``.csv`` and ``.md``, and figures. A suite's rows replace its
+            earlier ones.
         console: Where to print; default the terminal.
 
     Returns:
@@ -115,8 +116,9 @@ def _check(contenders: list[Contender], phases: tuple[Phase, ...], setting: Sett
     Raises:
         StaticKeyError: One differs: a speed of something else would be worth nothing.
     """
-    task = progress.add_task("checking parity", total=len(contenders))
-    for contender in contenders:
+    checked = [contender for contender in contenders if contender.checked]
+    task = progress.add_task("checking parity", total=len(checked))
+    for contender in checked:
         pair = [setting.place(made) for made in (contender.make(), twin(contender))]
         for what, apart in differences(pair[0], pair[1], phases).items():
             if not apart <= PARITY[setting.dtype]:
@@ -248,6 +250,7 @@ def _write(out: Path, rows: list[dict[str, Any]], accuracy: dict[str, tuple[floa
     writer.writeheader()
     writer.writerows(rows)
     write_text(out / "bench.csv", text.getvalue())
+    write_text(out / "bench.md", markdown(rows))
     resolution = [row for row in rows if row["suite"] == "resolution"]
     if resolution:
         _figure(out / "resolution.png", scaling(resolution))

@@ -106,6 +106,7 @@ def resolution(mixers: Sequence[str]) -> list[Contender]:
                     made_by(layer, shape, name, windows),
                     None if first else f"{name}, {RESOLUTIONS[0]} px",
                     units=shape.num_tokens,
+                    checked=first or windows is not None,
                     targets=Targets(1.15) if (name, size) == ("cska", 1024) else Targets(),
                 )
             )

@@ -1,4 +1,4 @@
-"""Rows as tables for the terminal."""
+"""Rows as tables."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,26 +14,39 @@ READING = (
 _PHASES = {"forward": "forward", "training": "forward and backward", "step": "training step with AdamW"}
 
 
+COLUMNS = ("contender", "ms", "ratio", "quartiles", "target", "MB", "ratio", "limit")
+
+
 def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """One table per group and phase."""
-    keys = dict.fromkeys((row["group"], row["phase"]) for row in rows)
-    return [
-        _table(f"{group}: {_PHASES[phase]}", [r for r in rows if (r["group"], r["phase"]) == (group, phase)])
-        for group, phase in keys
-    ]
+    """One table per group and phase, for the terminal."""
+    made = []
+    for title, members in _parts(rows).items():
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+        for name in COLUMNS:
+            table.add_column(name, justify="left" if name == "contender" else "right", no_wrap=name != "contender")
+        for row in members:
+            table.add_row(*_cells(row))
+        made.append(table)
+    return made
 
 
-def _table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
-    for name in ("contender", "ms", "ratio", "quartiles", "target", "MB", "ratio ", "limit"):
-        table.add_column(name, justify="left" if name == "contender" else "right", no_wrap=name != "contender")
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The same tables as Markdown, with how to read them."""
+    lines = []
+    for title, members in _parts(rows).items():
+        lines += [f"**{title}**", "", f"| {' | '.join(COLUMNS)} |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
+        lines += [f"| {' | '.join(_cells(row))} |" for row in members] + [""]
+    return "\n".join([*lines, READING.format(**rows[-1]), ""])
+
+
+def _parts(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    parts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        table.add_row(*cells(row))
-    return table
+        parts.setdefault(f"{row['group']}: {_PHASES[row['phase']]}", []).append(row)
+    return parts
 
 
-def cells(row: dict[str, Any]) -> list[str]:
-    """The cells of a row, as text."""
+def _cells(row: dict[str, Any]) -> list[str]:
     against = "" if row["against"] is None else f" : {row['against']}"
     ratio, at_most = row["ratio"], row["ratio_at_most"]
     quartiles = "" if ratio is None else f"{row['ratio_q1']:.2f}–{row['ratio_q3']:.2f}"

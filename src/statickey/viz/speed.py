@@ -19,10 +19,10 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> Figure:
     shades = colours(names)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
-        panels = figure.subplots(1, 2)
-        for axes, key, title in zip(
-            panels, ("milliseconds", "peak_megabytes"), ("time, ms", "peak memory, MB"), strict=True
-        ):
+        shown = {"milliseconds": "time, ms", "peak_megabytes": "peak memory, MB"}
+        shown = {key: title for key, title in shown.items() if any(row[key] for row in rows)}
+        panels = figure.subplots(1, len(shown), squeeze=False)[0]
+        for axes, (key, title) in zip(panels, shown.items(), strict=True):
             for name in names:
                 points = [
                     (row["tokens"], row[key])

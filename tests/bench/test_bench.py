@@ -1,0 +1,205 @@
+import csv
+import io
+import json
+import platform
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from statickey.bench import bench, main, suites
+from statickey.bench.contender import (
+    PLAIN_CSKA,
+    TIMM_MHSA,
+    Contender,
+    LayerShape,
+    Targets,
+    layer,
+    macs,
+    made_by,
+    model,
+    twin,
+)
+from statickey.bench.measure import Roofline, Setting, differences, interleaved, peak_memory, roofline
+from statickey.errors import OutputError, StaticKeyError, UnknownNameError
+
+SMALL = (LayerShape((4, 4), 16, 2, num_prefix_tokens=1, batch=2), LayerShape((5, 3), 16, 4, batch=2))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(suites, "LAYERS", SMALL)
+    monkeypatch.setattr(suites, "RESOLUTIONS", (24, 40))
+    monkeypatch.setattr(suites, "BUILT_FOR", (3, 3))
+    monkeypatch.setattr(main, "roofline", lambda setting: Roofline(1e9, 1e9))
+
+
+def run(out, *names, **options):
+    text = io.StringIO()
+    options = {"rounds": 2, "memory": False} | options
+    return bench(names, out=out, console=Console(file=text, width=100), **options), text.getvalue()
+
+
+def test_rows_files_and_tables(small, tmp_path):
+    rows, text = run(tmp_path, "layers")
+    assert json.loads((tmp_path / "bench.json").read_text()) == rows
+    assert [row["contender"] for row in csv.DictReader((tmp_path / "bench.csv").open())] == [
+        row["contender"] for row in rows
+    ]
+    by_name = {(row["group"], row["phase"], row["contender"]): row for row in rows}
+    assert len(by_name) == len(rows) == 2 * (4 + 5)
+    row = by_name[str(SMALL[1]), "training", "cska"]
+    assert (row["against"], row["suite"], row["dtype"]) == (PLAIN_CSKA, "layers", "float32")
+    assert row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"]
+    assert row["share_of_limit"] == pytest.approx(row["gmacs"] / row["milliseconds"] * 1e3, rel=1e-6)
+    assert by_name[str(SMALL[0]), "forward", "cska"]["against"] == TIMM_MHSA  # a plain twin has no prefix tokens
+    assert by_name[str(SMALL[0]), "forward", TIMM_MHSA]["ratio"] is None
+    assert "fcska : ska" in text
+    assert "5x3x16, 4 heads, batch 2: forward and backward" in text
+    assert (tmp_path / "bench.md").read_text().count("| fcska : ska |") == 4
+
+
+def test_suites_join_and_replace_their_own_rows(small, tmp_path):
+    run(tmp_path, "layers", mixers=["ska"])
+    rows, _ = run(tmp_path, "resolution", mixers=["ska", "cska"])
+    assert [row["ratio_at_most"] for row in rows] == [None] * 6
+    larger = [row for row in rows if row["contender"] == "ska, 40 px"]
+    assert larger[0]["against"] == "ska, 24 px"
+    assert larger[0]["tokens"] == 25
+    run(tmp_path, "layers", mixers=["fcska"])
+    stored = json.loads((tmp_path / "bench.json").read_text())
+    assert {row["contender"] for row in stored if row["suite"] == "layers"} == {TIMM_MHSA, "fcska"}
+    assert {row["suite"] for row in stored} == {"layers", "resolution"}
+    assert (tmp_path / "resolution.png").stat().st_size > 10_000
+
+
+def test_costs_per_token_are_compared_per_token(monkeypatch):
+    samples = {"large": [0.4, 0.4], "small": [0.1, 0.1]}
+    members = [
+        Contender("g", "large", layer, "small", units=8, targets=Targets(1.15)),
+        Contender("g", "small", layer),
+    ]
+    members[1] = Contender("g", "small", layer, units=2)
+    row = main._row(members[0], members, "forward", samples, {"large": 30, "small": 10}, 1, 10, 0.1)
+    assert (row["ratio"], row["ratio_at_most"], row["memory_ratio"]) == (pytest.approx(1.0), 1.15, 3.0)
+    assert row["share_of_limit"] == pytest.approx(0.25)
+
+
+def test_nothing_is_timed_when_a_contender_differs_from_its_twin(small, tmp_path, monkeypatch):
+    monkeypatch.setattr("statickey.bench.contender.reference.conv_static_key_attention", _off_by_a_percent)
+    monkeypatch.setattr(main, "_measure", lambda *args: pytest.fail("timed"))
+    with pytest.raises(StaticKeyError, match=r"the output of cska is .* from that of its plain twin .* nothing was"):
+        run(tmp_path / "out", "layers")
+    assert not (tmp_path / "out").exists()
+
+
+def _off_by_a_percent(query, conv_key, conv_bias, value, **options):
+    return 1.01 * value + 0 * query.sum() + 0 * conv_key.sum()
+
+
+@pytest.mark.parametrize("name", ["ska", "cska", "fcska", TIMM_MHSA])
+def test_twins_compute_the_same_function(name):
+    made = made_by(layer, SMALL[1], name)
+    other = made_by(layer, SMALL[1], PLAIN_CSKA) if name == "cska" else None
+    apart = differences(made(), twin(Contender("g", name, made, twin=other)), ("training",))
+    assert apart.keys() == {"output", "gradient"}
+    assert max(apart.values()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["ska", "cska", "fcska", TIMM_MHSA, PLAIN_CSKA])
+def test_macs_are_torchs_count(name):
+    made, x = layer(SMALL[1], name)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
+        twin(Contender("g", name, made_by(layer, SMALL[1], name)))[0](x)
+    assert macs(made, x) == counter.get_total_flops() // 2
+
+
+def test_macs_of_timm_models_see_fused_attention():
+    fused, x = model("vit_tiny_patch16_224", 1)
+    assert macs(fused, x) == pytest.approx(1.254e9, rel=1e-3)
+
+
+def test_turns_start_with_another_one_each():
+    calls = []
+    functions = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    rounds = list(interleaved(functions, 3, Setting()))
+    assert [list(times) for times in rounds] == [["a", "b", "c"], ["b", "c", "a"], ["c", "a", "b"]]
+    assert all(seconds > 0 for times in rounds for seconds in times.values())
+
+
+def test_roofline_is_the_least_time():
+    limit = roofline(Setting())
+    assert limit.macs > 1e8
+    assert limit.bandwidth > 1e8
+    assert limit.seconds(limit.macs, 1) == 1
+    assert limit.seconds(1, 2 * limit.bandwidth) == 2
+
+
+class Greedy(nn.Module):
+    """Holds 64 MiB for a moment."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        held = torch.ones(1 << 24)
+        return x * self.weight + held.sum()
+
+
+def greedy():
+    return Greedy(), torch.zeros(1, 2, 4)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="peaks are read from /proc")
+def test_peak_memory_is_what_was_held():
+    peaks = peak_memory(greedy, ("forward", "training"), Setting())
+    for peak in peaks.values():
+        assert peak / 2**20 == pytest.approx(64, abs=4)
+
+
+@pytest.mark.parametrize(
+    ("names", "options", "error", "message"),
+    [
+        (("layer",), {}, UnknownNameError, "unknown suite 'layer'; did you mean layers"),
+        (("layers",), {"mixers": ["sak"]}, UnknownNameError, "unknown mixer 'sak'; did you mean ska"),
+        (("layers",), {"rounds": 0}, StaticKeyError, "rounds=0"),
+        (("layers",), {"device": "cuda"}, StaticKeyError, "device='cuda' is not to be had here"),
+        (("layers",), {"dtype": "float8"}, UnknownNameError, "unknown dtype 'float8'"),
+        (("training",), {"compared": "nowhere"}, OutputError, "compared='nowhere' is not a folder that compare"),
+    ],
+    ids=["suite", "mixer", "rounds", "device", "dtype", "compared"],
+)
+def test_refuses_and_writes_nothing(tmp_path, names, options, error, message):
+    if options.get("device") == "cuda" and torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(error, match=message):
+        run(tmp_path / "out", *names, **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_foreign_file_is_left_alone(small, tmp_path):
+    (tmp_path / "bench.json").write_text('{"mine": 1}')
+    with pytest.raises(OutputError, match=r"bench.json was not written by bench; choose another --out"):
+        run(tmp_path, "layers")
+    assert (tmp_path / "bench.json").read_text() == '{"mine": 1}'
+
+
+GUARDS = {
+    ("197x384, 6 heads, batch 8", "ska"): (0.92, 0.95),
+    ("28x28x128, 8 heads, batch 8", "cska"): (0.45, 0.62),
+    ("28x28x128, 8 heads, batch 8", "fcska"): (1.25, 1.35),
+}
+"""Bounds on the ratios of the main rows: a tenth and more above what docs/results/speed.md has."""
+
+
+@pytest.mark.slow
+def test_main_rows_keep_their_speed(tmp_path):
+    rows, _ = run(tmp_path, "layers", rounds=15)
+    found = {(row["group"], row["contender"], row["phase"]): row["ratio"] for row in rows}
+    for (group, name), bounds in GUARDS.items():
+        for phase, bound in zip(("forward", "training"), bounds, strict=True):
+            assert found[group, name, phase] <= bound, (group, name, phase)
