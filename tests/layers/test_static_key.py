@@ -227,7 +227,8 @@ def test_windows_give_each_token_the_keys_of_its_window(cls, feat_size, prefix):
     parts = []
     for seg in segments:
         last = seg.first_token + seg.query.shape[2]
-        logits = seg.query @ seg.key[:, rows].transpose(1, 2)
+        query = seg.query if seg.unfold is None else reference.unfold_queries(seg.query, *seg.unfold)
+        logits = query @ seg.key[:, rows].transpose(1, 2)
         if seg.key_bias is not None:
             logits = logits + seg.key_bias[:, rows].unsqueeze(1)
         own = window[seg.first_token : last].unsqueeze(1)

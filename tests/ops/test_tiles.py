@@ -2,7 +2,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from statickey.errors import StaticKeyError
 from statickey.ops import static_key_attention, tiles, unfold_queries
+from statickey.ops.grid import fold_queries
 from tolerances import assert_close, assert_same_with_gradients
 
 BATCH, HEADS, QUERIES, KEYS, WIDE, DV = 3, 4, 7, 9, 12, 3
@@ -82,12 +84,44 @@ def test_a_large_map_is_never_whole(monkeypatch):
         assert (sizes.largest >= 2 * 2 * 50 * 50) == whole
 
 
-def test_unfolded_queries_are_not_copied(monkeypatch):
-    query = torch.randn(2, 2, 25, 4)
-    unfolded = unfold_queries(query, (5, 5), 3)
-    assert [tile.of(unfolded).flatten(1, 2).data_ptr() for tile in tiles._tiles(unfolded.shape, 25)] == [
-        unfolded.data_ptr()
-    ]
+@pytest.mark.parametrize("kept", [False, True], ids=["made again", "kept"])
+@pytest.mark.parametrize("split", [1, 40, 36 * 15, 3 * 15 * 15, 2 * 3 * 15 * 15, 10**6])
+def test_unfolding_tile_by_tile_is_unfolding(split, kept, monkeypatch):
+    monkeypatch.setattr(tiles, "TILE", split)
+    monkeypatch.setattr(tiles, "KEPT", 10**6 if kept else 0)
+    shapes = ((3, 4, 15, 2), (4, 15, 18), (3, 4, 15, 3), (4, 15))
+    inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+    options = {"unfold": ((5, 3), 3), "scale": 0.4}
+    assert_same_with_gradients(
+        lambda q, k, v, b: static_key_attention(q, k, v, key_bias=b, **options),
+        lambda q, k, v, b: static_key_attention(unfold_queries(q, (5, 3), 3), k, v, key_bias=b, scale=0.4),
+        inputs,
+    )
+    assert_same_with_gradients(
+        lambda q, k, v, b: static_key_attention(q, k, v, key_bias=b, **options),
+        lambda q, k, v, b: static_key_attention(q, k, v, key_bias=b, backend="math", **options),
+        inputs,
+    )
+
+
+def test_folding_is_the_adjoint_of_unfolding():
+    query, other = torch.randn(2, 3, 35, 4).double(), torch.randn(2, 3, 35, 100).double()
+    inner = (unfold_queries(query, (7, 5), 5) * other).sum()
+    assert_close("inner product", (query * fold_queries(other, (7, 5), 5)).sum(), inner)
+
+
+@pytest.mark.parametrize(
+    ("unfold", "message"),
+    [
+        (((2, 2), 3), "query has 15 tokens, feat_size=\\(2, 2\\) makes 4"),
+        (((5, 3), 2), "kernel_size=2"),
+        (((5, 3), 5), "differ: with 3 images, 4 heads and width 50"),
+    ],
+)
+def test_unfolding_that_does_not_fit_is_refused(unfold, message):
+    inputs = torch.randn(3, 4, 15, 2), torch.randn(4, 15, 18), torch.randn(3, 4, 15, 3)
+    with pytest.raises(StaticKeyError, match=message):
+        static_key_attention(*inputs, unfold=unfold)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

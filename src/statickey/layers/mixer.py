@@ -20,7 +20,7 @@ from .._checks import (
 )
 from .._typing import Backend, InputFmt, Size2
 from ..errors import FeatSizeError, StaticKeyError
-from ..ops import resample_static_key, static_key_attention, static_key_weights
+from ..ops import resample_static_key, static_key_attention, static_key_weights, unfold_queries
 from .parts import HeadMix, TokenGrids
 
 AttendOp = Callable[..., Tensor]
@@ -334,12 +334,19 @@ class AttentionMixer(TokenMixer):
         *,
         key_bias: Tensor | None = None,
         query_offset: int = 0,
+        unfold: tuple[Size2, int] | None = None,
         attn_mask: Tensor | None = None,
     ) -> Tensor:
         dropout_p = self.attn_drop.p if self.training else 0.0
         if self.head_mix is not None:  # the whole map is needed: no fused kernel mixes heads
             weights = self._weights_op(
-                query, key, value, key_bias=key_bias, query_offset=query_offset, attn_mask=attn_mask
+                query,
+                key,
+                value,
+                key_bias=key_bias,
+                query_offset=query_offset,
+                unfold=unfold,
+                attn_mask=attn_mask,
             )
             return F.dropout(weights, dropout_p) @ value
         return static_key_attention(
@@ -352,6 +359,7 @@ class AttentionMixer(TokenMixer):
             query_offset=query_offset,
             attn_mask=_rows_of(attn_mask, query_offset, query.shape[2]),
             dropout_p=dropout_p,
+            unfold=unfold,
             backend=self.backend,
         )
 
@@ -363,10 +371,11 @@ class AttentionMixer(TokenMixer):
         *,
         key_bias: Tensor | None = None,
         query_offset: int = 0,
+        unfold: tuple[Size2, int] | None = None,
         attn_mask: Tensor | None = None,
     ) -> Tensor:
         weights = static_key_weights(
-            query,
+            query if unfold is None else unfold_queries(query, *unfold),
             key,
             key_bias=key_bias,
             scale=self._logit_scale(),

@@ -23,6 +23,7 @@ class _Segment(NamedTuple):
     key: Tensor
     key_bias: Tensor | None
     first_token: int
+    unfold: tuple[Size2, int] | None = None
 
 
 class StaticKeyAttention(GridState, AttentionMixer):
@@ -179,6 +180,8 @@ class StaticKeyAttention(GridState, AttentionMixer):
                 out.append(_call(op, _take_rows(seg, rows)._replace(query=seg.query[:, :, :cut]), value))
             if cut == seg.query.shape[2]:
                 continue
+            if seg.unfold is not None:  # neighbourhoods reach beyond the window
+                seg = seg._replace(query=unfold_queries(seg.query, *seg.unfold), unfold=None)
             queries = window_partition(seg.query[:, :, cut:], feat_size, self.feat_size)
             values = window_partition(value[:, :, num_prefix:], feat_size, self.feat_size)
             parts = []
@@ -335,9 +338,9 @@ class ConvStaticKeyAttention(_ConvolvedQueryAttention):
 
     def _segments(self, query: Tensor, feat_size: Size2) -> list[_Segment]:
         prefix, grid = query.tensor_split([self.num_prefix_tokens], dim=2)
-        unfolded = unfold_queries(grid, feat_size, self.kernel_size)
-        key = self.conv_key.permute(0, 1, 3, 4, 2).flatten(2)
-        segment = _Segment(unfolded, key, self.conv_bias, self.num_prefix_tokens)
+        key = self.conv_key.permute(0, 1, 3, 4, 2).flatten(2)  # as unfold_queries lays neighbourhoods out
+        unfold = (feat_size, self.kernel_size)
+        segment = _Segment(grid, key, self.conv_bias, self.num_prefix_tokens, unfold)
         if self.prefix_key is None:
             return [segment]
         return [_Segment(prefix, self.prefix_key, None, 0), segment]
@@ -347,7 +350,7 @@ def _call(op: AttendOp, seg: _Segment, value: Tensor) -> Tensor:
     # under autocast the projections are half precision and the keys are not: cast before broadcasting
     key = seg.key.to(seg.query.dtype)
     bias = None if seg.key_bias is None else seg.key_bias.to(seg.query.dtype)
-    return op(seg.query, key, value, key_bias=bias, query_offset=seg.first_token)
+    return op(seg.query, key, value, key_bias=bias, query_offset=seg.first_token, unfold=seg.unfold)
 
 
 def _extents(extent: int, window: int) -> list[int]:

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._checks import check_backend, check_rate, check_static_key_attention
-from .._typing import Backend
+from .._typing import Backend, Size2
+from .grid import check_unfolding, unfold_queries
 from .tiles import tiled_attention
 
 
@@ -22,12 +23,13 @@ def static_key_attention(
     query_offset: int = 0,
     attn_mask: Tensor | None = None,
     dropout_p: float = 0.0,
+    unfold: tuple[Size2, int] | None = None,
     backend: Backend = "sdpa",
 ) -> Tensor:
     """Compute ``softmax(scale * (query @ static_key^T + key_bias) + attn_mask) @ value``.
 
     SKA, CSKA, the factorised CSKA and self-attention are all this function: they differ in where the key
-    comes from and in how wide the query is (CSKA passes the unfolded query, see ``unfold_queries``).
+    comes from and in how wide the query is (CSKA's is the unfolded query, see ``unfold``).
 
     Args:
         query: Queries, (B, h, N, dk).
@@ -40,6 +42,8 @@ def static_key_attention(
         attn_mask: Added to the logits after scaling, or, if boolean, true where attention is allowed; broadcasts
             to (B, h, N, M). A position bias that is learned, for example.
         dropout_p: Dropout rate on the attention weights.
+        unfold: ``(feat_size, kernel_size)`` to attend with ``unfold_queries(query, feat_size, kernel_size)``, which
+            is then not stored where the backend can do without.
         backend: ``"sdpa"`` runs torch's fused attention, or on the CPU, where the static key is wider than the
             value, products for the whole batch a tile of the map at a time; neither stores a large N x M map
             (but with dropout on the CPU). ``"math"`` always stores it.
@@ -56,9 +60,21 @@ def static_key_attention(
     """
     check_backend(backend, _BACKENDS)
     check_rate(dropout_p=dropout_p)
-    check_static_key_attention(query, static_key, value, key_bias, scale, mask_diagonal, query_offset, attn_mask)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if unfold is not None:
+        check_unfolding(query, *unfold)
+    taps = 1 if unfold is None else unfold[1] ** 2
+    check_static_key_attention(
+        query, static_key, value, key_bias, scale, mask_diagonal, query_offset, attn_mask, taps
+    )
+    scale = static_key.shape[-1] ** -0.5 if scale is None else scale
     mask = _mask(query, static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
+    if backend == "sdpa" and static_key.ndim == 3 and query.device.type == "cpu":
+        wide = static_key.shape[-1] > value.shape[-1]
+        if wide and dropout_p == 0 and not _is_traced():
+            return _tiled(query, static_key, value, key_bias, scale, mask, unfold)
+        backend = "math" if wide else backend
+    if unfold is not None:
+        query = unfold_queries(query, *unfold)
     return _BACKENDS[backend](query, static_key, value, key_bias, scale, mask, dropout_p)
 
 
@@ -133,10 +149,6 @@ def _sdpa(
     mask: Tensor | None,
     dropout_p: float,
 ) -> Tensor:
-    if key.ndim == 3 and key.shape[-1] > value.shape[-1] and query.device.type == "cpu":
-        if dropout_p > 0 or _is_traced():
-            return _math(query, key, value, key_bias, scale, mask, dropout_p)
-        return _tiled(query, key, value, key_bias, scale, mask)
     if key_bias is not None:
         # as an additive mask the bias would keep the fused kernels out of training (none gives a mask its
         # gradient on the CPU): it becomes one more column of the key, against a query of one
@@ -169,13 +181,14 @@ def _tiled(
     key_bias: Tensor | None,
     scale: float | Tensor,
     mask: Tensor | None,
+    unfold: tuple[Size2, int] | None,
 ) -> Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast("cpu", enabled=False):
         bias = None if key_bias is None else key_bias.to(wide) * scale
         if mask is not None:
             mask = mask.to(wide).reshape((1,) * (4 - mask.ndim) + mask.shape)
-        out = tiled_attention(query.to(wide), key.to(wide) * scale, bias, value.to(wide), mask)
+        out = tiled_attention(query.to(wide), key.to(wide) * scale, bias, value.to(wide), mask, unfold)
     return out.to(query.dtype)
 
 

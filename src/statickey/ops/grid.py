@@ -27,21 +27,50 @@ def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
         FeatSizeError: The queries do not fill the grid.
         StaticKeyError: The kernel size is not odd.
     """
-    check_kernel_size(kernel_size)
-    check_rank("query", query, "B h N d")
+    height, length = check_unfolding(query, feat_size, kernel_size)
     batch, heads, num_tokens, width = query.shape
-    height, length = check_feat_size(feat_size)
-    if num_tokens != height * length:
-        raise FeatSizeError(f"query has {num_tokens} tokens, feat_size={feat_size} makes {height * length}")
     pad = kernel_size // 2
     # laid out head by head, as one product a head for the whole batch wants it
     grid = query.transpose(0, 1).reshape(heads, batch, height, length, width)
     grid = F.pad(grid, (0, 0, pad, pad, pad, pad))
-    views = [
-        grid[:, :, row : row + height, col : col + length] for row in range(kernel_size) for col in range(kernel_size)
-    ]
-    unfolded = torch.stack(views, dim=-2).reshape(heads, batch, num_tokens, width * kernel_size * kernel_size)
-    return unfolded.transpose(0, 1)
+    views = grid.unfold(2, kernel_size, 1).unfold(3, kernel_size, 1).permute(0, 1, 2, 3, 5, 6, 4)
+    return views.reshape(heads, batch, num_tokens, kernel_size * kernel_size * width).transpose(0, 1)
+
+
+def fold_queries(unfolded: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
+    """The adjoint of ``unfold_queries``: add every query's parts up from the neighbourhoods it is in.
+
+    Args:
+        unfolded: (..., H*W, k*k*d), as ``unfold_queries`` lays them out.
+        feat_size: The grid (H, W).
+        kernel_size: Odd k.
+
+    Returns:
+        (..., H*W, d).
+    """
+    height, length = feat_size
+    pad = kernel_size // 2
+    parts = unfolded.reshape(*unfolded.shape[:-2], height, length, kernel_size**2, -1)
+    grid = parts.new_zeros(*parts.shape[:-4], height + 2 * pad, length + 2 * pad, parts.shape[-1])
+    for row in range(kernel_size):
+        for col in range(kernel_size):
+            part = parts[..., row * kernel_size + col, :]
+            grid[..., row : row + height, col : col + length, :] += part
+    return grid[..., pad : pad + height, pad : pad + length, :].flatten(-3, -2)
+
+
+def check_unfolding(query: Tensor, feat_size: Size2, kernel_size: int) -> Size2:
+    """Refuse queries that do not fill the grid.
+
+    Returns:
+        The grid.
+    """
+    check_kernel_size(kernel_size)
+    check_rank("query", query, "B h N d")
+    height, length = check_feat_size(feat_size)
+    if query.shape[2] != height * length:
+        raise FeatSizeError(f"query has {query.shape[2]} tokens, feat_size={feat_size} makes {height * length}")
+    return height, length
 
 
 def resample_static_key(

@@ -7,14 +7,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-TILE = 1 << 19
-"""Logits of one part: 2 MiB in float32."""
+from .._typing import Size2
+from .grid import fold_queries, unfold_queries
+
+TILE = 5 << 17
+"""Logits of one part at most, 2.5 MiB in float32: one head of one image on a 28x28 grid."""
 KEPT = 1 << 23
 """Logits up to which backward reads the map of forward, 32 MiB in float32, rather than make it again."""
 
 
 def tiled_attention(
-    query: Tensor, key: Tensor, key_bias: Tensor | None, value: Tensor, mask: Tensor | None
+    query: Tensor,
+    key: Tensor,
+    key_bias: Tensor | None,
+    value: Tensor,
+    mask: Tensor | None,
+    unfold: tuple[Size2, int] | None = None,
 ) -> Tensor:
     """Compute ``softmax(query @ key^T + key_bias + mask) @ value`` and, backwards, its gradients.
 
@@ -22,16 +30,17 @@ def tiled_attention(
     normalised and used a part at a time. A large map is never whole: backward makes it again.
 
     Args:
-        query: (B, h, N, dk), any strides; head-major in memory spares a copy.
+        query: (B, h, N, dk), any strides.
         key: (h, M, dk), scaled.
         key_bias: (h, M), scaled.
         value: (B, h, M, dv).
         mask: Added to the logits; broadcasts to (B, h, N, M), four axes.
+        unfold: ``(feat_size, kernel_size)`` to attend with unfolded queries, made a part at a time.
 
     Returns:
         (B, h, N, dv), token-major in memory, as the output projection reads it.
     """
-    out: Tensor = _TiledAttention.apply(query, key, key_bias, value, mask)
+    out: Tensor = _TiledAttention.apply(query, key, key_bias, value, mask, unfold)
     return out
 
 
@@ -64,9 +73,9 @@ class _Tile(NamedTuple):
 def _tiles(shape: torch.Size, num_keys: int) -> Iterator[_Tile]:
     """The tiles of the map for queries of a shape (B, h, N, dk)."""
     batch, heads, num_queries, _ = shape
-    rows = min(num_queries, max(1, TILE // num_keys))
-    images = min(batch, max(1, TILE // (num_keys * num_queries)))
-    together = max(1, TILE // (num_keys * num_queries * batch))
+    rows = _even(num_queries, TILE // num_keys)
+    images = _even(batch, TILE // (num_keys * num_queries))
+    together = _even(heads, TILE // (num_keys * num_queries * batch))
     for head in range(0, heads, together):
         for image in range(0, batch, images):
             for row in range(0, num_queries, rows):
@@ -77,6 +86,12 @@ def _tiles(shape: torch.Size, num_keys: int) -> Iterator[_Tile]:
                 )
 
 
+def _even(whole: int, most: int) -> int:
+    """The extent of parts that are at most so large, all about the same."""
+    parts = -(-whole // max(1, most))
+    return -(-whole // parts)
+
+
 def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     """Batched product; a batch of one goes the way that uses all threads."""
     if len(left) == 1:
@@ -84,16 +99,44 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(left, right, out=out)
 
 
-def _queries(tile: _Tile, query: Tensor) -> Tensor:
-    """The tile's queries, one matrix per head, (heads, images * rows, dk)."""
-    return tile.of(query).flatten(1, 2)
+class _Queries:
+    """The queries of one tile after the other, unfolded if asked for, once for all rows of an image."""
+
+    def __init__(self, query: Tensor, unfold: tuple[Size2, int] | None) -> None:
+        self._query, self._unfold = query, unfold
+        self._of: tuple[slice, slice] | None = None
+        self._unfolded = self._grad = query
+
+    def __call__(self, tile: _Tile) -> Tensor:
+        """One matrix per head, (heads, images * rows, dk)."""
+        if self._unfold is None:
+            return tile.of(self._query).flatten(1, 2)
+        if self._of != (tile.heads, tile.images):
+            self._of = (tile.heads, tile.images)
+            self._unfolded = unfold_queries(self._query[tile.images, tile.heads], *self._unfold).transpose(0, 1)
+        return self._unfolded[:, :, tile.rows].flatten(1, 2)
+
+    def backward(self, tile: _Tile, grad: Tensor, into: Tensor) -> None:
+        """Put the gradient of the tile's queries, (heads, images * rows, dk), where it belongs."""
+        grad = grad.view(*tile.shape, -1)
+        if self._unfold is None:
+            tile.of(into).copy_(grad)
+            return
+        num_queries = into.shape[2]
+        if tile.rows.start == 0:
+            whole = tile.rows.stop == num_queries
+            self._grad = grad if whole else grad.new_empty(*tile.shape[:2], num_queries, grad.shape[-1])
+        if self._grad is not grad:
+            self._grad[:, :, tile.rows] = grad
+        if tile.rows.stop == num_queries:
+            into[tile.images, tile.heads] = fold_queries(self._grad, *self._unfold).transpose(0, 1)
 
 
 def _weights(
-    tile: _Tile, query: Tensor, key: Tensor, key_bias: Tensor | None, mask: Tensor | None, room: Tensor
+    tile: _Tile, flat: Tensor, key: Tensor, key_bias: Tensor | None, mask: Tensor | None, room: Tensor
 ) -> Tensor:
-    """The tile of the map, (heads, images, rows, M), made in the given room."""
-    flat, columns = _queries(tile, query), key[tile.heads].mT
+    """The tile of the map, (heads, images, rows, M), for its queries, made in the given room."""
+    columns = key[tile.heads].mT
     logits = room.view(*flat.shape[:2], -1)
     if key_bias is None:
         _product(flat, columns, logits)
@@ -110,7 +153,13 @@ def _weights(
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, key_bias: Tensor | None, value: Tensor, mask: Tensor | None
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        key_bias: Tensor | None,
+        value: Tensor,
+        mask: Tensor | None,
+        unfold: tuple[Size2, int] | None,
     ) -> Tensor:
         batch, heads, num_queries, _ = query.shape
         num_keys = key.shape[1]
@@ -119,13 +168,15 @@ class _TiledAttention(torch.autograd.Function):
         keep = any(ctx.needs_input_grad) and size <= KEPT
         room = query.new_empty(size if keep else min(size, max(TILE, num_keys)))
         start = 0
+        queries = _Queries(query, unfold)
         for tile in _tiles(query.shape, num_keys):
             end = start + tile.shape.numel() * num_keys
-            weights = _weights(tile, query, key, key_bias, mask, room[start:end])
+            weights = _weights(tile, queries(tile), key, key_bias, mask, room[start:end])
             part = _product(weights.flatten(0, 1), tile.of_keys(value))
             tile.of(out).copy_(part.view(*tile.shape, -1))
             start = end if keep else 0
         ctx.save_for_backward(query, key, key_bias, value, mask, room if keep else None)
+        ctx.unfold = unfold
         return out
 
     @staticmethod
@@ -134,7 +185,7 @@ class _TiledAttention(torch.autograd.Function):
         *inputs, kept = ctx.saved_tensors
         query, key, key_bias, value, mask = inputs
         grads = [
-            torch.zeros_like(x) if needed else None for x, needed in zip(inputs, ctx.needs_input_grad, strict=True)
+            torch.zeros_like(x) if needed else None for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         grad_query, grad_key, grad_bias, grad_value, grad_mask = grads
         num_keys = key.shape[1]
@@ -142,10 +193,12 @@ class _TiledAttention(torch.autograd.Function):
         room = query.new_empty(largest)
         made = query.new_empty(largest if kept is None else 0)
         start = 0
+        queries = _Queries(query, ctx.unfold)
         for tile in _tiles(query.shape, num_keys):
+            flat = queries(tile)
             size = tile.shape.numel() * num_keys
             if kept is None:
-                weights = _weights(tile, query, key, key_bias, mask, made[:size])
+                weights = _weights(tile, flat, key, key_bias, mask, made[:size])
             else:
                 weights = kept[start : start + size].view(*tile.shape, num_keys)
                 start += size
@@ -163,10 +216,9 @@ class _TiledAttention(torch.autograd.Function):
                 where += grad_logits.view_as(weights).sum_to_size(where.shape)
             grad_logits = grad_logits.view(tile.shape[0], -1, num_keys)
             if grad_query is not None:
-                part = _product(grad_logits, key[tile.heads])
-                tile.of(grad_query).copy_(part.view(*tile.shape, -1))
+                queries.backward(tile, _product(grad_logits, key[tile.heads]), grad_query)
             if grad_key is not None:
-                grad_key[tile.heads] += _product(grad_logits.mT, _queries(tile, query))
+                grad_key[tile.heads] += _product(grad_logits.mT, flat)
             if grad_bias is not None:
                 grad_bias[tile.heads] += grad_logits.sum(1)
-        return tuple(grads)
+        return *grads, None
