@@ -63,6 +63,20 @@ def test_results_on_disk(trained):
     assert found["images_per_second"] > 0
 
 
+def test_averaged_weights_have_a_folder_of_their_own(trained):
+    evaluate(str(trained), console=silent(), **QUIET)
+    before = (trained / "evaluation" / "evaluation.json").read_bytes()
+    whole = evaluate(str(trained), ema=True, console=silent(), **QUIET)
+    (trained / "evaluation-ema" / "evaluation.json").unlink()
+    file = evaluate(str(trained / "model_ema.safetensors"), console=silent(), **QUIET)
+    assert file["ema"]
+    assert file["top1"] == whole["top1"]
+    assert json.loads((trained / "evaluation-ema" / "evaluation.json").read_text())["ema"]
+    assert (trained / "evaluation" / "evaluation.json").read_bytes() == before
+    with pytest.raises(OutputError, match="is one file, not the averaged weights; give its folder, or leave out"):
+        evaluate(str(trained / "model.safetensors"), ema=True, console=silent(), **QUIET)
+
+
 def test_holdout_and_weights_file_and_another_size(trained, tmp_path):
     whole = evaluate(str(trained), out=str(tmp_path / "a"), console=silent(), **QUIET)
     file = evaluate(str(trained / "model.safetensors"), out=str(tmp_path / "b"), console=silent(), **QUIET)

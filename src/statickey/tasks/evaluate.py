@@ -27,7 +27,7 @@ from .display import Display
 from .engine import RESULT_FILE, data_module, explained_workers, new_trainer, read_data, score
 from .environment import environment
 from .recipe import Machine, Recipe
-from .weights import ModelCard, load_model
+from .weights import WEIGHTS_FILES, ModelCard, load_model
 
 CALIBRATION_BINS = 15
 
@@ -103,6 +103,7 @@ def evaluate(
     if split not in ("test", "holdout"):
         raise StaticKeyError(f"split={split!r} must be 'test' or 'holdout'")
     display = Display(console)
+    ema = ema or Path(source).name == WEIGHTS_FILES["ema"]
     model, card = load_model(source, img_size=img_size, ema=ema)
     recipe = _recipe(Path(source), card, data, data_dir, img_size, precision)
     trainer = new_trainer(recipe, Machine(accelerator=accelerator))

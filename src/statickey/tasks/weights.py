@@ -112,6 +112,8 @@ def load_model(source: str | Path, *, img_size: int | None = None, ema: bool = F
         raise OutputError(f"there is no {source}; give the folder of a finished run, or a weights file")
     folder = path if path.is_dir() else path.parent
     weights = path / WEIGHTS_FILES["ema" if ema else "last"] if path.is_dir() else path
+    if ema and weights.name != WEIGHTS_FILES["ema"]:
+        raise OutputError(f"{source} is one file, not the averaged weights; give its folder, or leave out --ema")
     if not weights.is_file():
         raise OutputError(f"{source} holds no {weights.name}; give the folder of a finished run")
     if not (folder / CONFIG_FILE).is_file():
