@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from image_folders import make_folder, make_parquet
 from statickey.errors import DataError, OutputError, StaticKeyError
-from statickey.tasks import Machine, Recipe, evaluate, predict, train
+from statickey.tasks import Machine, Recipe, evaluate, load_model, predict, train
 from statickey.tasks.evaluate import Scores
 
 QUIET = {"accelerator": "cpu"}
@@ -88,6 +88,14 @@ def test_holdout_and_weights_file_and_another_size(trained, tmp_path):
     larger = evaluate(str(trained), img_size=12, out=str(tmp_path / "d"), console=silent(), **QUIET)
     assert larger["img_size"] == 12
     assert larger["top1"] > 15  # resampled keys still know digits
+    assert load_model(trained, img_size=12)[0].blocks[0].attn.feat_size == (6, 6)  # patches stay as they were
+
+
+def test_a_size_that_patches_do_not_divide_is_refused(trained, scans):
+    for act in (evaluate, lambda source, **options: predict(source, [str(scans)], **options)):
+        with pytest.raises(OutputError, match=r"patch_size=2 does not divide img_size=7; .* or img_size=6"):
+            act(str(trained), img_size=7, console=silent(), **QUIET)
+    assert guesses(trained, scans, img_size=6).rows
 
 
 def test_streamed_and_folder_runs(tmp_path):

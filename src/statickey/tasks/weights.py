@@ -10,7 +10,7 @@ from torch import nn
 
 from .._files import write_atomic, write_json
 from ..errors import OutputError, StaticKeyError
-from ..models import build_model, load_exactly, timm_args
+from ..models import SMALL_VIT, build_model, load_exactly, small_vit_sizes, timm_args
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILES = {"last": "model.safetensors", "ema": "model_ema.safetensors"}
@@ -59,7 +59,8 @@ class ModelCard:
         }
 
     def _plain_args(self) -> dict[str, Any]:
-        return {k: v for k, v in self.model_args.items() if k != "pretrained"}
+        sizes = small_vit_sizes(self.img_size) if self.architecture == SMALL_VIT else {}
+        return sizes | {k: v for k, v in self.model_args.items() if k != "pretrained"}
 
     @classmethod
     def read(cls, path: Path) -> "ModelCard":
