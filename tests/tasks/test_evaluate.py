@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from image_folders import make_folder, make_parquet
 from statickey.errors import DataError, OutputError, StaticKeyError
+from statickey.models import build_model
 from statickey.tasks import Machine, Recipe, evaluate, load_model, predict, train
 from statickey.tasks.evaluate import Scores
+from statickey.tasks.predict import _layer
 
 QUIET = {"accelerator": "cpu"}
 
@@ -214,8 +216,25 @@ def test_pictures_of_the_attention(trained, scans, tmp_path):
     names = sorted(path.name for path in (tmp_path / "maps").iterdir())
     assert names == ["0-2.png", "0.png", *(f"{i}.png" for i in range(1, 6))]
     assert Image.open(tmp_path / "maps" / "0.png").size[0] > 300
+    out = tmp_path / "p.csv"
+    found = guesses(trained, scans, attention=str(tmp_path / "maps"), top_k=1, out=str(out))
+    twice = {row["file"]: row["attention"] for row in found.rows if row["file"].endswith("0.png")}
+    assert list(twice.values()) == [str(tmp_path / "maps" / name) for name in ("0.png", "0-2.png")]
+    assert [row["attention"] for row in csv.DictReader(out.open())] == [row["attention"] for row in found.rows]
+    assert "attention" not in guesses(trained, scans).rows[0]
     with pytest.raises(StaticKeyError, match=r"layer='blocks.9.attn' .* one of blocks.0.attn, blocks.1.attn"):
         guesses(trained, scans, attention=str(tmp_path / "maps"), layer="blocks.9.attn")
+
+
+def test_a_grid_of_one_token_is_not_drawn():
+    stages = {size: build_model("skaformer_nano", None, img_size=size, num_classes=2) for size in (32, 64)}
+    assert stages[64].stages[3].blocks[-1].token_mixer.feat_size == (2, 2)
+    assert _layer(stages[64], "last").startswith("stages.3")
+    assert _layer(stages[32], "last").startswith("stages.2")
+    with pytest.raises(StaticKeyError, match=r"grid of one token, .*; choose 'last' or one of stages.1"):
+        _layer(stages[32], _layer(stages[64], "last"))
+    with pytest.raises(StaticKeyError, match="all attention .* one token, which is always 1; give a larger --img-size"):
+        _layer(build_model("skaformer_nano", None, img_size=8, num_classes=2), "last")
 
 
 def test_wrong_options(trained, scans):
