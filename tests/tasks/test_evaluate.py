@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -133,8 +134,11 @@ def test_what_does_not_fit_is_named(trained, tmp_path):
         with pytest.raises(OutputError, match=message):
             evaluate(str(copy), data="digits", console=silent(), **QUIET)
     (copy / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(OutputError, match="cannot read weights from"):
+    with pytest.raises(OutputError, match=r"cannot read weights from .*: not a safetensors file \(.*\); give a"):
         evaluate(str(copy), data="digits", console=silent(), **QUIET)
+    (tmp_path / "resnet.pth").write_bytes(b"")
+    with pytest.raises(OutputError, match=r"resnet.pth has no config.json beside it; give the folder"):
+        evaluate(str(tmp_path / "resnet.pth"), console=silent(), **QUIET)
     (copy / "config.json").write_text("{}")
     with pytest.raises(OutputError, match="does not describe a network"):
         evaluate(str(copy), data="digits", console=silent(), **QUIET)
@@ -192,8 +196,10 @@ def test_bad_files_are_named_and_skipped(trained, scans):
     assert len(found.rows) == 6
     assert any("bad.png" in line for line in found.skipped)
     assert any("gone.png: No such file" in line for line in found.skipped)
-    with pytest.raises(StaticKeyError, match=r"none of 1 files could be read; the first: .*bad.png"):
+    with pytest.raises(StaticKeyError, match=r"^cannot read .*bad.png: "):
         guesses(trained, scans / "bad.png")
+    with pytest.raises(StaticKeyError, match="none of 2 files could be read"):
+        guesses(trained, scans / "bad.png", scans / "gone.png")
     with pytest.raises(StaticKeyError, match="no image in"):
         guesses(trained, scans / "*.jpg")
 
@@ -233,11 +239,29 @@ def test_a_grid_of_one_token_is_not_drawn():
     assert _layer(stages[32], "last").startswith("stages.2")
     with pytest.raises(StaticKeyError, match=r"grid of one token, .*; choose 'last' or one of stages.1"):
         _layer(stages[32], _layer(stages[64], "last"))
-    with pytest.raises(StaticKeyError, match="all attention .* one token, which is always 1; give a larger --img-size"):
+    with pytest.raises(
+        StaticKeyError, match=r"all attention .* one token, which is always 1; give a larger --img-size"
+    ):
         _layer(build_model("skaformer_nano", None, img_size=8, num_classes=2), "last")
 
 
+def test_words_for_people(trained, scans):
+    text = io.StringIO()
+    predict(str(trained), [str(scans / "0.png")], top_k=2, console=Console(file=text, width=100), **QUIET)
+    assert "1 image\n" in re.sub(r" +\n", "\n", text.getvalue())
+    assert re.search(r"│ \d \(\d+ %\) +│", text.getvalue())
+
+
 def test_wrong_options(trained, scans):
+    for options in ({"out": ""}, {"out": "file/evaluation"}):
+        (scans / "file").touch()
+        folder = options["out"] and str(scans / options["out"])
+        with pytest.raises(
+            OutputError, match=r"out='' must name a folder|a file is where a folder should be; choose"
+        ):
+            evaluate(str(trained), out=folder, console=silent(), **QUIET)
+    with pytest.raises(OutputError, match="attention='' must name a folder"):
+        guesses(trained, scans, attention="")
     with pytest.raises(OutputError, match=r"out='p.txt' must end in .csv or .json"):
         guesses(trained, scans, out="p.txt")
     with pytest.raises(StaticKeyError, match="top_k=0"):

@@ -19,13 +19,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from .._checks import check_positive
+from .._checks import check_folder, check_positive
 from .._files import write_atomic, write_text
 from ..data import IMAGE_SUFFIXES, UNREADABLE, normalize, square, stream_transforms
 from ..errors import OutputError, StaticKeyError
 from ..layers import TokenMixer
 from ..viz import attention_overlay, capture_attention
-from .display import Display
+from .display import Display, counted
 from .engine import new_trainer
 from .recipe import Machine, Recipe
 from .weights import ModelCard, load_model
@@ -82,6 +82,8 @@ def predict(
     check_positive(top_k=top_k)
     if out is not None and Path(out).suffix not in (".csv", ".json"):
         raise OutputError(f"out={out!r} must end in .csv or .json")
+    if attention is not None:
+        check_folder(attention=attention)
     display = Display(console)
     model, card = load_model(source, img_size=img_size, ema=ema)
     device = new_trainer(Recipe(), Machine(accelerator=accelerator)).strategy.root_device
@@ -108,10 +110,12 @@ def predict(
                 row["attention"] = str(Path(attention) / names[path])
             _draw(model, str(name), images, pixels, batch_rows)
         rows += batch_rows
+    if not rows and len(skipped) == 1:
+        raise StaticKeyError(f"cannot read {skipped[0]}")
     for line in skipped:
         display.say(f"[yellow]skipped[/yellow] {escape(line)}")
     if not rows:
-        raise StaticKeyError(f"none of {len(paths)} files could be read; the first: {skipped[0]}")
+        raise StaticKeyError(f"none of {len(paths)} files could be read")
     if out is not None:
         write_text(Path(out), json.dumps(rows, indent=2) + "\n" if out.endswith(".json") else _csv(rows))
         display.say(f"results: {escape(out)}")
@@ -183,7 +187,7 @@ def _classes(model: nn.Module, images: Tensor, card: ModelCard, top_k: int) -> l
 
 def _layer(model: nn.Module, layer: str) -> str:
     """The name of a mixer that has an attention map of several tokens."""
-    sizes = {
+    sizes: dict[str, tuple[int, int]] = {
         name: module.feat_size
         for name, module in model.named_modules()
         if isinstance(module, TokenMixer) and hasattr(module, "attention_weights")
@@ -247,7 +251,7 @@ def _csv(rows: list[dict[str, Any]]) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     """The first images' classes, for the terminal."""
-    title = f"{len(rows)} images" + (f", the first {_SHOWN}" if len(rows) > _SHOWN else "")
+    title = counted(len(rows), "image") + (f", the first {_SHOWN}" if len(rows) > _SHOWN else "")
     table = Table(title=title, title_justify="left")
     table.add_column("file", overflow="fold")
     table.add_column("class", style="bold")
@@ -255,6 +259,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table.add_column("then", style="dim", overflow="fold")
     for row in rows[:_SHOWN]:
         best, *rest = row["classes"]
-        then = ", ".join(f"{guess['class']} {100 * guess['probability']:.0f}" for guess in rest)
+        then = ", ".join(f"{guess['class']} ({100 * guess['probability']:.0f} %)" for guess in rest)
         table.add_row(escape(row["file"]), escape(best["class"]), f"{100 * best['probability']:.1f}", escape(then))
     return table
