@@ -64,8 +64,9 @@ def test_overlays_colour_what_differs_from_uniform_attention():
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_figures_draw(seeds):
     curve = [{"epoch": e, "holdout_accuracy": 10.0 * e, "train_loss": 1 / e} for e in (1, 2)]
-    figure = learning_curves({"mhsa": [curve] * seeds, "ska": [curve] * seeds})
-    lines = figure.axes[0].lines
+    accuracy, loss = learning_curves({"mhsa": [curve] * seeds, "ska": [curve] * seeds})
+    assert loss.axes[0].get_title(loc="left") == "training loss"
+    lines = accuracy.axes[0].lines
     assert [line.get_label() for line in lines] == ["mhsa", "ska"]
     np.testing.assert_allclose(lines[0].get_ydata(), [10, 20])
     interval = None if seeds == 1 else (-1.0, 2.0)

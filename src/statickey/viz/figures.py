@@ -49,22 +49,19 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
 
 
-def learning_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Figure:
-    """Held-out accuracy and training loss against epochs.
+def learning_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> list[Figure]:
+    """Held-out accuracy and training loss against epochs, a figure each.
 
     Args:
         curves: For each mixer, one curve a seed, one row an epoch.
     """
     shades = colours(list(curves))
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 3.2), layout="constrained")
-        panels = figure.subplots(1, 2)
-        for axes, key, title in zip(
-            panels,
-            ("holdout_accuracy", "train_loss"),
-            ("held-out accuracy, %", "training loss"),
-            strict=True,
-        ):
+        figures = []
+        for key, title in {"holdout_accuracy": "held-out accuracy, %", "train_loss": "training loss"}.items():
+            figure = Figure(figsize=(4.5, 3.2), layout="constrained")
+            figures.append(figure)
+            axes: Any = figure.subplots()
             for name, runs in curves.items():
                 epochs = [row["epoch"] for row in runs[0]]
                 values = np.array([[row[key] for row in run] for run in runs])
@@ -76,8 +73,8 @@ def learning_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]
             axes.set_xlabel("epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(axis="y")
-        panels[0].legend(frameon=False, ncols=2)
-    return figure
+        figures[0].axes[0].legend(frameon=False, ncols=2)
+    return figures
 
 
 def differences(rows: Sequence[Mapping[str, Any]], baseline: str, per_seed: Mapping[str, Sequence[float]]) -> Figure:
@@ -91,7 +88,7 @@ def differences(rows: Sequence[Mapping[str, Any]], baseline: str, per_seed: Mapp
     shades = colours([row["mixer"] for row in rows])
     shown = [row for row in rows if row["difference"] is not None]
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(9, 0.9 + 0.5 * len(shown)), layout="constrained")
+        figure = Figure(figsize=(6, 0.9 + 0.5 * len(shown)), layout="constrained")
         axes = figure.subplots()
         axes.axvline(0, color=INK, linewidth=1)
         for y, row in enumerate(reversed(shown)):
