@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ._typing import Size2
-from .errors import BackendError, FeatSizeError, StaticKeyError, UnknownNameError
+from .errors import BackendError, FeatSizeError, OutputError, StaticKeyError, UnknownNameError
 
 
 def check_name(kind: str, name: str, known: Iterable[str]) -> None:
@@ -20,6 +20,13 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names[:12])}"
     raise UnknownNameError(f"unknown {kind} {name!r}; {hint}")
+
+
+def check_folder(**folders: str) -> None:
+    """Refuse any keyword whose value is empty, which would be the current folder."""
+    for name, folder in folders.items():
+        if not folder:
+            raise OutputError(f"{name}={folder!r} must name a folder; '.' is the current one")
 
 
 def check_mapping(name: str, value: Any) -> dict[str, Any]:

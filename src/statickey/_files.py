@@ -20,6 +20,8 @@ def explained_write(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "the disk is full; free some space and run the same command again, nothing done is lost"
+        elif error.errno in (errno.EEXIST, errno.ENOTDIR):
+            remedy = "a file is where a folder should be; choose another --out"
         else:
             remedy = "choose another --out or change its permissions"
         raise OutputError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error

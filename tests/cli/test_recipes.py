@@ -83,8 +83,17 @@ def test_train_evaluate_predict_through_the_command(tmp_path, monkeypatch, capsy
     assert "bad.png" in capsys.readouterr().out
 
 
+FILES = {"typo.yaml": "lrr: 3\n", "broken.yaml": "lr: [\n", "list.yaml": "- lr\n", "good.yaml": "epochs: 0\n"}
 WRONG = {
-    "recipe": (["train", "--config", "cifar11"], "cifar11"),
+    "recipe": (["train", "--config", "nope"], "unknown recipe 'nope'; choose one of cifar10-cpu,"),
+    "no file": (["train", "--config=nope.yaml"], ", or give a YAML file"),
+    "not for recipes": (["evaluate", "run", "--config", "digits"], "no file 'digits'; give a YAML file"),
+    "key in a file": (["train", "--config", "typo.yaml"], "typo.yaml: unknown option 'lrr'; did you mean lr"),
+    "broken file": (["train", "--config", "broken.yaml"], "broken.yaml: while parsing"),
+    "no options": (["train", "--config", "list.yaml"], "list.yaml: the content is ['lr']; it must map names"),
+    "value": (["train", "--config", "good.yaml"], "epochs=0 must be a positive integer"),
+    "option": (["train", "--epoch-s", "3"], "unknown option 'epoch_s'; did you mean epochs"),
+    "no such option": (["predict", "run", "x.png", "--zzzzz"], "unknown option 'zzzzz'; known: "),
     "mixer": (["train", "--mixer", "skaa"], "unknown mixer 'skaa'"),
     "run": (["evaluate", "nowhere"], "there is no nowhere; give the folder"),
     "files": (["predict", "nowhere", "x.png"], "there is no nowhere; give the folder"),
@@ -97,9 +106,18 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_input_is_one_line_and_exit_2(case, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    for name, text in FILES.items():
+        (tmp_path / name).write_text(text)
     words, message = WRONG[case]
     assert main(words) == 2
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.err.count("\n") == 1
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == set(FILES)
+
+
+@pytest.mark.parametrize("command", ["compare", "train", "evaluate", "predict"])
+def test_help_lists_recipes_where_they_can_be_used(command, capsys):
+    with pytest.raises(SystemExit):
+        main([command, "--help"])
+    assert ("imagenet-s18" in capsys.readouterr().out) == (command in ("compare", "train"))

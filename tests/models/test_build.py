@@ -62,6 +62,14 @@ def test_one_seed_one_set_of_weights():
             StaticKeyError,
             "patch size 12 .* does not divide img_size=32; resize to img_size=24",
         ),
+        (
+            "small_vit",
+            {"num_classes": 7},
+            StaticKeyError,
+            "num_classes=7 in model_args: it comes from the data; leave",
+        ),
+        ("vit_tiny_patch16_224", {"in_chans": 1}, StaticKeyError, "in_chans=1 in model_args: it comes from the data"),
+        ("skaformer_nano", {"img_size": 64}, StaticKeyError, "img_size=64 in model_args: it is an option of its own"),
         ("resnet18", {}, StaticKeyError, "ResNet is not a host this can convert"),
     ],
 )

@@ -1,6 +1,7 @@
 import csv
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from image_folders import make_folder, make_parquet
 from statickey.errors import DataError, OutputError, StaticKeyError
-from statickey.tasks import Machine, Recipe, evaluate, predict, train
+from statickey.models import build_model
+from statickey.tasks import Machine, Recipe, evaluate, load_model, predict, train
 from statickey.tasks.evaluate import Scores
+from statickey.tasks.predict import _layer
 
 QUIET = {"accelerator": "cpu"}
 
@@ -63,6 +66,20 @@ def test_results_on_disk(trained):
     assert found["images_per_second"] > 0
 
 
+def test_averaged_weights_have_a_folder_of_their_own(trained):
+    evaluate(str(trained), console=silent(), **QUIET)
+    before = (trained / "evaluation" / "evaluation.json").read_bytes()
+    whole = evaluate(str(trained), ema=True, console=silent(), **QUIET)
+    (trained / "evaluation-ema" / "evaluation.json").unlink()
+    file = evaluate(str(trained / "model_ema.safetensors"), console=silent(), **QUIET)
+    assert file["ema"]
+    assert file["top1"] == whole["top1"]
+    assert json.loads((trained / "evaluation-ema" / "evaluation.json").read_text())["ema"]
+    assert (trained / "evaluation" / "evaluation.json").read_bytes() == before
+    with pytest.raises(OutputError, match="is one file, not the averaged weights; give its folder, or leave out"):
+        evaluate(str(trained / "model.safetensors"), ema=True, console=silent(), **QUIET)
+
+
 def test_holdout_and_weights_file_and_another_size(trained, tmp_path):
     whole = evaluate(str(trained), out=str(tmp_path / "a"), console=silent(), **QUIET)
     file = evaluate(str(trained / "model.safetensors"), out=str(tmp_path / "b"), console=silent(), **QUIET)
@@ -74,6 +91,14 @@ def test_holdout_and_weights_file_and_another_size(trained, tmp_path):
     larger = evaluate(str(trained), img_size=12, out=str(tmp_path / "d"), console=silent(), **QUIET)
     assert larger["img_size"] == 12
     assert larger["top1"] > 15  # resampled keys still know digits
+    assert load_model(trained, img_size=12)[0].blocks[0].attn.feat_size == (6, 6)  # patches stay as they were
+
+
+def test_a_size_that_patches_do_not_divide_is_refused(trained, scans):
+    for act in (evaluate, lambda source, **options: predict(source, [str(scans)], **options)):
+        with pytest.raises(OutputError, match=r"patch_size=2 does not divide img_size=7; .* or img_size=6"):
+            act(str(trained), img_size=7, console=silent(), **QUIET)
+    assert guesses(trained, scans, img_size=6).rows
 
 
 def test_streamed_and_folder_runs(tmp_path):
@@ -109,8 +134,11 @@ def test_what_does_not_fit_is_named(trained, tmp_path):
         with pytest.raises(OutputError, match=message):
             evaluate(str(copy), data="digits", console=silent(), **QUIET)
     (copy / "model.safetensors").write_bytes(b"torn")
-    with pytest.raises(OutputError, match="cannot read weights from"):
+    with pytest.raises(OutputError, match=r"cannot read weights from .*: not a safetensors file \(.*\); give a"):
         evaluate(str(copy), data="digits", console=silent(), **QUIET)
+    (tmp_path / "resnet.pth").write_bytes(b"")
+    with pytest.raises(OutputError, match=r"resnet.pth has no config.json beside it; give the folder"):
+        evaluate(str(tmp_path / "resnet.pth"), console=silent(), **QUIET)
     (copy / "config.json").write_text("{}")
     with pytest.raises(OutputError, match="does not describe a network"):
         evaluate(str(copy), data="digits", console=silent(), **QUIET)
@@ -168,8 +196,10 @@ def test_bad_files_are_named_and_skipped(trained, scans):
     assert len(found.rows) == 6
     assert any("bad.png" in line for line in found.skipped)
     assert any("gone.png: No such file" in line for line in found.skipped)
-    with pytest.raises(StaticKeyError, match=r"none of 1 files could be read; the first: .*bad.png"):
+    with pytest.raises(StaticKeyError, match=r"^cannot read .*bad.png: "):
         guesses(trained, scans / "bad.png")
+    with pytest.raises(StaticKeyError, match="none of 2 files could be read"):
+        guesses(trained, scans / "bad.png", scans / "gone.png")
     with pytest.raises(StaticKeyError, match="no image in"):
         guesses(trained, scans / "*.jpg")
 
@@ -192,11 +222,46 @@ def test_pictures_of_the_attention(trained, scans, tmp_path):
     names = sorted(path.name for path in (tmp_path / "maps").iterdir())
     assert names == ["0-2.png", "0.png", *(f"{i}.png" for i in range(1, 6))]
     assert Image.open(tmp_path / "maps" / "0.png").size[0] > 300
+    out = tmp_path / "p.csv"
+    found = guesses(trained, scans, attention=str(tmp_path / "maps"), top_k=1, out=str(out))
+    twice = {row["file"]: row["attention"] for row in found.rows if row["file"].endswith("0.png")}
+    assert list(twice.values()) == [str(tmp_path / "maps" / name) for name in ("0.png", "0-2.png")]
+    assert [row["attention"] for row in csv.DictReader(out.open())] == [row["attention"] for row in found.rows]
+    assert "attention" not in guesses(trained, scans).rows[0]
     with pytest.raises(StaticKeyError, match=r"layer='blocks.9.attn' .* one of blocks.0.attn, blocks.1.attn"):
         guesses(trained, scans, attention=str(tmp_path / "maps"), layer="blocks.9.attn")
 
 
+def test_a_grid_of_one_token_is_not_drawn():
+    stages = {size: build_model("skaformer_nano", None, img_size=size, num_classes=2) for size in (32, 64)}
+    assert stages[64].stages[3].blocks[-1].token_mixer.feat_size == (2, 2)
+    assert _layer(stages[64], "last").startswith("stages.3")
+    assert _layer(stages[32], "last").startswith("stages.2")
+    with pytest.raises(StaticKeyError, match=r"grid of one token, .*; choose 'last' or one of stages.1"):
+        _layer(stages[32], _layer(stages[64], "last"))
+    with pytest.raises(
+        StaticKeyError, match=r"all attention .* one token, which is always 1; give a larger --img-size"
+    ):
+        _layer(build_model("skaformer_nano", None, img_size=8, num_classes=2), "last")
+
+
+def test_words_for_people(trained, scans):
+    text = io.StringIO()
+    predict(str(trained), [str(scans / "0.png")], top_k=2, console=Console(file=text, width=100), **QUIET)
+    assert "1 image\n" in re.sub(r" +\n", "\n", text.getvalue())
+    assert re.search(r"│ \d \(\d+ %\) +│", text.getvalue())
+
+
 def test_wrong_options(trained, scans):
+    for options in ({"out": ""}, {"out": "file/evaluation"}):
+        (scans / "file").touch()
+        folder = options["out"] and str(scans / options["out"])
+        with pytest.raises(
+            OutputError, match=r"out='' must name a folder|a file is where a folder should be; choose"
+        ):
+            evaluate(str(trained), out=folder, console=silent(), **QUIET)
+    with pytest.raises(OutputError, match="attention='' must name a folder"):
+        guesses(trained, scans, attention="")
     with pytest.raises(OutputError, match=r"out='p.txt' must end in .csv or .json"):
         guesses(trained, scans, out="p.txt")
     with pytest.raises(StaticKeyError, match="top_k=0"):

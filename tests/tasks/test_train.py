@@ -74,6 +74,7 @@ def test_a_run_leaves_what_it_says(tmp_path):
     assert not list(tmp_path.glob("*.ckpt"))
     assert "epoch 2/3" in text
     assert "360 test images" in text
+    assert "small_vit with ska on digits" in text
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert (config["mixer"], config["epochs"], config["accelerator"]) == ("ska", 3, "cpu")
     before = (tmp_path / "run.json").stat().st_mtime_ns
@@ -98,6 +99,22 @@ def test_own_names_load_with_timm(tmp_path):
     torch.testing.assert_close(ours(x), theirs(x))
     assert card.class_names == tuple("0123456789")
     assert tuple(theirs.pretrained_cfg["mean"]) == card.mean
+
+
+def test_an_interrupted_run_is_told_from_a_folder_without_one(tmp_path, monkeypatch):
+    interrupted(tmp_path / "run", monkeypatch, epoch=1, epochs=2)
+    with pytest.raises(OutputError, match="run holds an interrupted run; the same command that began it finishes it"):
+        load_model(tmp_path / "run")
+    with pytest.raises(OutputError, match=r"holds no model.safetensors; give the folder of a finished run"):
+        load_model(tmp_path)
+
+
+def test_out_is_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match=r"cannot write .*file: .*; a file is where a folder should be; choose an"):
+        run(tmp_path / "file", epochs=1)
+    with pytest.raises(OutputError, match="out='' must name a folder"):
+        run("", epochs=1)
 
 
 def test_another_configuration_is_refused_with_the_difference(tmp_path):
@@ -141,6 +158,9 @@ def test_weights_to_start_from(tmp_path):
     run(tmp_path / "second", epochs=1, weights=str(tmp_path / "first" / "model.safetensors"), lr=1e-9)
     first, second = (weights(tmp_path / name)["model"] for name in ("first", "second"))
     torch.testing.assert_close(first["blocks.0.attn.static_key"], second["blocks.0.attn.static_key"])
+    (tmp_path / "text.safetensors").write_text("these are not weights")
+    with pytest.raises(OutputError, match=r"text.safetensors: not a safetensors file \(.*timm checkpoint"):
+        run(tmp_path / "third", weights=str(tmp_path / "text.safetensors"))
     with pytest.raises(OutputError, match="no weights file 'nowhere'"):
         run(tmp_path / "third", weights="nowhere")
     assert not (tmp_path / "third").exists()

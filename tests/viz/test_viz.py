@@ -4,7 +4,7 @@ import torch
 
 from statickey import StaticKeyAttention
 from statickey.models import build_model
-from statickey.viz import capture_attention, differences, key_colours, learning_curves
+from statickey.viz import attention_overlay, capture_attention, differences, key_colours, learning_curves
 from tolerances import assert_close
 
 
@@ -43,11 +43,30 @@ def test_key_colours_show_differences_between_rows_only():
     assert_close("equal rows", key_colours(torch.ones(1, 4, 2), 0, (2, 2)), torch.full((1, 2, 2, 3), 0.5))
 
 
+def test_overlays_colour_what_differs_from_uniform_attention():
+    image = np.full((8, 8, 3), 0.5)
+    uniform = torch.full((2, 17, 17), 1 / 17)
+    peaked = uniform.clone()
+    peaked[0, 0] = torch.tensor([0.0] * 16 + [1.0])  # the class token looks at the last patch
+
+    def levels(weights):
+        axes = attention_overlay(image, weights, (4, 4), "a_$x$.png").axes
+        assert [text.get_text() for text in axes[-1].get_xticklabels()][:2] == ["0", "1/N (uniform)"]
+        return [np.asarray(panel.images[-1].get_array()) for panel in axes[2:4]]
+
+    np.testing.assert_allclose(levels(uniform), 0, atol=1e-6)
+    first, second = levels(peaked)
+    assert first[3, 3] == pytest.approx(1)
+    assert first[0, 0] == pytest.approx(-1)
+    np.testing.assert_allclose(second, 0, atol=1e-6)
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_figures_draw(seeds):
     curve = [{"epoch": e, "holdout_accuracy": 10.0 * e, "train_loss": 1 / e} for e in (1, 2)]
-    figure = learning_curves({"mhsa": [curve] * seeds, "ska": [curve] * seeds})
-    lines = figure.axes[0].lines
+    accuracy, loss = learning_curves({"mhsa": [curve] * seeds, "ska": [curve] * seeds})
+    assert loss.axes[0].get_title(loc="left") == "training loss"
+    lines = accuracy.axes[0].lines
     assert [line.get_label() for line in lines] == ["mhsa", "ska"]
     np.testing.assert_allclose(lines[0].get_ydata(), [10, 20])
     interval = None if seeds == 1 else (-1.0, 2.0)

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
+from .._checks import check_folder
 from .._files import write_text
 from ..data import ImageData
 from ..errors import StaticKeyError
@@ -56,6 +57,7 @@ def compare(
         StaticKeyError: An argument, the data or the folder is not usable; the message says what to do.
         KeyboardInterrupt: Ctrl-C; the same call continues.
     """
+    check_folder(out=str(out))
     machine = Machine() if machine is None else machine
     config = CompareConfig(
         recipe=(Recipe() if recipe is None else recipe).on(machine),

@@ -28,7 +28,7 @@ from ..viz import (
 )
 from .config import CompareConfig
 from .results import FinishedRun
-from .table import row_cells
+from .table import column_heads, row_cells
 
 REPORT_FILE = "report.html"
 NUM_IMAGES = 3
@@ -68,9 +68,10 @@ def write_report(
         ),
         _section(
             "Learning curves",
-            _svg(learning_curves({n: [run.result["curve"] for run in of[n]] for n in names}))
-            + "<p class=note>Line: mean over seeds. Band: lowest to highest seed. The held-out images are a part "
-            "of the training images; the test images are read once, after the last epoch.</p>",
+            "<div class=row>"
+            + "".join(map(_svg, learning_curves({n: [run.result["curve"] for run in of[n]] for n in names})))
+            + "</div><p class=note>Line: mean over seeds. Band: lowest to highest seed. The held-out images are a "
+            "part of the training images; the test images are read once, after the last epoch.</p>",
         ),
         _section("Where a token looks", _attention(config, data, models, of)),
         _section("What the static keys learned", _keys(config, data, models, of)),
@@ -109,8 +110,7 @@ def _verdicts(summary: Mapping[str, Any]) -> str:
 
 def _table(summary: Mapping[str, Any]) -> str:
     baseline = summary["baseline"]
-    heads = ("mixer", "params", "MACs", "train img/s", "runs", "accuracy %", "EMA %", f"minus {baseline}")
-    head = "".join(f"<th>{html.escape(h)}" for h in (*heads, "95 % seeds", "95 % images"))
+    head = "".join(f"<th>{html.escape(name)}" for name in column_heads(baseline))
     body = "".join(
         "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row_cells(row, baseline)) for row in summary["mixers"]
     )
@@ -276,7 +276,8 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
 td,th{padding:7px 10px;text-align:right;border-bottom:1px solid #e4e7eb;white-space:nowrap}
 th{font-weight:600;color:#616e7c;font-size:13px}td:first-child,th:first-child{text-align:left}
 td:first-child{font-weight:600}tr:last-child td{border-bottom:0}
-.wide{overflow-x:auto}.note{color:#616e7c;font-size:13px;margin:10px 0 0}
+.wide{overflow-x:auto;font-size:14px}.wide td,.wide th{padding:7px 6px}.wide th{white-space:normal}
+.note{color:#616e7c;font-size:13px;margin:10px 0 0}
 .verdict{margin:0 0 16px;padding-left:18px}.plot svg{max-width:100%;height:auto}
 .row{display:flex;flex-wrap:wrap;gap:18px}.row img{max-width:100%;height:auto}
 figure{margin:0}figcaption{text-align:center;color:#616e7c;font-size:13px}

@@ -4,9 +4,8 @@ from typing import Any
 
 from rich.table import Table
 
-_COLUMNS = ("mixer", "params", "MACs", "train img/s", "runs", "accuracy %", "EMA %")
-_LEFT_OUT = ("params", "MACs", "train img/s", "runs", "EMA %")
-"""On a narrow terminal; the page has them."""
+_LAST = ("EMA %", "runs", "params", "MACs", "train img/s")
+"""Left out on a narrow terminal; the page has them."""
 _WIDTH = 112
 
 
@@ -14,8 +13,8 @@ def results_table(summary: dict[str, Any], width: int = _WIDTH) -> Table:
     """The comparison as a table for a terminal of so many columns."""
     baseline = summary["baseline"]
     table = Table(title=summary["title"], title_justify="left", caption_justify="left", title_style="bold")
-    heads = (*_COLUMNS, f"minus {baseline}", "95 % seeds (t)", "95 % images")
-    shown = [i for i, name in enumerate(heads) if width >= _WIDTH or name not in _LEFT_OUT]
+    heads = column_heads(baseline)
+    shown = [i for i, name in enumerate(heads) if width >= _WIDTH or name not in _LAST]
     for i in shown:
         justify: Any = "left" if i == 0 else "center" if heads[i].startswith("95 %") else "right"
         table.add_column(heads[i], justify=justify, no_wrap=True)
@@ -26,27 +25,30 @@ def results_table(summary: dict[str, Any], width: int = _WIDTH) -> Table:
     return table
 
 
+def column_heads(baseline: str) -> tuple[str, ...]:
+    """The heads of ``row_cells``: what was found first, what it costs last."""
+    return ("mixer", "accuracy %", f"minus {baseline}", "95 % seeds (t)", "95 % images", *_LAST)
+
+
 def row_cells(row: dict[str, Any], baseline: str) -> list[str]:
     """The cells of one mixer's row, as text, for terminal and page alike."""
     difference = row["difference"]
-    cells = [
+    if row["mixer"] == baseline:
+        found = ["baseline", "", ""]
+    elif difference is None:
+        found = ["no common seed", "", ""]
+    else:
+        intervals = [interval(difference[name]) for name in ("seed_interval", "image_interval")]
+        found = [f"{difference['mean']:+.2f}", *intervals]
+    return [
         row["mixer"],
+        spread(row["accuracy_mean"], row["accuracy_std"]),
+        *found,
+        spread(row["ema_accuracy_mean"], row["ema_accuracy_std"]),
+        str(len(row["seeds"])),
         f"{row['params'] / 1e6:.3f} M",
         f"{row['macs'] / 1e6:.1f} M",
         f"{row['images_per_second']:,.0f}",
-        str(len(row["seeds"])),
-        spread(row["accuracy_mean"], row["accuracy_std"]),
-        spread(row["ema_accuracy_mean"], row["ema_accuracy_std"]),
-    ]
-    if row["mixer"] == baseline:
-        return [*cells, "baseline", "", ""]
-    if difference is None:
-        return [*cells, "no common seed", "", ""]
-    return [
-        *cells,
-        f"{difference['mean']:+.2f}",
-        interval(difference["seed_interval"]),
-        interval(difference["image_interval"]),
     ]
 
 

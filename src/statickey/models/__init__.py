@@ -5,7 +5,7 @@ from .build import OUR_MODULES, SMALL_VIT, build_model, count_macs, timm_args
 from .checkpoint import LoadReport, checkpoint_filter_fn, warm_start
 from .figures import ModelFigures, model_figures
 from .reference import load_reference_state_dict
-from .small_vit import small_vit
+from .small_vit import small_vit, small_vit_sizes
 from .weights import load_exactly, read_weights, start_from
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "model_figures",
     "read_weights",
     "small_vit",
+    "small_vit_sizes",
     "start_from",
     "static_key_former",
     "static_key_vit",

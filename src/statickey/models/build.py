@@ -18,6 +18,11 @@ from .small_vit import small_vit
 SMALL_VIT = "small_vit"
 OUR_MODULES = ["static_key_former", "static_key_vit", "lsa_vit"]
 """Modules of this package's names in timm's registry."""
+_NOT_MODEL_ARGS = {
+    "num_classes": "it comes from the data",
+    "in_chans": "it comes from the data",
+    "img_size": "it is an option of its own",
+}
 
 
 def build_model(
@@ -53,6 +58,9 @@ def build_model(
         StaticKeyError: The host refuses its arguments, or cannot take the mixer.
     """
     check_name("model", name, [SMALL_VIT, *timm.list_models()])
+    for taken, remedy in _NOT_MODEL_ARGS.items():
+        if model_args is not None and taken in model_args:
+            raise StaticKeyError(f"{taken}={model_args[taken]!r} in model_args: {remedy}; leave it out of model_args")
     torch.manual_seed(seed)
     args = _filled({} if model_args is None else dict(model_args), mixer) | _own_mixer(name, mixer, model_args)
     host: Any

@@ -10,6 +10,12 @@ from ..errors import StaticKeyError
 POS_EMBED_STD = 0.3
 
 
+def small_vit_sizes(img_size: int) -> dict[str, int]:
+    """The arguments of ``small_vit`` whose defaults follow the image size; a trained network keeps its own."""
+    tiny = img_size <= 16
+    return {"patch_size": max(img_size // (4 if tiny else 8), 1), "embed_dim": 64 if tiny else 96}
+
+
 def small_vit(
     img_size: int,
     *,
@@ -45,9 +51,9 @@ def small_vit(
     Raises:
         StaticKeyError: The patch size does not divide the image, or an argument is out of range.
     """
-    tiny = img_size <= 16
-    patch_size = max(img_size // (4 if tiny else 8), 1) if patch_size is None else patch_size
-    embed_dim = (64 if tiny else 96) if embed_dim is None else embed_dim
+    sizes = small_vit_sizes(img_size)
+    patch_size = sizes["patch_size"] if patch_size is None else patch_size
+    embed_dim = sizes["embed_dim"] if embed_dim is None else embed_dim
     check_positive(img_size=img_size, patch_size=patch_size, depth=depth)
     check_head_dim(embed_dim, num_heads, None)
     if img_size % patch_size:

@@ -27,7 +27,11 @@ def read_weights(path: str | Path) -> dict[str, Any]:
         *(pickle.UnpicklingError, safetensors.SafetensorError),
     ) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise OutputError(f"cannot read weights from {path}: {reason}") from error
+        if isinstance(error, safetensors.SafetensorError):
+            reason = f"not a safetensors file ({reason})"
+        raise OutputError(
+            f"cannot read weights from {path}: {reason}; give a .safetensors file or a timm checkpoint"
+        ) from error
 
 
 def start_from(model: nn.Module, path: str | Path) -> LoadReport:

@@ -20,6 +20,11 @@ from rich.progress import (
 T = TypeVar("T")
 
 
+def counted(number: int, noun: str) -> str:
+    """A number of things, in words: 1 image, 1,000 images."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 class Display:
     """Progress bars on a terminal; one line per finished run elsewhere."""
 

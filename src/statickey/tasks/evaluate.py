@@ -20,14 +20,15 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
+from .._checks import check_folder
 from .._environment import environment
 from .._files import write_atomic, write_json, write_text
 from ..errors import DataError, OutputError, StaticKeyError
 from ..viz import confusion_matrix
-from .display import Display
+from .display import Display, counted
 from .engine import RESULT_FILE, data_module, explained_workers, new_trainer, read_data, score
 from .recipe import Machine, Recipe
-from .weights import ModelCard, load_model
+from .weights import WEIGHTS_FILES, ModelCard, load_model
 
 CALIBRATION_BINS = 15
 
@@ -102,7 +103,10 @@ def evaluate(
     """
     if split not in ("test", "holdout"):
         raise StaticKeyError(f"split={split!r} must be 'test' or 'holdout'")
+    if out is not None:
+        check_folder(out=out)
     display = Display(console)
+    ema = ema or Path(source).name == WEIGHTS_FILES["ema"]
     model, card = load_model(source, img_size=img_size, ema=ema)
     recipe = _recipe(Path(source), card, data, data_dir, img_size, precision)
     trainer = new_trainer(recipe, Machine(accelerator=accelerator))
@@ -197,7 +201,7 @@ def _per_class(rows: list[dict[str, Any]]) -> str:
 def _table(result: dict[str, Any]) -> Table:
     """The scores, for the terminal."""
     name = Path(result["data"]).name
-    title = f"{result['images']:,} {result['split']} images of {name}, {result['img_size']} px"
+    title = f"{counted(result['images'], result['split'] + ' image')} of {name}, {result['img_size']} px"
     table = Table(title=title, title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -209,7 +213,7 @@ def _table(result: dict[str, Any]) -> Table:
         "mean per class": f"{result['mean_per_class']:.2f} %",
         "calibration error": f"{result['calibration_error']:.2f} %",
         "cross-entropy": f"{result['cross_entropy']:.3f}",
-        "hardest classes": ", ".join(f"{escape(row['class'])} {row['accuracy']:.0f} %" for row in worst),
+        "hardest classes": ", ".join(f"{escape(row['class'])} ({row['accuracy']:.0f} %)" for row in worst),
         "throughput": f"{result['images_per_second']:,.0f} img/s",
     }
     for name, value in rows.items():

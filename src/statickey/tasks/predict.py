@@ -19,13 +19,13 @@ from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
 
-from .._checks import check_positive
+from .._checks import check_folder, check_positive
 from .._files import write_atomic, write_text
 from ..data import IMAGE_SUFFIXES, UNREADABLE, normalize, square, stream_transforms
 from ..errors import OutputError, StaticKeyError
 from ..layers import TokenMixer
 from ..viz import attention_overlay, capture_attention
-from .display import Display
+from .display import Display, counted
 from .engine import new_trainer
 from .recipe import Machine, Recipe
 from .weights import ModelCard, load_model
@@ -39,7 +39,8 @@ class Predictions:
     """Classes of images, and the files that could not be read."""
 
     rows: list[dict[str, Any]]
-    """One a file: ``file`` and ``classes``, a list of ``class`` and ``probability``, the likeliest first."""
+    """One a file: ``file`` and ``classes``, a list of ``class`` and ``probability``, the likeliest first; and
+    ``attention``, the path of its picture, where pictures were asked for."""
     skipped: list[str]
     """Why files were left out."""
 
@@ -66,8 +67,9 @@ def predict(
         img_size: Bring images and network to this size.
         ema: Use the averaged weights.
         out: A ``.csv`` or ``.json`` file for the results.
-        attention: Folder for pictures of the attention, one PNG an image.
-        layer: Whose attention: the name of a mixer, such as ``blocks.3.attn``, or ``last``.
+        attention: Folder for pictures of the attention, one PNG an image; the results name them.
+        layer: Whose attention: the name of a mixer, such as ``blocks.3.attn``, or ``last``, the last one with more
+            than one token.
         accelerator: Lightning's accelerator.
         console: Where to print; default the terminal.
 
@@ -80,6 +82,8 @@ def predict(
     check_positive(top_k=top_k)
     if out is not None and Path(out).suffix not in (".csv", ".json"):
         raise OutputError(f"out={out!r} must end in .csv or .json")
+    if attention is not None:
+        check_folder(attention=attention)
     display = Display(console)
     model, card = load_model(source, img_size=img_size, ema=ema)
     device = new_trainer(Recipe(), Machine(accelerator=accelerator)).strategy.root_device
@@ -97,19 +101,26 @@ def predict(
     for batch in display.track(_batches(reader, paths, skipped), -(-len(paths) // _BATCH), "classifying"):
         kept, pixels = batch
         images = normalize(torch.stack(pixels).to(device), reader.mean.to(device), reader.std.to(device))
-        if name is not None:
-            _draw(Path(str(attention)), model, name, images, pixels, [names[path] for path in kept])
-        rows += [
+        batch_rows: list[dict[str, Any]] = [
             {"file": str(path), "classes": classes}
             for path, classes in zip(kept, _classes(model, images, card, top_k), strict=True)
         ]
+        if attention is not None:
+            for row, path in zip(batch_rows, kept, strict=True):
+                row["attention"] = str(Path(attention) / names[path])
+            _draw(model, str(name), images, pixels, batch_rows)
+        rows += batch_rows
+    if not rows and len(skipped) == 1:
+        raise StaticKeyError(f"cannot read {skipped[0]}")
     for line in skipped:
         display.say(f"[yellow]skipped[/yellow] {escape(line)}")
     if not rows:
-        raise StaticKeyError(f"none of {len(paths)} files could be read; the first: {skipped[0]}")
+        raise StaticKeyError(f"none of {len(paths)} files could be read")
     if out is not None:
         write_text(Path(out), json.dumps(rows, indent=2) + "\n" if out.endswith(".json") else _csv(rows))
         display.say(f"results: {escape(out)}")
+    if attention is not None:
+        display.say(f"attention: {escape(attention)}")
     display.console.print(_table(rows))
     return Predictions(rows, skipped)
 
@@ -175,16 +186,27 @@ def _classes(model: nn.Module, images: Tensor, card: ModelCard, top_k: int) -> l
 
 
 def _layer(model: nn.Module, layer: str) -> str:
-    """The name of a mixer that has an attention map."""
-    names = [
-        name
+    """The name of a mixer that has an attention map of several tokens."""
+    sizes: dict[str, tuple[int, int]] = {
+        name: module.feat_size
         for name, module in model.named_modules()
         if isinstance(module, TokenMixer) and hasattr(module, "attention_weights")
-    ]
-    if not names:
+    }
+    if not sizes:
         raise StaticKeyError("this network has no mixer with an attention map; leave out --attention")
+    names = [name for name, feat_size in sizes.items() if feat_size != (1, 1)]
+    if not names:
+        raise StaticKeyError(
+            "all attention of this network is on a grid of one token, which is always 1; give a larger --img-size, "
+            "or leave out --attention"
+        )
     if layer == "last":
-        return str(names[-1])
+        return names[-1]
+    if layer in sizes and layer not in names:
+        raise StaticKeyError(
+            f"layer={layer!r} attends on a grid of one token, which is always 1; choose 'last' or one of "
+            f"{', '.join(names)}"
+        )
     if layer not in names:
         raise StaticKeyError(f"layer={layer!r} has no attention map; choose 'last' or one of {', '.join(names)}")
     return layer
@@ -201,31 +223,35 @@ def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def _draw(
-    folder: Path, model: nn.Module, layer: str, images: Tensor, pixels: Sequence[Tensor], names: Sequence[str]
+    model: nn.Module, layer: str, images: Tensor, pixels: Sequence[Tensor], rows: Sequence[dict[str, Any]]
 ) -> None:
     mixer: Any = model.get_submodule(layer)
     weights = capture_attention(model, images)[layer]
     if len(weights) != len(images):
         raise StaticKeyError(f"layer {layer} attends within windows of an image; choose another --layer")
-    for image, maps, name in zip(pixels, weights, names, strict=True):
+    for image, maps, row in zip(pixels, weights, rows, strict=True):
         picture = image.permute(1, 2, 0).numpy() / 255
-        figure = attention_overlay(picture, maps, mixer.feat_size, layer)
-        write_atomic(folder / name, partial(figure.savefig, format="png", dpi=150))
+        best = row["classes"][0]
+        title = f"{Path(row['file']).name}: {best['class']} ({100 * best['probability']:.0f} %)\n{layer}"
+        figure = attention_overlay(picture, maps, mixer.feat_size, title)
+        write_atomic(Path(row["attention"]), partial(figure.savefig, format="png", dpi=150))
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["file", "rank", "class", "probability"])
+    pictures = ["attention"] if "attention" in rows[0] else []
+    writer.writerow(["file", "rank", "class", "probability", *pictures])
     for row in rows:
         for rank, guess in enumerate(row["classes"], start=1):
-            writer.writerow([row["file"], rank, guess["class"], f"{guess['probability']:.6f}"])
+            cells = [row["file"], rank, guess["class"], f"{guess['probability']:.6f}"]
+            writer.writerow([*cells, *(row[name] for name in pictures)])
     return text.getvalue()
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
     """The first images' classes, for the terminal."""
-    title = f"{len(rows)} images" + (f", the first {_SHOWN}" if len(rows) > _SHOWN else "")
+    title = counted(len(rows), "image") + (f", the first {_SHOWN}" if len(rows) > _SHOWN else "")
     table = Table(title=title, title_justify="left")
     table.add_column("file", overflow="fold")
     table.add_column("class", style="bold")
@@ -233,6 +259,6 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table.add_column("then", style="dim", overflow="fold")
     for row in rows[:_SHOWN]:
         best, *rest = row["classes"]
-        then = ", ".join(f"{guess['class']} {100 * guess['probability']:.0f}" for guess in rest)
+        then = ", ".join(f"{guess['class']} ({100 * guess['probability']:.0f} %)" for guess in rest)
         table.add_row(escape(row["file"]), escape(best["class"]), f"{100 * best['probability']:.1f}", escape(then))
     return table

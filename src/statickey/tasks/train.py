@@ -16,13 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .._checks import check_name
+from .._checks import check_folder, check_name
 from .._files import write_text
 from ..errors import OutputError, StaticKeyError
 from ..layers import MIXERS
 from ..models import start_from
 from .checkpoint import SUFFIX
-from .display import Display
+from .display import Display, counted
 from .engine import Run, new_model, new_trainer, read_data, train_run
 from .folder import locked
 from .recipe import Machine, Recipe, difference
@@ -66,6 +66,7 @@ def train(
         StaticKeyError: An argument, the data or the folder is not usable; the message says what to do.
         KeyboardInterrupt: Ctrl-C; the same call continues.
     """
+    check_folder(out=out)
     recipe = Recipe() if recipe is None else recipe
     machine = Machine() if machine is None else machine
     recipe = recipe.on(machine)
@@ -112,7 +113,7 @@ def train(
             return run.read_result()
         if first:
             write_text(root / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
-        label = f"{recipe.model}{'' if mixer is None else f' with {mixer}'}, seed {seed}"
+        label = f"{_network(run)}, seed {seed}"
         with display.runs(1) as bars, _loggers(root, logger, run_id) as loggers:
             progress = bars.start(label, recipe.total_epochs)
             result = train_run(run, [progress, CurveFile(root / CURVE_FILE, display)], loggers)
@@ -208,15 +209,17 @@ class CurveFile(L.Callback):
             )
 
 
+def _network(run: Run) -> str:
+    return run.recipe.model if run.mixer is None else f"{run.recipe.model} with {run.mixer}"
+
+
 def _table(run: Run, result: dict[str, Any]) -> Table:
     """What came out, for the terminal."""
-    table = Table(
-        title=f"{run.recipe.model} on {Path(run.recipe.data).name}", title_justify="left", show_header=False
-    )
+    table = Table(title=f"{_network(run)} on {Path(run.recipe.data).name}", title_justify="left", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
     rows = {
-        f"accuracy, {result['scored_images']:,} {run.score_on} images": f"{result['accuracy']:.2f} %",
+        f"accuracy, {counted(result['scored_images'], run.score_on + ' image')}": f"{result['accuracy']:.2f} %",
         "accuracy, averaged weights": f"{result['ema_accuracy']:.2f} %",
         "parameters": f"{result['params'] / 1e6:.3f} M",
         "MACs": f"{result['macs'] / 1e6:.1f} M",

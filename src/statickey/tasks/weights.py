@@ -10,7 +10,8 @@ from torch import nn
 
 from .._files import write_atomic, write_json
 from ..errors import OutputError, StaticKeyError
-from ..models import build_model, load_exactly, timm_args
+from ..models import SMALL_VIT, build_model, load_exactly, small_vit_sizes, timm_args
+from .checkpoint import SUFFIX
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILES = {"last": "model.safetensors", "ema": "model_ema.safetensors"}
@@ -59,7 +60,8 @@ class ModelCard:
         }
 
     def _plain_args(self) -> dict[str, Any]:
-        return {k: v for k, v in self.model_args.items() if k != "pretrained"}
+        sizes = small_vit_sizes(self.img_size) if self.architecture == SMALL_VIT else {}
+        return sizes | {k: v for k, v in self.model_args.items() if k != "pretrained"}
 
     @classmethod
     def read(cls, path: Path) -> "ModelCard":
@@ -112,10 +114,14 @@ def load_model(source: str | Path, *, img_size: int | None = None, ema: bool = F
         raise OutputError(f"there is no {source}; give the folder of a finished run, or a weights file")
     folder = path if path.is_dir() else path.parent
     weights = path / WEIGHTS_FILES["ema" if ema else "last"] if path.is_dir() else path
+    if ema and weights.name != WEIGHTS_FILES["ema"]:
+        raise OutputError(f"{source} is one file, not the averaged weights; give its folder, or leave out --ema")
     if not weights.is_file():
+        if any(path.glob(f"*{SUFFIX}")):
+            raise OutputError(f"{source} holds an interrupted run; the same command that began it finishes it")
         raise OutputError(f"{source} holds no {weights.name}; give the folder of a finished run")
     if not (folder / CONFIG_FILE).is_file():
-        raise OutputError(f"{folder} has no {CONFIG_FILE} beside the weights; give the folder of a finished run")
+        raise OutputError(f"{weights} has no {CONFIG_FILE} beside it; give the folder of a finished run")
     card = ModelCard.read(folder / CONFIG_FILE)
     try:
         model = card.build(img_size)

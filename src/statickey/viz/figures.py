@@ -5,6 +5,7 @@ from typing import Any
 
 import matplotlib as mpl
 import numpy as np
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
@@ -23,6 +24,10 @@ _COLOURS = (
     "#3fa7d6",
     "#b5651d",
 )
+_SPOTLIGHT = LinearSegmentedColormap.from_list(
+    "spotlight", ["#101828c0", "#10182860", "#ffb00000", "#ff8a0090", "#e8210cc0"]
+)
+"""Dark, transparent in the middle, amber to red."""
 STYLE: Any = {
     "font.size": 9,
     "text.color": INK,
@@ -44,22 +49,19 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
 
 
-def learning_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> Figure:
-    """Held-out accuracy and training loss against epochs.
+def learning_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> list[Figure]:
+    """Held-out accuracy and training loss against epochs, a figure each.
 
     Args:
         curves: For each mixer, one curve a seed, one row an epoch.
     """
     shades = colours(list(curves))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.2), layout="constrained")
-        panels = figure.subplots(1, 2)
-        for axes, key, title in zip(
-            panels,
-            ("holdout_accuracy", "train_loss"),
-            ("held-out accuracy, %", "training loss"),
-            strict=True,
-        ):
+        figures = []
+        for key, title in {"holdout_accuracy": "held-out accuracy, %", "train_loss": "training loss"}.items():
+            figure = Figure(figsize=(4.5, 3.2), layout="constrained")
+            figures.append(figure)
+            axes: Any = figure.subplots()
             for name, runs in curves.items():
                 epochs = [row["epoch"] for row in runs[0]]
                 values = np.array([[row[key] for row in run] for run in runs])
@@ -71,8 +73,8 @@ def learning_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]
             axes.set_xlabel("epoch")
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(axis="y")
-        panels[0].legend(frameon=False, ncols=2)
-    return figure
+        figures[0].axes[0].legend(frameon=False, ncols=2)
+    return figures
 
 
 def differences(rows: Sequence[Mapping[str, Any]], baseline: str, per_seed: Mapping[str, Sequence[float]]) -> Figure:
@@ -86,7 +88,7 @@ def differences(rows: Sequence[Mapping[str, Any]], baseline: str, per_seed: Mapp
     shades = colours([row["mixer"] for row in rows])
     shown = [row for row in rows if row["difference"] is not None]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 0.9 + 0.5 * len(shown)), layout="constrained")
+        figure = Figure(figsize=(6, 0.9 + 0.5 * len(shown)), layout="constrained")
         axes = figure.subplots()
         axes.axvline(0, color=INK, linewidth=1)
         for y, row in enumerate(reversed(shown)):
@@ -146,37 +148,44 @@ def attention_overlay(image: NDArray[Any], weights: Tensor, feat_size: tuple[int
     """Where a layer looks: the image, the mean over heads, and every head, laid over the image.
 
     Of a network with a class token the map is what that token attends to; else what all tokens do on average.
+    Uniform attention, 1/N for each of N tokens, leaves the image grey; less darkens it, more colours it, on one
+    scale for all heads, logarithmic above 1/N.
 
     Args:
         image: (H, W, C) in [0, 1].
         weights: The layer's map of this image, (heads, tokens, tokens), prefix tokens first.
         feat_size: The token grid (H, W).
-        title: Name of the layer.
+        title: What stands above the pictures.
     """
-    prefix = weights.shape[-1] - feat_size[0] * feat_size[1]
+    num_tokens = weights.shape[-1]
+    prefix = num_tokens - feat_size[0] * feat_size[1]
     rows = weights[:, 0] if prefix else weights.mean(dim=1)
-    maps = rows[:, prefix:].reshape(-1, *feat_size).float().cpu().numpy()
+    maps = num_tokens * rows[:, prefix:].reshape(-1, *feat_size).float().cpu().numpy()  # 1 is uniform
+    peak = max(2.0, float(maps.max()))
     panels = {"mean of heads": maps.mean(axis=0)} | {f"head {i}": m for i, m in enumerate(maps, start=1)}
     columns = min(len(panels) + 1, 6)
     lines = -(-(len(panels) + 1) // columns)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(1.7 * columns, 1.85 * lines + 0.35), layout="constrained")
-        figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=10)
-        grid = figure.subplots(lines, columns, squeeze=False).flat
+        figure = Figure(figsize=(1.7 * columns, 1.85 * lines + 1), layout="constrained")
+        figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=10, parse_math=False)
+        panels_of_figure = figure.subplots(lines, columns, squeeze=False)
+        grid = panels_of_figure.flat
         first, *others = grid
         first.imshow(image.squeeze(), cmap="gray")
         first.set_title("image", fontweight="normal", fontsize=8, loc="center")
         height, width = image.shape[:2]
         for axes, (name, seen) in zip(others, panels.items(), strict=False):
-            axes.imshow(image.mean(axis=-1), cmap="gray", alpha=0.55)
-            lowest = min(0.0, float(seen.min()))
+            axes.imshow(image.mean(axis=-1), cmap="gray", vmin=-0.3, vmax=1)  # black would hide the shade
             extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-            axes.imshow(seen, cmap="magma", alpha=0.65, vmin=lowest, extent=extent, interpolation="bilinear")
+            level = np.where(seen > 1, np.log(np.maximum(seen, 1)) / np.log(peak), seen - 1)
+            drawn = axes.imshow(level, cmap=_SPOTLIGHT, vmin=-1, vmax=1, extent=extent, interpolation="bilinear")
             axes.set_title(name, fontweight="normal", fontsize=8, loc="center")
         for axes in (first, *others):
             _blank(axes)
         for axes in others[len(panels) :]:
             axes.set_visible(False)
+        bar = figure.colorbar(drawn, ax=panels_of_figure, location="bottom", shrink=min(0.6, 2 / columns), aspect=30)
+        bar.set_ticks([-1, 0, 1], labels=["0", "1/N (uniform)", f"{peak:.3g}/N"])
     return figure
 
 
