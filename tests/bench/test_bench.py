@@ -66,8 +66,8 @@ def test_suites_join_and_replace_their_own_rows(small, tmp_path):
     run(tmp_path, "layers", mixers=["ska"])
     rows, _ = run(tmp_path, "resolution", mixers=["ska", "cska"])
     assert [row["ratio_at_most"] for row in rows] == [None] * 6
-    larger = [row for row in rows if row["contender"] == "ska, 40 px"]
-    assert larger[0]["against"] == "ska, 24 px"
+    larger = [row for row in rows if row["contender"] == "ska 40"]
+    assert larger[0]["against"] == "ska 24"
     assert larger[0]["tokens"] == 25
     run(tmp_path, "layers", mixers=["fcska"])
     stored = json.loads((tmp_path / "bench.json").read_text())

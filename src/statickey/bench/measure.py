@@ -20,6 +20,8 @@ Phase = Literal["forward", "training", "step"]
 """``forward`` without gradients; ``training``, forward and backward; ``step``, an optimizer's step too."""
 _SAMPLE_SECONDS = 0.02
 """A sample takes at least this long, over as many calls as that needs."""
+_SHORT_SECONDS = 0.2
+"""A call shorter than this is made once more before each sample: what ran before it has emptied the caches."""
 
 
 @dataclass(frozen=True)
@@ -81,15 +83,20 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, setting: Se
     Yields:
         For each round, seconds per call by name.
     """
-    numbers = {}
+    numbers, short = {}, {}
     for name, call in calls.items():
         for _ in range(2):  # warm up: caches, libraries, compilation
             seconds = _timed(call, 1, setting)
         numbers[name] = max(1, round(_SAMPLE_SECONDS / seconds))
+        short[name] = seconds < _SHORT_SECONDS
     names = list(calls)
     for turn in range(rounds):
-        order = names[turn % len(names) :] + names[: turn % len(names)]
-        yield {name: _timed(calls[name], numbers[name], setting) for name in order}
+        times = {}
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            if short[name]:
+                calls[name]()
+            times[name] = _timed(calls[name], numbers[name], setting)
+        yield times
 
 
 def _timed(call: Callable[[], Any], number: int, setting: Setting) -> float:

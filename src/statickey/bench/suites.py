@@ -101,10 +101,10 @@ def resolution(mixers: Sequence[str]) -> list[Contender]:
             first = size == RESOLUTIONS[0]
             rows.append(
                 Contender(
-                    "stage 2 (stride 8, 128 channels, 8 heads), one image, time per token",
-                    f"{name}, {size} px",
+                    "stage 2 (stride 8, 128 channels, 8 heads), one image of so many pixels, ratios per token",
+                    f"{name} {size}",
                     made_by(layer, shape, name, windows),
-                    None if first else f"{name}, {RESOLUTIONS[0]} px",
+                    None if first else f"{name} {RESOLUTIONS[0]}",
                     units=shape.num_tokens,
                     checked=first or windows is not None,
                     targets=Targets(1.15) if (name, size) == ("cska", 1024) else Targets(),

@@ -13,9 +13,9 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> Figure:
     """Time and peak memory against tokens, a line per mixer.
 
     Args:
-        rows: With contender (``NAME, SIZE px``), tokens, milliseconds and peak_megabytes.
+        rows: With contender (``NAME SIZE``), tokens, milliseconds and peak_megabytes.
     """
-    names = list(dict.fromkeys(str(row["contender"]).rpartition(", ")[0] for row in rows))
+    names = list(dict.fromkeys(str(row["contender"]).rpartition(" ")[0] for row in rows))
     shades = colours(names)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
@@ -27,7 +27,7 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 points = [
                     (row["tokens"], row[key])
                     for row in rows
-                    if str(row["contender"]).rpartition(", ")[0] == name and row[key]
+                    if str(row["contender"]).rpartition(" ")[0] == name and row[key]
                 ]
                 axes.plot(*zip(*sorted(points), strict=True), "o-", color=shades[name], label=name, linewidth=1.8)
             axes.set_xscale("log")
