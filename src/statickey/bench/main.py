@@ -76,6 +76,8 @@ def bench(
         OutputError: A file cannot be read or written.
     """
     console = Console() if console is None else console
+    if not suites:
+        raise StaticKeyError(f"no suite to measure; name any of {', '.join(SUITES)}")
     for name in suites:
         check_name("suite", name, SUITES)
     for name in mixers:
