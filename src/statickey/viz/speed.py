@@ -54,8 +54,8 @@ def accuracy_against_cost(points: Mapping[str, tuple[float, float, float | None]
             axes.annotate(name, (cost, mean), xytext=(8, 5), textcoords="offset points")
         axes.set_xlabel("training step, ms per image")
         axes.set_title("accuracy, %")
-        axes.set_xlim(left=0)
-        axes.margins(x=0.15, y=0.15)
+        axes.set_xlim(0, 1.2 * max(cost for cost, _, _ in points.values()))
+        axes.margins(y=0.15)
         axes.grid()
         axes.set_axisbelow(True)
     return figure
