@@ -5,6 +5,7 @@ import platform
 
 import pytest
 import torch
+import yaml
 from rich.console import Console
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -74,6 +75,24 @@ def test_suites_join_and_replace_their_own_rows(small, tmp_path):
     assert {row["contender"] for row in stored if row["suite"] == "layers"} == {TIMM_MHSA, "fcska"}
     assert {row["suite"] for row in stored} == {"layers", "resolution"}
     assert (tmp_path / "resolution.png").stat().st_size > 10_000
+
+
+def test_the_training_suite_measures_a_compared_network(small, tmp_path):
+    compared = tmp_path / "compared"
+    (compared / "runs" / "ska-seed0").mkdir(parents=True)
+    args = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    (compared / "config.yaml").write_text(yaml.safe_dump({"model": "small_vit", "model_args": args, "batch_size": 3}))
+    card = {"num_classes": 5, "pretrained_cfg": {"input_size": [1, 8, 8]}}
+    (compared / "runs" / "ska-seed0" / "config.json").write_text(json.dumps(card))
+    found = [{"mixer": "mhsa", "accuracy_mean": 90.0, "accuracy_std": None}]
+    (compared / "summary.json").write_text(json.dumps({"mixers": found}))
+    rows, text = run(tmp_path / "out", "training", mixers=["ska"], compared=compared)
+    assert {row["group"] for row in rows} == {"small_vit, 8 pixels, batch 3"}
+    assert [row["contender"] for row in rows] == ["mhsa", "ska"] * 2
+    assert "training step with AdamW" in text
+    assert (tmp_path / "out" / "accuracy.png").stat().st_size > 5_000
+    run(tmp_path / "other", "resolution", mixers=["ska"], compared=compared)  # no step was measured: no figure
+    assert not (tmp_path / "other" / "accuracy.png").exists()
 
 
 def test_costs_per_token_are_compared_per_token(monkeypatch):

@@ -261,7 +261,8 @@ def _write(out: Path, rows: list[dict[str, Any]], accuracy: dict[str, tuple[floa
         points = {
             name: (1e3 / steps[name]["images_per_second"], *accuracy[name]) for name in steps if name in accuracy
         }
-        _figure(out / "accuracy.png", accuracy_against_cost(points))
+        if points:
+            _figure(out / "accuracy.png", accuracy_against_cost(points))
 
 
 def _figure(path: Path, figure: Any) -> None:
