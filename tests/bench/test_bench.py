@@ -95,6 +95,14 @@ def test_the_training_suite_measures_a_compared_network(small, tmp_path):
     assert not (tmp_path / "other" / "accuracy.png").exists()
 
 
+def test_targets_are_for_float32(small, tmp_path):
+    rows, _ = run(tmp_path / "full", "layers", mixers=["ska", "fcska"], rounds=1)
+    assert {row["ratio_at_most"] for row in rows} == {None, 1.20, 1.30}
+    rows, _ = run(tmp_path / "half", "layers", mixers=["ska", "fcska"], rounds=1, dtype="bfloat16")
+    assert {row["ratio_at_most"] for row in rows} == {None}
+    assert {row["dtype"] for row in rows} == {"bfloat16"}
+
+
 def test_costs_per_token_are_compared_per_token(monkeypatch):
     samples = {"large": [0.4, 0.4], "small": [0.1, 0.1]}
     members = [

@@ -5,6 +5,7 @@ import io
 import json
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +19,7 @@ from .._files import write_atomic, write_json, write_text
 from ..errors import OutputError, StaticKeyError
 from ..layers import MIXERS
 from ..viz import accuracy_against_cost, scaling
-from .contender import Contender, least_bytes, macs, twin
+from .contender import Contender, Targets, least_bytes, macs, twin
 from .measure import Phase, Setting, differences, interleaved, peak_memory, roofline
 from .suites import SUITES, training
 from .table import READING, markdown, tables
@@ -94,6 +95,8 @@ def bench(
         suite: training(mixers, compared) if suite == "training" else SUITES[suite](mixers)
         for suite in dict.fromkeys(suites)
     }
+    if setting != Setting():  # the targets are for float32 on the CPU
+        plans = {suite: [replace(each, targets=Targets()) for each in plan] for suite, plan in plans.items()}
     earlier = _earlier(out)
     where = environment(device) | {"dtype": dtype, "compiled": compile}
     rows: list[dict[str, Any]] = []
