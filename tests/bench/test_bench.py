@@ -95,6 +95,21 @@ def test_the_training_suite_measures_a_compared_network(small, tmp_path):
     assert not (tmp_path / "other" / "accuracy.png").exists()
 
 
+def test_a_finished_suite_is_kept_when_a_later_one_breaks(small, tmp_path, monkeypatch):
+    measure = main._measure
+
+    def breaks(suite, *args):
+        if suite == "resolution":
+            raise KeyboardInterrupt
+        return measure(suite, *args)
+
+    monkeypatch.setattr(main, "_measure", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "layers", "resolution", mixers=["ska"])
+    stored = json.loads((tmp_path / "bench.json").read_text())
+    assert {row["suite"] for row in stored} == {"layers"}
+
+
 def test_targets_are_for_float32(small, tmp_path):
     rows, _ = run(tmp_path / "full", "layers", mixers=["ska", "fcska"], rounds=1)
     assert {row["ratio_at_most"] for row in rows} == {None, 1.20, 1.30}
@@ -194,11 +209,12 @@ def test_peak_memory_is_what_was_held():
         (("layer",), {}, UnknownNameError, "unknown suite 'layer'; did you mean layers"),
         (("layers",), {"mixers": ["sak"]}, UnknownNameError, "unknown mixer 'sak'; did you mean ska"),
         (("layers",), {"rounds": 0}, StaticKeyError, "rounds=0"),
+        ((), {}, StaticKeyError, "no suite to measure; name any of layers"),
         (("layers",), {"device": "cuda"}, StaticKeyError, "device='cuda' is not to be had here"),
         (("layers",), {"dtype": "float8"}, UnknownNameError, "unknown dtype 'float8'"),
         (("training",), {"compared": "nowhere"}, OutputError, "compared='nowhere' is not a folder that compare"),
     ],
-    ids=["suite", "mixer", "rounds", "device", "dtype", "compared"],
+    ids=["suite", "mixer", "rounds", "none", "device", "dtype", "compared"],
 )
 def test_refuses_and_writes_nothing(tmp_path, names, options, error, message):
     if options.get("device") == "cuda" and torch.cuda.is_available():

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from .._checks import check_name, check_positive
+from .._checks import check_folder, check_name, check_positive
 from .._environment import environment
 from .._files import write_atomic, write_json, write_text
 from ..errors import OutputError, StaticKeyError
@@ -47,7 +47,7 @@ def bench(
     rounds: int | None = None,
     memory: bool = True,
     compared: Path | None = None,
-    out: Path = Path("statickey-bench"),
+    out: str = "statickey-bench",
     console: Console | None = None,
 ) -> list[dict[str, Any]]:
     """Measure mixers, and the models made of them, against timm's and against the limits of the machine.
@@ -66,7 +66,7 @@ def bench(
         compared: A folder of ``compare``: the training suite measures its network, and a figure sets the measured
             cost against the accuracy found there.
         out: Folder of the results: ``bench.json``, ``.csv`` and ``.md``, and figures. A suite's rows replace its
-            earlier ones.
+            earlier ones, and are written when the suite is through.
         console: Where to print; default the terminal.
 
     Returns:
@@ -77,6 +77,7 @@ def bench(
         OutputError: A file cannot be read or written.
     """
     console = Console() if console is None else console
+    check_folder(out=str(out))
     if not suites:
         raise StaticKeyError(f"no suite to measure; name any of {', '.join(SUITES)}")
     for name in suites:
@@ -97,7 +98,8 @@ def bench(
     }
     if setting != Setting():  # the targets are for float32 on the CPU
         plans = {suite: [replace(each, targets=Targets()) for each in plan] for suite, plan in plans.items()}
-    earlier = _earlier(out)
+    root = Path(out)
+    kept = [row for row in _earlier(root) if row["suite"] not in plans]
     where = environment(device) | {"dtype": dtype, "compiled": compile}
     rows: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as progress:
@@ -106,11 +108,10 @@ def bench(
             number = ROUNDS[suite] if rounds is None else rounds
             found = _measure(suite, contenders, setting, number, memory, progress)
             rows += [row | {"suite": suite} | where for row in found]
+            _write(root, kept + rows, accuracy)
     for table in tables(rows):
         console.print(table)
     console.print(READING.format(**rows[-1]), style="dim")
-    kept = [row for row in earlier if row["suite"] not in plans]
-    _write(out, kept + rows, accuracy)
     console.print(f"results: {out}", highlight=False)
     return rows
 
