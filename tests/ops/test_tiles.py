@@ -8,13 +8,14 @@ from statickey.ops.grid import fold_queries
 from tolerances import assert_close, assert_same_with_gradients
 
 BATCH, HEADS, QUERIES, KEYS, WIDE, DV = 3, 4, 7, 9, 12, 3
-SPLITS = {  # logits of a tile: how many heads, images and rows it then has
-    "rows of one image": 2 * KEYS,
+ROW = KEYS + WIDE
+SPLITS = {  # numbers of a tile: how many heads, images and rows it then has
+    "rows of one image": 2 * ROW,
     "less than a row": 1,
-    "one image": QUERIES * KEYS,
-    "two images of three": 2 * QUERIES * KEYS + 1,
-    "one head": BATCH * QUERIES * KEYS,
-    "three heads of four": 3 * BATCH * QUERIES * KEYS,
+    "one image": QUERIES * ROW,
+    "two images of three": 2 * QUERIES * ROW + 1,
+    "one head": BATCH * QUERIES * ROW,
+    "three heads of four": 3 * BATCH * QUERIES * ROW,
     "all": 10**6,
 }
 MASKS = {
@@ -85,7 +86,7 @@ def test_a_large_map_is_never_whole(monkeypatch):
 
 
 @pytest.mark.parametrize("kept", [False, True], ids=["made again", "kept"])
-@pytest.mark.parametrize("split", [1, 40, 36 * 15, 3 * 15 * 15, 2 * 3 * 15 * 15, 10**6])
+@pytest.mark.parametrize("split", [1, 80, 15 * 33, 2 * 15 * 33, 3 * 15 * 33, 2 * 3 * 15 * 33, 10**6])
 def test_unfolding_tile_by_tile_is_unfolding(split, kept, monkeypatch):
     monkeypatch.setattr(tiles, "TILE", split)
     monkeypatch.setattr(tiles, "KEPT", 10**6 if kept else 0)

@@ -10,8 +10,8 @@ from torch.autograd.function import once_differentiable
 from .._typing import Size2
 from .grid import fold_queries, unfold_queries
 
-TILE = 5 << 17
-"""Logits of one part at most, 2.5 MiB in float32: one head of one image on a 28x28 grid."""
+TILE = 5 << 18
+"""Numbers in the logits and queries of one part at most, 5 MiB in float32."""
 KEPT = 1 << 23
 """Logits up to which backward reads the map of forward, 32 MiB in float32, rather than make it again."""
 
@@ -70,12 +70,13 @@ class _Tile(NamedTuple):
         return torch.Size(cut.stop - cut.start for cut in self)
 
 
-def _tiles(shape: torch.Size, num_keys: int) -> Iterator[_Tile]:
-    """The tiles of the map for queries of a shape (B, h, N, dk)."""
+def _tiles(shape: torch.Size, key: Tensor) -> Iterator[_Tile]:
+    """The tiles of the map for queries of a shape (B, h, N, d) and keys (h, M, dk)."""
     batch, heads, num_queries, _ = shape
-    rows = _even(num_queries, TILE // num_keys)
-    images = _even(batch, TILE // (num_keys * num_queries))
-    together = _even(heads, TILE // (num_keys * num_queries * batch))
+    most = TILE // sum(key.shape[1:])
+    rows = _even(num_queries, most)
+    images = _even(batch, most // num_queries)
+    together = _even(heads, most // (num_queries * batch))
     for head in range(0, heads, together):
         for image in range(0, batch, images):
             for row in range(0, num_queries, rows):
@@ -169,7 +170,7 @@ class _TiledAttention(torch.autograd.Function):
         room = query.new_empty(size if keep else min(size, max(TILE, num_keys)))
         start = 0
         queries = _Queries(query, unfold)
-        for tile in _tiles(query.shape, num_keys):
+        for tile in _tiles(query.shape, key):
             end = start + tile.shape.numel() * num_keys
             weights = _weights(tile, queries(tile), key, key_bias, mask, room[start:end])
             part = _product(weights.flatten(0, 1), tile.of_keys(value))
@@ -194,7 +195,7 @@ class _TiledAttention(torch.autograd.Function):
         made = query.new_empty(largest if kept is None else 0)
         start = 0
         queries = _Queries(query, ctx.unfold)
-        for tile in _tiles(query.shape, num_keys):
+        for tile in _tiles(query.shape, key):
             flat = queries(tile)
             size = tile.shape.numel() * num_keys
             if kept is None:
