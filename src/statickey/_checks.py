@@ -151,16 +151,15 @@ def check_static_key_attention(
     mask_diagonal: bool,
     query_offset: int,
     attn_mask: torch.Tensor | None,
-    taps: int = 1,
+    query_shape: torch.Size | None = None,
 ) -> None:
-    """Refuse inputs of the op whose shapes or dtypes do not fit together; the key is ``taps`` queries wide."""
+    """Refuse inputs of the op whose shapes or dtypes do not fit together, the query as if it had ``query_shape``."""
     if query.ndim != 4 or key.ndim not in (3, 4):
         raise StaticKeyError(
             f"query {tuple(query.shape)} must be (B, h, N, d) and the key {tuple(key.shape)} (h, M, d), "
             "or (B, h, M, d) when it is dynamic"
         )
-    batch, heads, num_queries, width = query.shape
-    width *= taps
+    batch, heads, num_queries, width = query_shape or query.shape
     num_keys = key.shape[-2]
     if key.shape[-3] != heads or key.shape[-1] != width or (key.ndim == 4 and key.shape[0] != batch):
         raise StaticKeyError(

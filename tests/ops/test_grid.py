@@ -97,6 +97,19 @@ def test_windows_merge_back(feat_size, window):
 
 
 @pytest.mark.parametrize("feat_size", [(7, 5), (4, 6), (2, 2), (3, 3)], ids=str)
+@pytest.mark.parametrize("kernel_size", [3, 5])
+def test_windows_with_a_border_have_the_neighbourhoods_of_the_map(feat_size, kernel_size):
+    window = (3, 2)
+    tokens = torch.randn(2, 3, feat_size[0] * feat_size[1], 4, dtype=torch.float64)
+
+    def by_windows(tokens):
+        groups = window_partition(tokens, feat_size, window, border=kernel_size // 2)
+        return window_merge([unfold_queries(part, s, kernel_size) for s, part in groups], feat_size, window)
+
+    assert_same_with_gradients(by_windows, lambda x: unfold_queries(x, feat_size, kernel_size), [tokens])
+
+
+@pytest.mark.parametrize("feat_size", [(7, 5), (4, 6), (2, 2), (3, 3)], ids=str)
 def test_windowed_attention_matches_masking(feat_size):
     window = (3, 2)
     num_tokens = feat_size[0] * feat_size[1]

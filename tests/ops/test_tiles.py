@@ -85,12 +85,13 @@ def test_a_large_map_is_never_whole(monkeypatch):
         assert (sizes.largest >= 2 * 2 * 50 * 50) == whole
 
 
+@pytest.mark.parametrize("num_tokens", [15, 35], ids=["grid", "with a border"])
 @pytest.mark.parametrize("kept", [False, True], ids=["made again", "kept"])
 @pytest.mark.parametrize("split", [1, 80, 15 * 33, 2 * 15 * 33, 3 * 15 * 33, 2 * 3 * 15 * 33, 10**6])
-def test_unfolding_tile_by_tile_is_unfolding(split, kept, monkeypatch):
+def test_unfolding_tile_by_tile_is_unfolding(split, kept, num_tokens, monkeypatch):
     monkeypatch.setattr(tiles, "TILE", split)
     monkeypatch.setattr(tiles, "KEPT", 10**6 if kept else 0)
-    shapes = ((3, 4, 15, 2), (4, 15, 18), (3, 4, 15, 3), (4, 15))
+    shapes = ((3, 4, num_tokens, 2), (4, 15, 18), (3, 4, 15, 3), (4, 15))
     inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     options = {"unfold": ((5, 3), 3), "scale": 0.4}
     assert_same_with_gradients(
@@ -105,16 +106,17 @@ def test_unfolding_tile_by_tile_is_unfolding(split, kept, monkeypatch):
     )
 
 
-def test_folding_is_the_adjoint_of_unfolding():
-    query, other = torch.randn(2, 3, 35, 4).double(), torch.randn(2, 3, 35, 100).double()
+@pytest.mark.parametrize(("num_tokens", "bordered"), [(35, False), (99, True)])
+def test_folding_is_the_adjoint_of_unfolding(num_tokens, bordered):
+    query, other = torch.randn(2, 3, num_tokens, 4).double(), torch.randn(2, 3, 35, 100).double()
     inner = (unfold_queries(query, (7, 5), 5) * other).sum()
-    assert_close("inner product", (query * fold_queries(other, (7, 5), 5)).sum(), inner)
+    assert_close("inner product", (query * fold_queries(other, (7, 5), 5, bordered=bordered)).sum(), inner)
 
 
 @pytest.mark.parametrize(
     ("unfold", "message"),
     [
-        (((2, 2), 3), "query has 15 tokens, feat_size=\\(2, 2\\) makes 4"),
+        (((2, 2), 3), "query has 15 tokens, feat_size=\\(2, 2\\) makes 4, or 16 with a border for kernel_size=3"),
         (((5, 3), 2), "kernel_size=2"),
         (((5, 3), 5), "differ: with 3 images, 4 heads and width 50"),
     ],

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .._checks import check_kernel_size
 from .._typing import OffGrid, Size2
 from ..errors import FeatSizeError, StaticKeyError
-from ..ops import unfold_queries, window_key_rows, window_merge, window_partition
+from ..ops import window_key_rows, window_merge, window_partition
 from .mixer import AttendOp, AttentionMixer
 from .parts import GridState
 
@@ -180,9 +180,9 @@ class StaticKeyAttention(GridState, AttentionMixer):
                 out.append(_call(op, _take_rows(seg, rows)._replace(query=seg.query[:, :, :cut]), value))
             if cut == seg.query.shape[2]:
                 continue
-            if seg.unfold is not None:  # neighbourhoods reach beyond the window
-                seg = seg._replace(query=unfold_queries(seg.query, *seg.unfold), unfold=None)
-            queries = window_partition(seg.query[:, :, cut:], feat_size, self.feat_size)
+            kernel_size = 1 if seg.unfold is None else seg.unfold[1]  # neighbourhoods reach beyond the window
+            border = kernel_size // 2
+            queries = window_partition(seg.query[:, :, cut:], feat_size, self.feat_size, border=border)
             values = window_partition(value[:, :, num_prefix:], feat_size, self.feat_size)
             parts = []
             for (shape, query), (_, val) in zip(queries, values, strict=True):
@@ -197,7 +197,8 @@ class StaticKeyAttention(GridState, AttentionMixer):
                     windows = val.shape[0] // batch
                     shared = value[:, :, :num_prefix].repeat_interleave(windows, dim=0)
                     val = torch.cat([shared, val], dim=2)
-                part = _take_rows(seg, rows)._replace(query=query, first_token=num_prefix)
+                unfold = None if seg.unfold is None else (shape, kernel_size)
+                part = _take_rows(seg, rows)._replace(query=query, first_token=num_prefix, unfold=unfold)
                 parts.append(_call(op, part, val))
             out.append(window_merge(parts, feat_size, self.feat_size))
         return torch.cat(out, dim=2)

@@ -1,6 +1,7 @@
 """Attention against a key that does not depend on the input: the one formula of the package."""
 
 from collections.abc import Callable
+from math import prod
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ def static_key_attention(
             to (B, h, N, M). A position bias that is learned, for example.
         dropout_p: Dropout rate on the attention weights.
         unfold: ``(feat_size, kernel_size)`` to attend with ``unfold_queries(query, feat_size, kernel_size)``, which
-            is then not stored where the backend can do without.
+            is then not stored where the backend can do without; N is the number of unfolded queries.
         backend: ``"sdpa"`` runs torch's fused attention, or on the CPU, where the static key is wider than the
             value, products for the whole batch a tile of the map at a time; neither stores a large N x M map
             (but with dropout on the CPU). ``"math"`` always stores it.
@@ -60,14 +61,16 @@ def static_key_attention(
     """
     check_backend(backend, _BACKENDS)
     check_rate(dropout_p=dropout_p)
+    shape = query.shape
     if unfold is not None:
         check_unfolding(query, *unfold)
-    taps = 1 if unfold is None else unfold[1] ** 2
+        feat_size, kernel_size = unfold
+        shape = torch.Size((*shape[:2], prod(feat_size), shape[3] * kernel_size**2))
     check_static_key_attention(
-        query, static_key, value, key_bias, scale, mask_diagonal, query_offset, attn_mask, taps
+        query, static_key, value, key_bias, scale, mask_diagonal, query_offset, attn_mask, shape
     )
     scale = static_key.shape[-1] ** -0.5 if scale is None else scale
-    mask = _mask(query, static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
+    mask = _mask(query, shape[2], static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
     if backend == "sdpa" and static_key.ndim == 3 and query.device.type == "cpu":
         wide = static_key.shape[-1] > value.shape[-1]
         if wide and dropout_p == 0 and not _is_traced():
@@ -110,12 +113,17 @@ def static_key_weights(
     """
     check_static_key_attention(query, static_key, None, key_bias, scale, mask_diagonal, query_offset, attn_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    mask = _mask(query, static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
+    mask = _mask(query, query.shape[2], static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
     return _weights(query, static_key, key_bias, scale, mask, head_mix)
 
 
 def _mask(
-    query: Tensor, num_keys: int, mask_diagonal: bool, query_offset: int, attn_mask: Tensor | None
+    query: Tensor,
+    num_queries: int,
+    num_keys: int,
+    mask_diagonal: bool,
+    query_offset: int,
+    attn_mask: Tensor | None,
 ) -> Tensor | None:
     """What is added to the logits, in the dtype of the query."""
     if attn_mask is not None:
@@ -127,13 +135,12 @@ def _mask(
         attn_mask = attn_mask.to(query.dtype)
     if not mask_diagonal:
         return attn_mask
-    diagonal = _diagonal_mask(query, num_keys, query_offset)
+    diagonal = _diagonal_mask(query, num_queries, num_keys, query_offset)
     return diagonal if attn_mask is None else diagonal + attn_mask
 
 
-def _diagonal_mask(query: Tensor, num_keys: int, query_offset: int) -> Tensor:
+def _diagonal_mask(query: Tensor, num_queries: int, num_keys: int, query_offset: int) -> Tensor:
     """Minus infinity where a query would meet its own token, (N, M)."""
-    num_queries = query.shape[2]
     own = torch.arange(num_queries, device=query.device).unsqueeze(1) + query_offset
     hidden = own == torch.arange(num_keys, device=query.device)
     zeros = torch.zeros(num_queries, num_keys, dtype=query.dtype, device=query.device)

@@ -16,7 +16,8 @@ def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
     is that convolution of the query map: CSKA is static-key attention on unfolded queries.
 
     Args:
-        query: Queries of the grid tokens, row-major, (B, h, H*W, d).
+        query: Queries of the grid tokens, row-major, (B, h, H*W, d), or of the grid and a border of k//2 tokens
+            around it, (B, h, (H+k-1)*(W+k-1), d), which are zeros otherwise.
         feat_size: The grid (H, W).
         kernel_size: Odd k.
 
@@ -27,26 +28,29 @@ def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
         FeatSizeError: The queries do not fill the grid.
         StaticKeyError: The kernel size is not odd.
     """
-    height, length = check_unfolding(query, feat_size, kernel_size)
-    batch, heads, num_tokens, width = query.shape
-    pad = kernel_size // 2
+    bordered = check_unfolding(query, feat_size, kernel_size)
+    batch, heads, _, width = query.shape
+    border = kernel_size // 2
+    extents = [extent + 2 * border * bordered for extent in feat_size]
     # laid out head by head, as one product a head for the whole batch wants it
-    grid = query.transpose(0, 1).reshape(heads, batch, height, length, width)
-    grid = F.pad(grid, (0, 0, pad, pad, pad, pad))
+    grid = query.transpose(0, 1).reshape(heads, batch, *extents, width)
+    if not bordered:
+        grid = F.pad(grid, (0, 0, border, border, border, border))
     views = grid.unfold(2, kernel_size, 1).unfold(3, kernel_size, 1).permute(0, 1, 2, 3, 5, 6, 4)
-    return views.reshape(heads, batch, num_tokens, kernel_size * kernel_size * width).transpose(0, 1)
+    return views.reshape(heads, batch, -1, kernel_size * kernel_size * width).transpose(0, 1)
 
 
-def fold_queries(unfolded: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
+def fold_queries(unfolded: Tensor, feat_size: Size2, kernel_size: int, *, bordered: bool = False) -> Tensor:
     """The adjoint of ``unfold_queries``: add every query's parts up from the neighbourhoods it is in.
 
     Args:
         unfolded: (..., H*W, k*k*d), as ``unfold_queries`` lays them out.
         feat_size: The grid (H, W).
         kernel_size: Odd k.
+        bordered: Whether the queries came with a border.
 
     Returns:
-        (..., H*W, d).
+        (..., H*W, d), or (..., (H+k-1)*(W+k-1), d) with the border.
     """
     height, length = feat_size
     pad = kernel_size // 2
@@ -56,21 +60,23 @@ def fold_queries(unfolded: Tensor, feat_size: Size2, kernel_size: int) -> Tensor
         for col in range(kernel_size):
             part = parts[..., row * kernel_size + col, :]
             grid[..., row : row + height, col : col + length, :] += part
-    return grid[..., pad : pad + height, pad : pad + length, :].flatten(-3, -2)
+    if not bordered:
+        grid = grid[..., pad : pad + height, pad : pad + length, :]
+    return grid.flatten(-3, -2)
 
 
-def check_unfolding(query: Tensor, feat_size: Size2, kernel_size: int) -> Size2:
-    """Refuse queries that do not fill the grid.
-
-    Returns:
-        The grid.
-    """
+def check_unfolding(query: Tensor, feat_size: Size2, kernel_size: int) -> bool:
+    """Whether the queries bring the border of the grid; those that do not fill it are refused."""
     check_kernel_size(kernel_size)
     check_rank("query", query, "B h N d")
-    height, length = check_feat_size(feat_size)
-    if query.shape[2] != height * length:
-        raise FeatSizeError(f"query has {query.shape[2]} tokens, feat_size={feat_size} makes {height * length}")
-    return height, length
+    height, width = check_feat_size(feat_size)
+    bordered = (height + kernel_size - 1) * (width + kernel_size - 1)
+    if query.shape[2] not in (height * width, bordered):
+        raise FeatSizeError(
+            f"query has {query.shape[2]} tokens, feat_size={feat_size} makes {height * width}, "
+            f"or {bordered} with a border for kernel_size={kernel_size}"
+        )
+    return query.shape[2] != height * width
 
 
 def resample_static_key(
@@ -108,7 +114,9 @@ def resample_static_key(
     return torch.cat([prefix, grid.to(static_key.dtype)], dim=1)
 
 
-def window_partition(tokens: Tensor, feat_size: Size2, window_size: Size2) -> list[tuple[Size2, Tensor]]:
+def window_partition(
+    tokens: Tensor, feat_size: Size2, window_size: Size2, *, border: int = 0
+) -> list[tuple[Size2, Tensor]]:
     """Tile a token map with windows that start at its top left corner.
 
     Where the windows do not divide the map, those at the right and bottom border are smaller. Windows of one
@@ -119,10 +127,12 @@ def window_partition(tokens: Tensor, feat_size: Size2, window_size: Size2) -> li
         tokens: Row-major tokens of the map, (B, h, H*W, d).
         feat_size: The map (H, W).
         window_size: The window (wh, ww).
+        border: Tokens around a window that come with it, from its neighbours, or zeros around the map.
 
     Returns:
         A list of ``((rows, cols), (B*n, h, rows*cols, d))``: interior, right border, bottom border, corner,
-        those that exist; n windows of that shape per image, row-major.
+        those that exist; n windows of that shape per image, row-major. With a border it is
+        ``(B*n, h, (rows + 2*border)*(cols + 2*border), d)``.
 
     Raises:
         FeatSizeError: The tokens do not fill the map.
@@ -132,12 +142,13 @@ def window_partition(tokens: Tensor, feat_size: Size2, window_size: Size2) -> li
     batch, heads, num_tokens, dim = tokens.shape
     if num_tokens != height * width:
         raise FeatSizeError(f"{num_tokens} tokens do not fill feat_size={feat_size}")
-    grid = tokens.reshape(batch, heads, height, width, dim)
+    around = 2 * border
+    grid = F.pad(tokens.reshape(batch, heads, height, width, dim), (0, 0, border, border, border, border))
     groups = []
     for (top, rows, num_rows), (left, cols, num_cols) in _bands(feat_size, window_size):
-        part = grid[:, :, top : top + rows * num_rows, left : left + cols * num_cols]
-        part = part.reshape(batch, heads, num_rows, rows, num_cols, cols, dim).permute(0, 2, 4, 1, 3, 5, 6)
-        groups.append(((rows, cols), part.reshape(-1, heads, rows * cols, dim)))
+        part = grid[:, :, top : top + rows * num_rows + around, left : left + cols * num_cols + around]
+        part = part.unfold(2, rows + around, rows).unfold(3, cols + around, cols).permute(0, 2, 3, 1, 5, 6, 4)
+        groups.append(((rows, cols), part.reshape(len(part) * num_rows * num_cols, heads, -1, dim)))
     return groups
 
 

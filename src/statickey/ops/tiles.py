@@ -1,6 +1,7 @@
 """Attention on a static key by parts of the map that stay in the CPU's cache."""
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +31,7 @@ def tiled_attention(
     normalised and used a part at a time. A large map is never whole: backward makes it again.
 
     Args:
-        query: (B, h, N, dk), any strides.
+        query: (B, h, N, dk), any strides; with ``unfold``, what ``unfold_queries`` takes.
         key: (h, M, dk), scaled.
         key_bias: (h, M), scaled.
         value: (B, h, M, dv).
@@ -70,9 +71,9 @@ class _Tile(NamedTuple):
         return torch.Size(cut.stop - cut.start for cut in self)
 
 
-def _tiles(shape: torch.Size, key: Tensor) -> Iterator[_Tile]:
-    """The tiles of the map for queries of a shape (B, h, N, d) and keys (h, M, dk)."""
-    batch, heads, num_queries, _ = shape
+def _tiles(batch: int, num_queries: int, key: Tensor) -> Iterator[_Tile]:
+    """The tiles of the map for a number of queries in every image and keys (h, M, dk)."""
+    heads = len(key)
     most = TILE // sum(key.shape[1:])
     rows = _even(num_queries, most)
     images = _even(batch, most // num_queries)
@@ -105,6 +106,7 @@ class _Queries:
 
     def __init__(self, query: Tensor, unfold: tuple[Size2, int] | None) -> None:
         self._query, self._unfold = query, unfold
+        self.number = query.shape[2] if unfold is None else prod(unfold[0])
         self._of: tuple[slice, slice] | None = None
         self._unfolded = self._grad = query
 
@@ -123,14 +125,14 @@ class _Queries:
         if self._unfold is None:
             tile.of(into).copy_(grad)
             return
-        num_queries = into.shape[2]
         if tile.rows.start == 0:
-            whole = tile.rows.stop == num_queries
-            self._grad = grad if whole else grad.new_empty(*tile.shape[:2], num_queries, grad.shape[-1])
+            whole = tile.rows.stop == self.number
+            self._grad = grad if whole else grad.new_empty(*tile.shape[:2], self.number, grad.shape[-1])
         if self._grad is not grad:
             self._grad[:, :, tile.rows] = grad
-        if tile.rows.stop == num_queries:
-            into[tile.images, tile.heads] = fold_queries(self._grad, *self._unfold).transpose(0, 1)
+        if tile.rows.stop == self.number:
+            folded = fold_queries(self._grad, *self._unfold, bordered=into.shape[2] != self.number)
+            into[tile.images, tile.heads] = folded.transpose(0, 1)
 
 
 def _weights(
@@ -162,15 +164,14 @@ class _TiledAttention(torch.autograd.Function):
         mask: Tensor | None,
         unfold: tuple[Size2, int] | None,
     ) -> Tensor:
-        batch, heads, num_queries, _ = query.shape
-        num_keys = key.shape[1]
-        out = value.new_empty(batch, num_queries, heads, value.shape[-1]).transpose(1, 2)
-        size = query.shape[:3].numel() * num_keys
+        queries = _Queries(query, unfold)
+        batch, heads, num_keys, width = value.shape
+        out = value.new_empty(batch, queries.number, heads, width).transpose(1, 2)
+        size = batch * heads * queries.number * num_keys
         keep = any(ctx.needs_input_grad) and size <= KEPT
         room = query.new_empty(size if keep else min(size, max(TILE, num_keys)))
         start = 0
-        queries = _Queries(query, unfold)
-        for tile in _tiles(query.shape, key):
+        for tile in _tiles(batch, queries.number, key):
             end = start + tile.shape.numel() * num_keys
             weights = _weights(tile, queries(tile), key, key_bias, mask, room[start:end])
             part = _product(weights.flatten(0, 1), tile.of_keys(value))
@@ -189,13 +190,13 @@ class _TiledAttention(torch.autograd.Function):
             torch.zeros_like(x) if needed else None for x, needed in zip(inputs, ctx.needs_input_grad, strict=False)
         ]
         grad_query, grad_key, grad_bias, grad_value, grad_mask = grads
-        num_keys = key.shape[1]
-        largest = min(query.shape[:3].numel() * num_keys, max(TILE, num_keys))
+        queries = _Queries(query, ctx.unfold)
+        batch, heads, num_keys, _ = value.shape
+        largest = min(batch * heads * queries.number * num_keys, max(TILE, num_keys))
         room = query.new_empty(largest)
         made = query.new_empty(largest if kept is None else 0)
         start = 0
-        queries = _Queries(query, ctx.unfold)
-        for tile in _tiles(query.shape, key):
+        for tile in _tiles(batch, queries.number, key):
             flat = queries(tile)
             size = tile.shape.numel() * num_keys
             if kept is None:
