@@ -339,6 +339,18 @@ def test_exports(cls):
     assert_close("exported", exported(x), layer(x))
 
 
+def test_windows_export_for_any_batch_and_compile_whole():
+    layer = make(ConvStaticKeyAttention, off_grid="window", num_prefix_tokens=1).eval()
+    x = tokens(layer, feat_size=(8, 12))
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(layer, (x, (8, 12)), dynamic_shapes=({0: batch}, (None, None))).module()
+    more = torch.cat([x, -x])
+    assert_close("exported", exported(more, (8, 12)), layer(more, (8, 12)))
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    assert_close("compiled", compiled(x, (8, 12)), layer(x, (8, 12)))
+    torch.compiler.reset()
+
+
 WRONG = {
     "heads": ({"num_heads": 5}, r"dim=12 is not divisible by num_heads=5; use num_heads in \[3, 4, 6\]"),
     "grid": ({"feat_size": (7,)}, "must be a pair"),

@@ -143,12 +143,14 @@ def window_partition(
     if num_tokens != height * width:
         raise FeatSizeError(f"{num_tokens} tokens do not fill feat_size={feat_size}")
     around = 2 * border
-    grid = F.pad(tokens.reshape(batch, heads, height, width, dim), (0, 0, border, border, border, border))
+    grid = tokens.reshape(batch, heads, height, width, dim)
+    if border:
+        grid = F.pad(grid, (0, 0, border, border, border, border))
     groups = []
     for (top, rows, num_rows), (left, cols, num_cols) in _bands(feat_size, window_size):
         part = grid[:, :, top : top + rows * num_rows + around, left : left + cols * num_cols + around]
         part = part.unfold(2, rows + around, rows).unfold(3, cols + around, cols).permute(0, 2, 3, 1, 5, 6, 4)
-        groups.append(((rows, cols), part.reshape(len(part) * num_rows * num_cols, heads, -1, dim)))
+        groups.append(((rows, cols), part.reshape(batch * num_rows * num_cols, heads, -1, dim)))
     return groups
 
 
@@ -198,11 +200,12 @@ _Band = tuple[int, int, int]
 
 def _bands(feat_size: Size2, window_size: Size2) -> list[tuple[_Band, _Band]]:
     """Row and column bands of equal windows: (first token, window extent, number of windows)."""
-
-    def split(extent: int, window: int) -> list[_Band]:
-        whole, rest = divmod(extent, window)
-        bands = [(0, window, whole)] if whole else []
-        return bands + ([(whole * window, rest, 1)] if rest else [])
-
     window_height, window_width = check_feat_size(window_size)
-    return [(row, col) for row in split(feat_size[0], window_height) for col in split(feat_size[1], window_width)]
+    return [(row, col) for row in _split(feat_size[0], window_height) for col in _split(feat_size[1], window_width)]
+
+
+def _split(extent: int, window: int) -> list[_Band]:
+    """The bands along one axis; no closure, which torch.compile would not enter."""
+    whole, rest = divmod(extent, window)
+    bands = [(0, window, whole)] if whole else []
+    return bands + ([(whole * window, rest, 1)] if rest else [])
