@@ -1,3 +1,5 @@
+import multiprocessing
+import multiprocessing.forkserver
 import os
 from pathlib import Path
 
@@ -19,3 +21,14 @@ def cifar10_folder():
     if not folder.is_dir():
         pytest.skip("needs CIFAR-10 as parquet: set STATICKEY_CIFAR10 to its folder")
     return folder
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """The one server that has imported everything and forks each child in no time."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["statickey.tasks", "statickey.bench", "tensorboard.compat"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # as where peaks of memory are measured
+        multiprocessing.forkserver.ensure_running()
+    return context

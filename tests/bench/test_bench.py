@@ -197,7 +197,7 @@ def greedy():
 
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="peaks are read from /proc")
-def test_peak_memory_is_what_was_held():
+def test_peak_memory_is_what_was_held(processes):
     peaks = peak_memory(greedy, ("forward", "training"), Setting())
     for peak in peaks.values():
         assert peak / 2**20 == pytest.approx(64, abs=4)

@@ -118,10 +118,10 @@ def test_ctrl_c_while_scoring_leaves_the_signal_as_it_was(tmp_path, monkeypatch,
     assert "interrupted" in capsys.readouterr().err
 
 
-def test_import_is_light():
+def test_import_is_light_and_warns_of_nothing():
     code = (
         "import sys, statickey; heavy = {'lightning', 'matplotlib', 'onnx', 'torchmetrics', 'datasets', 'sklearn'}; "
-        "print(sorted(heavy & set(sys.modules)))"
+        "print(sorted(heavy & set(sys.modules))); import timm; timm.create_model('skaformer_nano')"
     )
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"

@@ -1,7 +1,6 @@
 import csv
 import io
 import json
-import multiprocessing
 import os
 import signal
 import socket
@@ -275,14 +274,6 @@ def _dies(self, plan):
 def _train_in_child(out, recipe):
     torch.set_num_threads(1)
     run(out, **recipe)
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """A server that has imported everything forks each child in no time."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["statickey.tasks", "tensorboard.compat"])
-    return context
 
 
 def kill_until_done(processes, out, recipe, kills, generator):
