@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before anything loads triton, which reads it once
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # these models are tiny: a second thread costs more than it brings
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 

@@ -23,7 +23,7 @@ def assert_same_with_gradients(actual_fn, expected_fn, inputs):
     for fn in (actual_fn, expected_fn):
         leaves = [x.detach().clone().requires_grad_() for x in inputs]
         out = fn(*leaves)
-        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out.dtype)
+        weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
         results.append((out, torch.autograd.grad(out, leaves, weight)))
     (actual, grads), (expected, expected_grads) = results
     assert_close("output", actual, expected)

@@ -197,3 +197,23 @@ def check_backend(backend: str, known: Iterable[str]) -> None:
     names = sorted(known)
     if backend not in names:
         raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(names)}")
+
+
+def check_triton(query: torch.Tensor, installed: bool, interpreted: bool) -> None:
+    """Refuse what the Triton kernel cannot run on; ``interpreted``: on the CPU, by Triton's interpreter."""
+    if not installed:
+        raise BackendError("backend='triton' needs triton, which is not installed; use backend='sdpa'")
+    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise BackendError(
+            f"backend='triton' does not compute in {query.dtype}; use float32, bfloat16 or float16, or backend='sdpa'"
+        )
+    if query.device.type != "cuda" and not interpreted:
+        raise BackendError(
+            f"backend='triton' needs CUDA, but the query is on {query.device.type}; use backend='sdpa', "
+            "or set TRITON_INTERPRET=1 to try the kernel without a GPU"
+        )
+    if interpreted and query.dtype == torch.bfloat16:
+        raise BackendError(
+            "backend='triton' cannot compute in torch.bfloat16 under TRITON_INTERPRET=1, whose products take it for "
+            "integers; use float32 or float16"
+        )

@@ -5,7 +5,7 @@ from typing import Literal, TypeAlias
 Size2: TypeAlias = tuple[int, int]
 """(H, W) in tokens or pixels; the name of the variable says which."""
 
-Backend: TypeAlias = Literal["sdpa", "math"]
+Backend: TypeAlias = Literal["sdpa", "math", "triton"]
 """How the op computes attention."""
 
 OffGrid: TypeAlias = Literal["resample", "window"]

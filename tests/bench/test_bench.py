@@ -118,6 +118,33 @@ def test_targets_are_for_float32(small, tmp_path):
     assert {row["dtype"] for row in rows} == {"bfloat16"}
 
 
+@pytest.mark.parametrize(
+    ("device", "compile", "installed"),
+    [("cuda", False, True), ("cuda", True, True), ("cuda", False, False), ("cpu", False, True)],
+)
+def test_static_keys_are_measured_with_the_kernel_where_there_is_one(
+    small, tmp_path, monkeypatch, device, compile, installed
+):
+    def planned(contenders, *args):
+        plans.append(contenders)
+        raise KeyboardInterrupt
+
+    plans = []
+    monkeypatch.setattr(main, "_check", planned)
+    monkeypatch.setattr(main, "INSTALLED", installed)
+    monkeypatch.setattr(main, "environment", lambda device: {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "layers", mixers=["mhsa", "ska", "cska"], device=device, compile=compile)
+    fused = {each.name: each for each in plans[0] if each.group == str(SMALL[1]) and "triton" in each.name}
+    if (device, compile, installed) != ("cuda", False, True):
+        assert not fused
+        return
+    assert {name: each.against for name, each in fused.items()} == {"ska, triton": "ska", "cska, triton": "cska"}
+    assert fused["cska, triton"].make()[0].backend == "triton"
+    assert twin(fused["cska, triton"])[0].backend == "math"
+
+
 def test_costs_per_token_are_compared_per_token(monkeypatch):
     samples = {"large": [0.4, 0.4], "small": [0.1, 0.1]}
     members = [

@@ -11,7 +11,7 @@ from timm.layers import Attention
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .._typing import Size2
+from .._typing import Backend, Size2
 from ..layers import MIXERS, AttentionMixer, ConvStaticKeyAttention, TokenMixer
 from ..layers.mixer import AttendOp
 from ..models import build_model, count_macs
@@ -89,13 +89,16 @@ PLAIN_CSKA = "plain cska"
 TIMM_MHSA = "timm mhsa"
 
 
-def layer(shape: LayerShape, name: str, built_for: Size2 | None = None) -> tuple[nn.Module, Tensor]:
+def layer(
+    shape: LayerShape, name: str, built_for: Size2 | None = None, backend: Backend | None = None
+) -> tuple[nn.Module, Tensor]:
     """A layer with weights of seed 0, and tokens.
 
     Args:
         shape: Of the layer and its input.
         name: A mixer, ``PLAIN_CSKA`` or ``TIMM_MHSA``.
         built_for: Build the mixer for this grid and tile the input with windows of it.
+        backend: The mixer's, where it is not to be the default.
     """
     torch.manual_seed(0)
     x = torch.randn(shape.batch, shape.num_tokens, shape.dim)
@@ -105,9 +108,11 @@ def layer(shape: LayerShape, name: str, built_for: Size2 | None = None) -> tuple
         "feat_size": shape.feat_size if built_for is None else built_for,
         "num_prefix_tokens": shape.num_prefix_tokens,
     }
-    mixer = MIXERS["cska" if name == PLAIN_CSKA else name](shape.dim, shape.num_heads, **args)
+    mixer: Any = MIXERS["cska" if name == PLAIN_CSKA else name](shape.dim, shape.num_heads, **args)
     if name == PLAIN_CSKA:
         plain(mixer)
+    if backend is not None:
+        mixer.backend = backend
     return (mixer if built_for is None else OnGrid(mixer, shape.feat_size)), x
 
 

@@ -18,10 +18,11 @@ from .._environment import environment
 from .._files import write_atomic, write_json, write_text
 from ..errors import OutputError, StaticKeyError
 from ..layers import MIXERS
+from ..ops.kernel import INSTALLED
 from ..viz import accuracy_against_cost, scaling
 from .contender import Contender, Targets, least_bytes, macs, twin
 from .measure import Phase, Setting, differences, interleaved, peak_memory, roofline
-from .suites import SUITES, training
+from .suites import SUITES, layers, training
 from .table import READING, markdown, tables
 
 PHASES: dict[str, tuple[Phase, ...]] = {
@@ -56,7 +57,8 @@ def bench(
     checked against another computation of the same function, and nothing is timed if one differs.
 
     Args:
-        suites: ``layers``, ``models``, ``resolution`` (224 to 1536 pixels) or ``training``.
+        suites: ``layers`` (on CUDA with the Triton kernel too, where triton is installed), ``models``,
+            ``resolution`` (224 to 1536 pixels) or ``training``.
         mixers: Names of token mixers.
         device: What to run on.
         dtype: Type of weights and inputs.
@@ -96,6 +98,8 @@ def bench(
         suite: training(mixers, compared) if suite == "training" else SUITES[suite](mixers)
         for suite in dict.fromkeys(suites)
     }
+    if "layers" in plans and device == "cuda" and INSTALLED and not compile:  # compiled, the op has no kernel
+        plans["layers"] = layers(mixers, kernel=True)
     if setting != Setting():  # the targets are for float32 on the CPU
         plans = {suite: [replace(each, targets=Targets()) for each in plan] for suite, plan in plans.items()}
     root = Path(out)

@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from ..errors import OutputError
+from ..layers import MIXERS, StaticKeyAttention
 from .contender import (
     PLAIN_CSKA,
     TIMM_MHSA,
@@ -40,8 +41,13 @@ STRIDE, BUILT_FOR = 8, (28, 28)
 """The second stage of a MetaFormer, built for images of 224 pixels."""
 
 
-def layers(mixers: Sequence[str]) -> list[Contender]:
-    """Attention layers at the shapes of ViT-S and of the stages of a MetaFormer."""
+def layers(mixers: Sequence[str], kernel: bool = False) -> list[Contender]:
+    """Attention layers at the shapes of ViT-S and of the stages of a MetaFormer.
+
+    Args:
+        mixers: Names of token mixers.
+        kernel: Measure static keys with the op's Triton kernel too, against themselves without.
+    """
     rows = []
     for shape in LAYERS:
 
@@ -59,6 +65,10 @@ def layers(mixers: Sequence[str]) -> list[Contender]:
             targets = FCSKA_TARGETS if against == "ska" else LAYER_TARGETS.get((shape, mixer), Targets())
             twin = made_by(layer, shape, PLAIN_CSKA) if against == PLAIN_CSKA else None
             rows.append(row(mixer, against, targets=targets, twin=twin))
+            made = MIXERS[mixer]
+            if kernel and isinstance(made, type) and issubclass(made, StaticKeyAttention):
+                make = made_by(layer, shape, mixer, backend="triton")
+                rows.append(Contender(str(shape), f"{mixer}, triton", make, mixer))
     return rows
 
 

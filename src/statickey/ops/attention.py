@@ -1,13 +1,14 @@
 """Attention against a key that does not depend on the input: the one formula of the package."""
 
 from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import check_backend, check_rate, check_static_key_attention
+from .._checks import check_backend, check_rate, check_static_key_attention, check_triton
 from .._typing import Backend, Size2
 from .grid import check_unfolding, unfold_queries
 from .tiles import tiled_attention
@@ -47,19 +48,22 @@ def static_key_attention(
             is then not stored where the backend can do without; N is the number of unfolded queries.
         backend: ``"sdpa"`` runs torch's fused attention, or on the CPU, where the static key is wider than the
             value, products for the whole batch a tile of the map at a time; neither stores a large N x M map
-            (but with dropout on the CPU). ``"math"`` always stores it.
+            (but with dropout on the CPU). ``"math"`` always stores it. ``"triton"``, on CUDA in float32, bfloat16 or
+            float16, runs a kernel that stores neither the map nor the unfolded query; backward makes both again,
+            whole, as ``"math"`` does. Its speed is not measured. With a dynamic key, ``attn_mask`` or dropout, and
+            where the call is traced, compiled or transformed, it is ``"sdpa"``.
 
     Returns:
         (B, h, N, dv), in the dtype of the inputs.
 
     Raises:
         StaticKeyError: Shapes or dtypes do not fit together.
-        BackendError: The backend does not exist.
+        BackendError: The backend does not exist, or cannot run on these inputs.
 
     Source:
         Hu, Zhou, Rostami, Static Key Attention in Vision, arXiv 2412.07049.
     """
-    check_backend(backend, _BACKENDS)
+    check_backend(backend, ("triton", *_BACKENDS))
     check_rate(dropout_p=dropout_p)
     shape = query.shape
     if unfold is not None:
@@ -70,6 +74,21 @@ def static_key_attention(
         query, static_key, value, key_bias, scale, mask_diagonal, query_offset, attn_mask, shape
     )
     scale = static_key.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "triton" and not _is_traced():
+        from . import kernel  # not before it is asked for: it loads triton
+
+        check_triton(query, kernel.INSTALLED, kernel.INTERPRETED)
+        if static_key.ndim == 3 and attn_mask is None and dropout_p == 0:
+            own = query_offset if mask_diagonal else None
+            again = partial(
+                static_key_attention,
+                mask_diagonal=mask_diagonal,
+                query_offset=query_offset,
+                unfold=unfold,
+                backend="math",
+            )
+            return kernel.fused_attention(query, static_key, value, key_bias, scale, own, unfold, again)
+    backend = "sdpa" if backend == "triton" else backend
     mask = _mask(query, shape[2], static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
     if backend == "sdpa" and static_key.ndim == 3 and query.device.type == "cpu":
         wide = static_key.shape[-1] > value.shape[-1]
