@@ -118,31 +118,29 @@ def test_targets_are_for_float32(small, tmp_path):
     assert {row["dtype"] for row in rows} == {"bfloat16"}
 
 
-@pytest.mark.parametrize(
-    ("device", "compile", "installed"),
-    [("cuda", False, True), ("cuda", True, True), ("cuda", False, False), ("cpu", False, True)],
-)
-def test_static_keys_are_measured_with_the_kernel_where_there_is_one(
-    small, tmp_path, monkeypatch, device, compile, installed
-):
+def test_static_keys_are_measured_with_the_kernel_when_asked(small, tmp_path, monkeypatch):
     def planned(contenders, *args):
         plans.append(contenders)
         raise KeyboardInterrupt
 
     plans = []
     monkeypatch.setattr(main, "_check", planned)
-    monkeypatch.setattr(main, "INSTALLED", installed)
+    monkeypatch.setattr(main, "INSTALLED", True)
     monkeypatch.setattr(main, "environment", lambda device: {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path, "layers", mixers=["mhsa", "ska", "cska"], device=device, compile=compile)
-    fused = {each.name: each for each in plans[0] if each.group == str(SMALL[1]) and "triton" in each.name}
-    if (device, compile, installed) != ("cuda", False, True):
-        assert not fused
-        return
+    for kernel in (False, True):
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, "layers", mixers=["mhsa", "ska", "cska"], device="cuda", kernel=kernel)
+    without, fused = (
+        {each.name: each for each in plan if each.group == str(SMALL[1]) and "triton" in each.name} for plan in plans
+    )
+    assert not without
     assert {name: each.against for name, each in fused.items()} == {"ska, triton": "ska", "cska, triton": "cska"}
     assert fused["cska, triton"].make()[0].backend == "triton"
     assert twin(fused["cska, triton"])[0].backend == "math"
+    for wrong in ({"compile": True}, {"device": "cpu"}):
+        with pytest.raises(StaticKeyError, match=r"kernel=True is for the suite layers with device='cuda'"):
+            run(tmp_path, "layers", **{"kernel": True, "device": "cuda"} | wrong)
 
 
 def test_costs_per_token_are_compared_per_token(monkeypatch):

@@ -45,6 +45,7 @@ def bench(
     device: Literal["cpu", "cuda"] = "cpu",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     compile: bool = False,
+    kernel: bool = False,
     rounds: int | None = None,
     memory: bool = True,
     compared: Path | None = None,
@@ -57,12 +58,13 @@ def bench(
     checked against another computation of the same function, and nothing is timed if one differs.
 
     Args:
-        suites: ``layers`` (on CUDA with the Triton kernel too, where triton is installed), ``models``,
-            ``resolution`` (224 to 1536 pixels) or ``training``.
+        suites: ``layers``, ``models``, ``resolution`` (224 to 1536 pixels) or ``training``.
         mixers: Names of token mixers.
         device: What to run on.
         dtype: Type of weights and inputs.
         compile: Compile every contender with torch.compile.
+        kernel: Layers of static keys run with the Triton kernel too, against themselves without; on CUDA, and not
+            compiled, which would leave the kernel out.
         rounds: Samples of each contender and phase; default 5 to 25, by the suite's cost.
         memory: Measure peak memory too, each contender in a process of its own on the CPU.
         compared: A folder of ``compare``: the training suite measures its network, and a figure sets the measured
@@ -92,13 +94,18 @@ def bench(
     check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
     if device == "cuda" and not torch.cuda.is_available():
         raise StaticKeyError("device='cuda' is not to be had here: torch sees no GPU")
+    if kernel and (device != "cuda" or compile or not INSTALLED or "layers" not in suites):
+        raise StaticKeyError(
+            "kernel=True is for the suite layers with device='cuda' and compile=False, where triton is installed; "
+            f"here suites={list(suites)}, {device=}, {compile=}, triton is {'' if INSTALLED else 'not '}installed"
+        )
     setting = Setting(device, getattr(torch, dtype), compile)
     accuracy = None if compared is None else _accuracy(compared)
     plans = {
         suite: training(mixers, compared) if suite == "training" else SUITES[suite](mixers)
         for suite in dict.fromkeys(suites)
     }
-    if "layers" in plans and device == "cuda" and INSTALLED and not compile:  # compiled, the op has no kernel
+    if kernel:
         plans["layers"] = layers(mixers, kernel=True)
     if setting != Setting():  # the targets are for float32 on the CPU
         plans = {suite: [replace(each, targets=Targets()) for each in plan] for suite, plan in plans.items()}
