@@ -24,7 +24,7 @@ from statickey.bench.contender import (
     model,
     twin,
 )
-from statickey.bench.measure import Roofline, Setting, differences, interleaved, peak_memory, roofline
+from statickey.bench.measure import Roofline, Setting, differences, interleaved, peak_memory, roofline, time_in
 from statickey.errors import OutputError, StaticKeyError, UnknownNameError
 
 SMALL = (LayerShape((4, 4), 16, 2, num_prefix_tokens=1, batch=2), LayerShape((5, 3), 16, 4, batch=2))
@@ -38,10 +38,10 @@ def small(monkeypatch):
     monkeypatch.setattr(main, "roofline", lambda setting: Roofline(1e9, 1e9))
 
 
-def run(out, *names, **options):
+def run(out, *names, width=100, **options):
     text = io.StringIO()
     options = {"rounds": 2, "memory": False} | options
-    return bench(names, out=out, console=Console(file=text, width=100), **options), text.getvalue()
+    return bench(names, out=out, console=Console(file=text, width=width), **options), text.getvalue()
 
 
 def test_rows_files_and_tables(small, tmp_path):
@@ -58,6 +58,7 @@ def test_rows_files_and_tables(small, tmp_path):
     assert row["share_of_limit"] == pytest.approx(row["gmacs"] / row["milliseconds"] * 1e3, rel=1e-6)
     assert by_name[str(SMALL[0]), "forward", "cska"]["against"] == TIMM_MHSA  # a plain twin has no prefix tokens
     assert by_name[str(SMALL[0]), "forward", TIMM_MHSA]["ratio"] is None
+    assert sum(share for name, share in row.items() if name.startswith("time_in_")) == pytest.approx(1)
     assert "fcska : ska" in text
     assert "5x3x16, 4 heads, batch 2: forward and backward" in text
     assert (tmp_path / "bench.md").read_text().count("| fcska : ska |") == 4
@@ -108,6 +109,25 @@ def test_a_finished_suite_is_kept_when_a_later_one_breaks(small, tmp_path, monke
         run(tmp_path, "layers", "resolution", mixers=["ska"])
     stored = json.loads((tmp_path / "bench.json").read_text())
     assert {row["suite"] for row in stored} == {"layers"}
+
+
+def test_where_the_time_goes_is_told_where_there_is_room(small, tmp_path, capfd):
+    for width, told in ((80, 0), (160, 2)):
+        _, text = run(tmp_path, "layers", mixers=["ska"], width=width, rounds=1)
+        assert text.count("time in  ") == 2 * told
+        assert max(map(len, text.splitlines())) <= width
+    cells = [line.split(" | ")[-1] for line in (tmp_path / "bench.md").read_text().splitlines() if line[-1:] == "|"]
+    assert sum(cell.count(",") == 2 for cell in cells) == 2 * 2 * 2
+    assert capfd.readouterr().err == ""  # of the profiler's
+
+
+def test_time_is_shared_out_by_kind():
+    x = torch.randn(400, 400)
+    spent = time_in(lambda: (x @ x @ x @ x).softmax(0), Setting())
+    assert spent["products"] > spent["softmax"] > 0
+    assert spent["convolution"] == spent["attention"] == 0
+    spent = time_in(lambda: torch.nn.functional.scaled_dot_product_attention(*[x[None, None]] * 3), Setting())
+    assert max(spent, key=spent.get) == "attention"
 
 
 def test_targets_are_for_float32(small, tmp_path):

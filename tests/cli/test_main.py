@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -78,29 +79,34 @@ def test_debug_shows_the_traceback():
         main([*TINY, "--mixers", "skaa", "--debug"])
 
 
-def _take_sigint():
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+def _command_in_child(folder, command):
+    os.chdir(folder)
+    # a test run started in the background ignores the signal, and its children inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with Path("stderr").open("w") as sys.stderr:
+        code = main(command)
+    sys.exit(code)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="os.kill sends no SIGINT there")
-def test_ctrl_c_is_resumable(tmp_path, monkeypatch, capsys):
-    command = [sys.executable, "-m", "statickey", *TINY, "--mixers", "mhsa", "--epochs", "30", "--out", "out"]
-    pipes = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
-    # a test run started in the background ignores the signal, and its children would inherit that
-    with subprocess.Popen(command, cwd=tmp_path, preexec_fn=_take_sigint, **pipes) as process:
-        folder = tmp_path / "out" / "runs" / "mhsa-seed0"
-        deadline = time.monotonic() + 120
-        while not list(folder.glob("*.ckpt")) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert list(folder.glob("*.ckpt"))
-        os.kill(process.pid, signal.SIGINT)
-        _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert b"interrupted; the same command continues" in error
-    assert b"Traceback" not in error
+def test_ctrl_c_is_resumable(processes, tmp_path, monkeypatch, capsys):
+    command = [*TINY, "--mixers", "mhsa", "--epochs", "30", "--out", "out"]
+    child = processes.Process(target=_command_in_child, args=(tmp_path, command))
+    child.start()
+    folder = tmp_path / "out" / "runs" / "mhsa-seed0"
+    deadline = time.monotonic() + 120
+    while not list(folder.glob("*.ckpt")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert list(folder.glob("*.ckpt"))
+    os.kill(child.pid, signal.SIGINT)
+    child.join(60)
+    assert child.exitcode == 130
+    error = (tmp_path / "stderr").read_text()
+    assert "interrupted; the same command continues" in error
+    assert "Traceback" not in error
     assert list(folder.glob("*.ckpt"))
     monkeypatch.chdir(tmp_path)
-    assert main(command[3:]) == 0
+    assert main(command) == 0
     assert "mhsa" in capsys.readouterr().out
     curve = json.loads((folder / "run.json").read_text())["curve"]
     assert [row["epoch"] for row in curve] == list(range(1, 31))

@@ -21,9 +21,9 @@ from ..layers import MIXERS
 from ..ops.kernel import INSTALLED
 from ..viz import accuracy_against_cost, scaling
 from .contender import Contender, Targets, least_bytes, macs, twin
-from .measure import Phase, Setting, differences, interleaved, peak_memory, roofline
+from .measure import Phase, Setting, differences, interleaved, peak_memory, roofline, time_in
 from .suites import SUITES, layers, training
-from .table import READING, markdown, tables
+from .table import READING, WIDE, markdown, tables
 
 PHASES: dict[str, tuple[Phase, ...]] = {
     "layers": ("forward", "training"),
@@ -120,7 +120,7 @@ def bench(
             found = _measure(suite, contenders, setting, number, memory, progress)
             rows += [row | {"suite": suite} | where for row in found]
             _write(root, kept + rows, accuracy)
-    for table in tables(rows):
+    for table in tables(rows, wide=console.width >= WIDE):
         console.print(table)
     console.print(READING.format(**rows[-1]), style="dim")
     console.print(f"results: {out}", highlight=False)
@@ -183,6 +183,8 @@ def _measure(
                 peak = {name: values[phase] for name, values in peaks.items()}
                 rows.append(_row(contender, members, phase, samples, peak, len(x), work, least))
                 rows[-1] |= {"gmacs_per_second": limit.macs / 1e9, "gbytes_per_second": limit.bandwidth / 1e9}
+                spent = time_in(calls[contender.name], setting)
+                rows[-1] |= {f"time_in_{kind}": share for kind, share in spent.items()}
     progress.remove_task(task)
     return rows
 

@@ -108,6 +108,31 @@ def _timed(call: Callable[[], Any], number: int, setting: Setting) -> float:
     return (time.perf_counter() - start) / number
 
 
+KINDS = {
+    "products": r"mm_?$|linear",
+    "attention": r"scaled_dot_product|_attention_",
+    "convolution": r"convolution",
+    "softmax": r"softmax",
+    "copies": r"copy|clone|cat$|fill_|zero_",
+    "other": r"",
+}
+"""Kinds of operations by their names in torch; the first that fits. Attention is the fused one."""
+
+
+def time_in(call: Callable[[], Any], setting: Setting) -> dict[str, float]:
+    """Share of a pass's time by kind of operation, by torch's profiler: what stands between it and the limit."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of its own start and end
+    with torch.autograd.profiler.profile(use_device=None if setting.device == "cpu" else setting.device) as profiled:
+        call()
+        setting.wait()
+    spent = dict.fromkeys(KINDS, 0.0)
+    for event in profiled.key_averages():
+        kind = next(kind for kind, names in KINDS.items() if re.search(names, event.key))
+        spent[kind] += event.self_cpu_time_total if setting.device == "cpu" else event.self_device_time_total
+    total = sum(spent.values())
+    return {kind: time / total for kind, time in spent.items()}
+
+
 @dataclass(frozen=True)
 class Roofline:
     """What the machine reached in a matrix product and in a copy: multiply-accumulates and bytes per second."""

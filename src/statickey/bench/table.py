@@ -6,26 +6,34 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from .measure import KINDS
+
 READING = (
     "ms: median of the rounds; ratio: median of the ratios round by round, with quartiles, of the first name to the"
     " second; MB: peak memory beyond weights and input; limit: the least time by this machine's measured matrix"
-    " product ({gmacs_per_second:.0f} GMAC/s) and copy ({gbytes_per_second:.0f} GB/s), as a share of the time taken"
+    " product ({gmacs_per_second:.0f} GMAC/s) and copy ({gbytes_per_second:.0f} GB/s), as a share of the time taken;"
+    " time in: where it went, in %, by torch's profiler. On {device}, {threads} threads, {dtype}; torch {torch}, timm"
+    " {timm}, python {python}"
 )
 _PHASES = {"forward": "forward", "training": "forward and backward", "step": "training step with AdamW"}
+COLUMNS = ("contender", "ms", "ratio", "quartiles", "target", "MB", "ratio", "limit", "time in")
+_LEFT = ("contender", "time in")
+_MOST_KINDS = 3
+WIDE = 120
+"""Columns of a terminal that has room for where the time goes."""
 
 
-COLUMNS = ("contender", "ms", "ratio", "quartiles", "target", "MB", "ratio", "limit")
-
-
-def tables(rows: Sequence[dict[str, Any]]) -> list[Table]:
-    """One table per group and phase, for the terminal."""
+def tables(rows: Sequence[dict[str, Any]], *, wide: bool = True) -> list[Table]:
+    """One table per group and phase, for the terminal; ``wide`` with where the time goes."""
     made = []
+    columns = COLUMNS if wide else COLUMNS[:-1]
     for title, members in _parts(rows).items():
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
-        for name in COLUMNS:
-            table.add_column(name, justify="left" if name == "contender" else "right", no_wrap=name != "contender")
+        for name in columns:
+            words = name in _LEFT
+            table.add_column(name, justify="left" if words else "right", no_wrap=not words, min_width=18 * words)
         for row in members:
-            table.add_row(*_cells(row))
+            table.add_row(*_cells(row)[: len(columns)])
         made.append(table)
     return made
 
@@ -34,7 +42,8 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The same tables as Markdown, with how to read them."""
     lines = []
     for title, members in _parts(rows).items():
-        lines += [f"**{title}**", "", f"| {' | '.join(COLUMNS)} |", "|---|" + "---:|" * (len(COLUMNS) - 1)]
+        rules = ["---" if name in _LEFT else "---:" for name in COLUMNS]
+        lines += [f"**{title}**", "", f"| {' | '.join(COLUMNS)} |", f"|{'|'.join(rules)}|"]
         lines += [f"| {' | '.join(_cells(row))} |" for row in members] + [""]
     return "\n".join([*lines, READING.format(**rows[-1]), ""])
 
@@ -52,6 +61,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     quartiles = "" if ratio is None else f"{row['ratio_q1']:.2f}–{row['ratio_q3']:.2f}"
     met = "" if at_most is None else f"≤ {at_most:.2f} {'✓' if ratio <= at_most else '✗'}"
     memory, peak = row["memory_ratio"], row["peak_megabytes"]
+    spent = sorted(KINDS, key=lambda kind: -row[f"time_in_{kind}"])
     return [
         f"{row['contender']}{against}",
         f"{row['milliseconds']:.{1 if row['milliseconds'] < 1000 else 0}f}",
@@ -61,4 +71,5 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if peak is None else f"{peak:.0f}",
         "" if memory is None else f"{memory:.2f}",
         f"{100 * row['share_of_limit']:.0f} %",
+        ", ".join(f"{kind} {100 * row[f'time_in_{kind}']:.0f}" for kind in spent[:_MOST_KINDS]),
     ]
