@@ -52,16 +52,17 @@ def fold_queries(unfolded: Tensor, feat_size: Size2, kernel_size: int, *, border
     Returns:
         (..., H*W, d), or (..., (H+k-1)*(W+k-1), d) with the border.
     """
-    height, length = feat_size
-    pad = kernel_size // 2
-    parts = unfolded.reshape(*unfolded.shape[:-2], height, length, kernel_size**2, -1)
-    grid = parts.new_zeros(*parts.shape[:-4], height + 2 * pad, length + 2 * pad, parts.shape[-1])
+    (height, width), border = feat_size, kernel_size // 2
+    parts = unfolded.reshape(*unfolded.shape[:-2], height, width, kernel_size, -1)
+    lines = parts.new_zeros(*parts.shape[:-4], height + 2 * border, width, parts.shape[-1])
     for row in range(kernel_size):
-        for col in range(kernel_size):
-            part = parts[..., row * kernel_size + col, :]
-            grid[..., row : row + height, col : col + length, :] += part
+        lines[..., row : row + height, :, :] += parts[..., row, :]
+    lines = lines.reshape(*lines.shape[:-1], kernel_size, -1)
+    grid = parts.new_zeros(*lines.shape[:-3], width + 2 * border, lines.shape[-1])
+    for column in range(kernel_size):
+        grid[..., column : column + width, :] += lines[..., column, :]
     if not bordered:
-        grid = grid[..., pad : pad + height, pad : pad + length, :]
+        grid = grid[..., border : border + height, border : border + width, :]
     return grid.flatten(-3, -2)
 
 

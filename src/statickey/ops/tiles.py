@@ -101,6 +101,14 @@ def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.bmm(left, right, out=out)
 
 
+def _add_product(left: Tensor, right: Tensor, into: Tensor) -> None:
+    """Add a batched product to what is there."""
+    if len(left) == 1:
+        into[0].addmm_(left[0], right[0])
+    else:
+        into.baddbmm_(left, right)
+
+
 class _Queries:
     """The queries of one tile after the other, unfolded if asked for, once for all rows of an image."""
 
@@ -220,7 +228,7 @@ class _TiledAttention(torch.autograd.Function):
             if grad_query is not None:
                 queries.backward(tile, _product(grad_logits, key[tile.heads]), grad_query)
             if grad_key is not None:
-                grad_key[tile.heads] += _product(grad_logits.mT, flat)
+                _add_product(grad_logits.mT, flat, grad_key[tile.heads])
             if grad_bias is not None:
                 grad_bias[tile.heads] += grad_logits.sum(1)
         return *grads, None
