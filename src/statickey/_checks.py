@@ -159,7 +159,7 @@ def check_static_key_attention(
             f"query {tuple(query.shape)} must be (B, h, N, d) and the key {tuple(key.shape)} (h, M, d), "
             "or (B, h, M, d) when it is dynamic"
         )
-    batch, heads, num_queries, width = query_shape or query.shape
+    batch, heads, num_queries, width = query.shape if query_shape is None else query_shape
     num_keys = key.shape[-2]
     if key.shape[-3] != heads or key.shape[-1] != width or (key.ndim == 4 and key.shape[0] != batch):
         raise StaticKeyError(

@@ -1,7 +1,9 @@
 import csv
 import io
 import json
+import os
 import platform
+import re
 
 import pytest
 import torch
@@ -104,21 +106,37 @@ def test_a_finished_suite_is_kept_when_a_later_one_breaks(small, tmp_path, monke
             raise KeyboardInterrupt
         return measure(suite, *args)
 
+    earlier, _ = run(tmp_path, "resolution", mixers=["ska"])
     monkeypatch.setattr(main, "_measure", breaks)
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "layers", "resolution", mixers=["ska"])
     stored = json.loads((tmp_path / "bench.json").read_text())
-    assert {row["suite"] for row in stored} == {"layers"}
+    assert {row["suite"] for row in stored} == {"layers", "resolution"}
+    assert [row for row in stored if row["suite"] == "resolution"] == earlier
 
 
-def test_where_the_time_goes_is_told_where_there_is_room(small, tmp_path, capfd):
+def test_rows_of_another_version_are_left_alone(small, tmp_path):
+    (tmp_path / "bench.json").write_text('[{"suite": "layers", "milliseconds": 1.0}]')
+    with pytest.raises(OutputError, match="was not written by this version of bench; choose another"):
+        run(tmp_path, "layers")
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
+
+
+def test_every_place_of_measurement_is_told(small, tmp_path):
+    run(tmp_path, "layers", mixers=["ska"], dtype="bfloat16")
+    run(tmp_path, "resolution", mixers=["ska"])
+    text = (tmp_path / "bench.md").read_text()
+    assert re.search(r"Layers: [^;]*threads, bfloat16; 1 GMAC/s, 1 GB/s; torch \S+, timm \S+, python", text)
+    assert re.search(r"Resolution: [^;]*threads, float32;", text)
+
+
+def test_where_the_time_goes_is_told_where_there_is_room(small, tmp_path):
     for width, told in ((80, 0), (160, 2)):
         _, text = run(tmp_path, "layers", mixers=["ska"], width=width, rounds=1)
         assert text.count("time in  ") == 2 * told
         assert max(map(len, text.splitlines())) <= width
     cells = [line.split(" | ")[-1] for line in (tmp_path / "bench.md").read_text().splitlines() if line[-1:] == "|"]
     assert sum(cell.count(",") == 2 for cell in cells) == 2 * 2 * 2
-    assert capfd.readouterr().err == ""  # of the profiler's
 
 
 def test_time_is_shared_out_by_kind():
@@ -128,6 +146,19 @@ def test_time_is_shared_out_by_kind():
     assert spent["convolution"] == spent["attention"] == 0
     spent = time_in(lambda: torch.nn.functional.scaled_dot_product_attention(*[x[None, None]] * 3), Setting())
     assert max(spent, key=spent.get) == "attention"
+
+
+def _profile(path):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), 2)
+    time_in(lambda: torch.ones(4, 4) @ torch.ones(4, 4), Setting())
+
+
+def test_the_profiler_keeps_to_itself(processes, tmp_path):
+    child = processes.Process(target=_profile, args=(tmp_path / "stderr",))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert (tmp_path / "stderr").read_text() == ""
 
 
 def test_targets_are_for_float32(small, tmp_path):
@@ -161,6 +192,8 @@ def test_static_keys_are_measured_with_the_kernel_when_asked(small, tmp_path, mo
     for wrong in ({"compile": True}, {"device": "cpu"}):
         with pytest.raises(StaticKeyError, match=r"kernel=True is for the suite layers with device='cuda'"):
             run(tmp_path, "layers", **{"kernel": True, "device": "cuda"} | wrong)
+    with pytest.raises(StaticKeyError, match=r"mixers=\['mhsa'\] has none"):
+        run(tmp_path, "layers", mixers=["mhsa"], kernel=True, device="cuda")
 
 
 def test_costs_per_token_are_compared_per_token(monkeypatch):
@@ -271,7 +304,7 @@ def test_refuses_and_writes_nothing(tmp_path, names, options, error, message):
 
 def test_a_foreign_file_is_left_alone(small, tmp_path):
     (tmp_path / "bench.json").write_text('{"mine": 1}')
-    with pytest.raises(OutputError, match=r"bench.json was not written by bench; choose another --out"):
+    with pytest.raises(OutputError, match="was not written by this version of bench; choose another"):
         run(tmp_path, "layers")
     assert (tmp_path / "bench.json").read_text() == '{"mine": 1}'
 

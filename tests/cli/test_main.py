@@ -1,5 +1,6 @@
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -122,6 +123,14 @@ def test_ctrl_c_while_scoring_leaves_the_signal_as_it_was(tmp_path, monkeypatch,
     assert main([*TINY, "--out", str(tmp_path / "out")]) == 130
     assert signal.getsignal(signal.SIGINT) is before
     assert "interrupted" in capsys.readouterr().err
+
+
+def test_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["statickey", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("statickey", run_name="__main__")
+    assert stopped.value.code == 0
+    assert "compare" in capsys.readouterr().out
 
 
 def test_import_is_light_and_warns_of_nothing():

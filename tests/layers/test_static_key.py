@@ -339,6 +339,17 @@ def test_exports(cls):
     assert_close("exported", exported(x), layer(x))
 
 
+@pytest.mark.parametrize("off_grid", ["resample", "window"])
+@pytest.mark.parametrize("cls", LAYERS)
+def test_no_image_is_a_batch_too(cls, off_grid):
+    layer = make(cls, num_prefix_tokens=1, off_grid=off_grid)
+    for feat_size in (GRID, (8, 12)):
+        x = tokens(layer, batch=0, feat_size=feat_size).requires_grad_()
+        out = layer(x, feat_size)
+        out.sum().backward()
+        assert out.shape == x.shape == x.grad.shape
+
+
 def test_windows_export_for_any_batch_and_compile_whole():
     layer = make(ConvStaticKeyAttention, off_grid="window", num_prefix_tokens=1).eval()
     x = tokens(layer, feat_size=(8, 12))

@@ -9,8 +9,8 @@ from statickey.ops import kernel
 
 GPUS = (80, 90)
 SHARED = 99 * 1024  # bytes that a block may have on every GPU since compute capability 8.0
-TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-CASES = [  # type, query width, value width, kernel size, with bias and learned scale and without diagonal
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+CASES = [  # type, query width, value width, kernel size, with bias, learned scale and border and without diagonal
     *((dtype, width, width, size, size > 1) for dtype in TYPES for width in (16, 64) for size in (1, 3)),
     (torch.bfloat16, 5, 3, 5, True),
     (torch.bfloat16, 576, 64, 1, False),
@@ -41,9 +41,15 @@ def main():
     assert not kernel.INTERPRETED
     kernel._KERNEL = recorder
     for dtype, width, value_width, size, everything in CASES:
+        tokens = (6 + size) * (4 + size) if everything else 35
         query, key, value, bias = (
             torch.zeros(shape, dtype=dtype)
-            for shape in ((2, 2, 35, width), (2, 35, size**2 * width), (2, 2, 35, value_width), (2, 35))
+            for shape in (
+                (2, 2, tokens, width),
+                (2, 35, size**2 * width),
+                (2, 2, 35, value_width),
+                (2, 35),
+            )
         )
         scale = torch.ones(()) if everything else 0.5
         bias, offset = (bias, 0) if everything else (None, None)

@@ -142,6 +142,20 @@ def test_large_keys_stay_finite_in_half_precision():
 
 
 @interpreted
+def test_a_bias_may_hide_a_whole_block_of_keys():
+    query, key, value, bias = tensors(1, 2, 3, 40, 4, 4)
+    bias[:, :32] = float("-inf")
+    assert_close("output", attend("triton")(query, key, value, bias), attend("math")(query, key, value, bias))
+
+
+@interpreted
+def test_a_query_without_numbers_takes_the_way_of_sdpa():
+    inputs = [x.to("meta") for x in tensors(2, 3, 9, 9, 4, 4)]
+    assert attend("triton")(*inputs).shape == (2, 3, 9, 4)
+    assert attend("triton")(inputs[0].double(), inputs[1].double().expand(2, -1, -1, -1), inputs[2].double()).is_meta
+
+
+@interpreted
 @pytest.mark.parametrize("num_prefix_tokens", [0, 2])
 def test_layer(num_prefix_tokens):
     layer = ConvStaticKeyAttention(

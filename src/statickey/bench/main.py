@@ -21,9 +21,9 @@ from ..layers import MIXERS
 from ..ops.kernel import INSTALLED
 from ..viz import accuracy_against_cost, scaling
 from .contender import Contender, Targets, least_bytes, macs, twin
-from .measure import Phase, Setting, differences, interleaved, peak_memory, roofline, time_in
-from .suites import SUITES, layers, training
-from .table import READING, WIDE, markdown, tables
+from .measure import KINDS, Phase, Setting, differences, interleaved, peak_memory, roofline, time_in
+from .suites import KERNEL, SUITES
+from .table import WIDE, markdown, reading, tables
 
 PHASES: dict[str, tuple[Phase, ...]] = {
     "layers": ("forward", "training"),
@@ -101,16 +101,14 @@ def bench(
         )
     setting = Setting(device, getattr(torch, dtype), compile)
     accuracy = None if compared is None else _accuracy(compared)
-    plans = {
-        suite: training(mixers, compared) if suite == "training" else SUITES[suite](mixers)
-        for suite in dict.fromkeys(suites)
-    }
-    if kernel:
-        plans["layers"] = layers(mixers, kernel=True)
+    options: dict[str, dict[str, Any]] = {"layers": {"kernel": kernel}, "training": {"compared": compared}}
+    plans = {suite: SUITES[suite](mixers, **options.get(suite, {})) for suite in dict.fromkeys(suites)}
+    if kernel and not any(each.name.endswith(KERNEL) for each in plans["layers"]):
+        raise StaticKeyError(f"kernel=True is for static keys, mixers={list(mixers)} has none; name ska or cska")
     if setting != Setting():  # the targets are for float32 on the CPU
         plans = {suite: [replace(each, targets=Targets()) for each in plan] for suite, plan in plans.items()}
     root = Path(out)
-    kept = [row for row in _earlier(root) if row["suite"] not in plans]
+    earlier = _earlier(root)
     where = environment(device) | {"dtype": dtype, "compiled": compile}
     rows: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as progress:
@@ -119,10 +117,11 @@ def bench(
             number = ROUNDS[suite] if rounds is None else rounds
             found = _measure(suite, contenders, setting, number, memory, progress)
             rows += [row | {"suite": suite} | where for row in found]
-            _write(root, kept + rows, accuracy)
+            done = {row["suite"] for row in rows}
+            _write(root, [row for row in earlier if row["suite"] not in done] + rows, accuracy)
     for table in tables(rows, wide=console.width >= WIDE):
         console.print(table)
-    console.print(READING.format(**rows[-1]), style="dim")
+    console.print(reading(rows), style="dim")
     console.print(f"results: {out}", highlight=False)
     return rows
 
@@ -256,9 +255,9 @@ def _earlier(out: Path) -> list[dict[str, Any]]:
         return []
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
-        assert all("suite" in row for row in rows)
-    except (OSError, ValueError, TypeError, AssertionError) as error:
-        raise OutputError(f"{path} was not written by bench; choose another --out") from error
+        assert all({"suite", *(f"time_in_{kind}" for kind in KINDS)} <= row.keys() for row in rows)
+    except (OSError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise OutputError(f"{path} was not written by this version of bench; choose another --out") from error
     return list(rows)
 
 

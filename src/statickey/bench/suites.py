@@ -1,7 +1,7 @@
 """The suites: which contenders are measured, against what, and what the ratios are to be at most."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ LAYER_TARGETS = {
     (LAYERS[4], "ska"): Targets(0.85, 0.90),
 }
 RESOLUTIONS = (224, 384, 512, 768, 1024, 1536)
+KERNEL = ", triton"
+"""What is added to the name of a mixer that runs with the kernel."""
 STRIDE, BUILT_FOR = 8, (28, 28)
 """The second stage of a MetaFormer, built for images of 224 pixels."""
 
@@ -68,7 +70,7 @@ def layers(mixers: Sequence[str], kernel: bool = False) -> list[Contender]:
             made = MIXERS[mixer]
             if kernel and isinstance(made, type) and issubclass(made, StaticKeyAttention):
                 make = made_by(layer, shape, mixer, backend="triton")
-                rows.append(Contender(str(shape), f"{mixer}, triton", make, mixer))
+                rows.append(Contender(str(shape), f"{mixer}{KERNEL}", make, mixer))
     return rows
 
 
@@ -158,4 +160,9 @@ def _compared(folder: Path) -> tuple[str, dict[str, Any], int]:
         ) from error
 
 
-SUITES = {"layers": layers, "models": models, "resolution": resolution, "training": training}
+SUITES: dict[str, Callable[..., list[Contender]]] = {
+    "layers": layers,
+    "models": models,
+    "resolution": resolution,
+    "training": training,
+}

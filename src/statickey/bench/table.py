@@ -11,10 +11,9 @@ from .measure import KINDS
 READING = (
     "ms: median of the rounds; ratio: median of the ratios round by round, with quartiles, of the first name to the"
     " second; MB: peak memory beyond weights and input; limit: the least time by this machine's measured matrix"
-    " product ({gmacs_per_second:.0f} GMAC/s) and copy ({gbytes_per_second:.0f} GB/s), as a share of the time taken;"
-    " time in: where it went, in %, by torch's profiler. On {device}, {threads} threads, {dtype}; torch {torch}, timm"
-    " {timm}, python {python}"
+    " product and copy, as a share of the time taken; time in: where it went, in %, by torch's profiler."
 )
+_PLACE = ("device", "threads", "dtype", "compiled", "torch", "timm", "python")
 _PHASES = {"forward": "forward", "training": "forward and backward", "step": "training step with AdamW"}
 COLUMNS = ("contender", "ms", "ratio", "quartiles", "target", "MB", "ratio", "limit", "time in")
 _LEFT = ("contender", "time in")
@@ -38,6 +37,22 @@ def tables(rows: Sequence[dict[str, Any]], *, wide: bool = True) -> list[Table]:
     return made
 
 
+def reading(rows: Sequence[dict[str, Any]]) -> str:
+    """How to read the tables, and where which suites were measured."""
+    places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        places.setdefault(tuple(row[name] for name in _PLACE), []).append(row)
+    parts = [READING]
+    for (device, threads, dtype, compiled, *versions), members in places.items():
+        suites = ", ".join(dict.fromkeys(row["suite"] for row in members))
+        macs, copied = (max(row[f"{name}_per_second"] for row in members) for name in ("gmacs", "gbytes"))
+        parts.append(
+            f"{suites.capitalize()}: {device}, {threads} threads, {dtype}{', compiled' if compiled else ''};"
+            f" {macs:.0f} GMAC/s, {copied:.0f} GB/s; torch {versions[0]}, timm {versions[1]}, python {versions[2]}."
+        )
+    return " ".join(parts)
+
+
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The same tables as Markdown, with how to read them."""
     lines = []
@@ -45,7 +60,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         rules = ["---" if name in _LEFT else "---:" for name in COLUMNS]
         lines += [f"**{title}**", "", f"| {' | '.join(COLUMNS)} |", f"|{'|'.join(rules)}|"]
         lines += [f"| {' | '.join(_cells(row))} |" for row in members] + [""]
-    return "\n".join([*lines, READING.format(**rows[-1]), ""])
+    return "\n".join([*lines, reading(rows), ""])
 
 
 def _parts(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -61,7 +76,7 @@ def _cells(row: dict[str, Any]) -> list[str]:
     quartiles = "" if ratio is None else f"{row['ratio_q1']:.2f}–{row['ratio_q3']:.2f}"
     met = "" if at_most is None else f"≤ {at_most:.2f} {'✓' if ratio <= at_most else '✗'}"
     memory, peak = row["memory_ratio"], row["peak_megabytes"]
-    spent = sorted(KINDS, key=lambda kind: -row[f"time_in_{kind}"])
+    spent = sorted(((kind, row[f"time_in_{kind}"]) for kind in KINDS), key=lambda pair: -pair[1])
     return [
         f"{row['contender']}{against}",
         f"{row['milliseconds']:.{1 if row['milliseconds'] < 1000 else 0}f}",
@@ -71,5 +86,5 @@ def _cells(row: dict[str, Any]) -> list[str]:
         "" if peak is None else f"{peak:.0f}",
         "" if memory is None else f"{memory:.2f}",
         f"{100 * row['share_of_limit']:.0f} %",
-        ", ".join(f"{kind} {100 * row[f'time_in_{kind}']:.0f}" for kind in spent[:_MOST_KINDS]),
+        ", ".join(f"{kind} {100 * share:.0f}" for kind, share in spent[:_MOST_KINDS] if share),
     ]

@@ -194,7 +194,7 @@ class StaticKeyAttention(GridState, AttentionMixer):
                         "mask_diagonal=True leaves nothing to attend to; use a multiple of the window"
                     )
                 if num_prefix:
-                    windows = val.shape[0] // batch
+                    windows = val.shape[0] // batch if batch else 0
                     shared = value[:, :, :num_prefix].repeat_interleave(windows, dim=0)
                     val = torch.cat([shared, val], dim=2)
                 unfold = None if seg.unfold is None else (shape, kernel_size)
@@ -288,7 +288,7 @@ class FactorizedConvStaticKeyAttention(_ConvolvedQueryAttention):
         prefix, grid = query.tensor_split([self.num_prefix_tokens], dim=2)
         # channels last from token to token: the convolution is faster so, and fused attention far faster on a query
         # whose last axis is contiguous
-        maps = grid.transpose(1, 2).reshape(query.shape[0], *feat_size, -1).permute(0, 3, 1, 2)
+        maps = grid.transpose(1, 2).reshape(len(query), *feat_size, self.query_conv.in_channels).permute(0, 3, 1, 2)
         convolved = self.query_conv(maps).permute(0, 2, 3, 1).reshape(*grid.transpose(1, 2).shape).transpose(1, 2)
         if self.num_prefix_tokens:
             convolved = torch.cat([prefix, convolved], dim=2)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from math import prod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ def static_key_attention(
     comes from and in how wide the query is (CSKA's is the unfolded query, see ``unfold``).
 
     Args:
-        query: Queries, (B, h, N, dk).
+        query: Queries, (B, h, N, dk); with ``unfold``, what ``unfold_queries`` takes, dk being ``d * k * k``.
         static_key: Keys shared by the batch, (h, M, dk). A dynamic key, (B, h, M, dk), gives self-attention.
         value: Values, (B, h, M, dv); dv may differ from dk.
         key_bias: Added to every query's logit of a key, (h, M).
@@ -50,8 +51,8 @@ def static_key_attention(
             value, products for the whole batch a tile of the map at a time; neither stores a large N x M map
             (but with dropout on the CPU). ``"math"`` always stores it. ``"triton"``, on CUDA in float32, bfloat16 or
             float16, runs a kernel that stores neither the map nor the unfolded query; backward makes both again,
-            whole, as ``"math"`` does. Its speed is not measured. With a dynamic key, ``attn_mask`` or dropout, and
-            where the call is traced, compiled or transformed, it is ``"sdpa"``.
+            whole, as ``"math"`` does, and has no second derivative. Its speed is not measured. With a dynamic key,
+            ``attn_mask`` or dropout, and where the call is traced, compiled or transformed, it is ``"sdpa"``.
 
     Returns:
         (B, h, N, dv), in the dtype of the inputs.
@@ -74,25 +75,20 @@ def static_key_attention(
         query, static_key, value, key_bias, scale, mask_diagonal, query_offset, attn_mask, shape
     )
     scale = static_key.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "triton" and not _is_traced():
-        from . import kernel  # not before it is asked for: it loads triton
+    plain = static_key.ndim == 3 and dropout_p == 0 and not _is_traced(query)
+    if backend == "triton" and plain and attn_mask is None:
+        from . import kernel  # a triton that does not load shall fail only those who ask for it
 
         check_triton(query, kernel.INSTALLED, kernel.INTERPRETED)
-        if static_key.ndim == 3 and attn_mask is None and dropout_p == 0:
-            own = query_offset if mask_diagonal else None
-            again = partial(
-                static_key_attention,
-                mask_diagonal=mask_diagonal,
-                query_offset=query_offset,
-                unfold=unfold,
-                backend="math",
-            )
-            return kernel.fused_attention(query, static_key, value, key_bias, scale, own, unfold, again)
+        own = query_offset if mask_diagonal else None
+        hidden: dict[str, Any] = {"mask_diagonal": mask_diagonal, "query_offset": query_offset}
+        again = partial(static_key_attention, **hidden, unfold=unfold, backend="math")
+        return kernel.fused_attention(query, static_key, value, key_bias, scale, own, unfold, again)
     backend = "sdpa" if backend == "triton" else backend
     mask = _mask(query, shape[2], static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
     if backend == "sdpa" and static_key.ndim == 3 and query.device.type == "cpu":
         wide = static_key.shape[-1] > value.shape[-1]
-        if wide and dropout_p == 0 and not _is_traced():
+        if wide and plain:
             return _tiled(query, static_key, value, key_bias, scale, mask, unfold)
         backend = "math" if wide else backend
     if unfold is not None:
@@ -194,9 +190,9 @@ def _sdpa(
     return out[..., :value_width]
 
 
-def _is_traced() -> bool:
-    """Whether something other than the tensors themselves is looking, which a loop over tiles would not serve."""
-    tracing = torch._C._get_tracing_state() is not None
+def _is_traced(query: Tensor) -> bool:
+    """Whether something other than numbers is asked for, which neither a loop over tiles nor a kernel would serve."""
+    tracing = torch._C._get_tracing_state() is not None or query.is_meta
     return tracing or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
@@ -259,7 +255,7 @@ def _product(query: Tensor, key: Tensor) -> Tensor:
     # one product a head for all images: broadcast over the batch, the key would be copied for every image
     batch, heads, num_queries, width = query.shape
     logits = query.transpose(0, 1).reshape(heads, batch * num_queries, width) @ key
-    return logits.view(heads, batch, num_queries, -1).transpose(0, 1)
+    return logits.view(heads, batch, num_queries, key.shape[-1]).transpose(0, 1)
 
 
 _BACKENDS = {"sdpa": _sdpa, "math": _math}

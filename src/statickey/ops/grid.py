@@ -1,5 +1,7 @@
 """Operations on the token grid: neighbourhoods of queries, keys for another grid, windows."""
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,7 +39,7 @@ def unfold_queries(query: Tensor, feat_size: Size2, kernel_size: int) -> Tensor:
     if not bordered:
         grid = F.pad(grid, (0, 0, border, border, border, border))
     views = grid.unfold(2, kernel_size, 1).unfold(3, kernel_size, 1).permute(0, 1, 2, 3, 5, 6, 4)
-    return views.reshape(heads, batch, -1, kernel_size * kernel_size * width).transpose(0, 1)
+    return views.reshape(heads, batch, prod(feat_size), kernel_size * kernel_size * width).transpose(0, 1)
 
 
 def fold_queries(unfolded: Tensor, feat_size: Size2, kernel_size: int, *, bordered: bool = False) -> Tensor:
@@ -151,7 +153,9 @@ def window_partition(
     for (top, rows, num_rows), (left, cols, num_cols) in _bands(feat_size, window_size):
         part = grid[:, :, top : top + rows * num_rows + around, left : left + cols * num_cols + around]
         part = part.unfold(2, rows + around, rows).unfold(3, cols + around, cols).permute(0, 2, 3, 1, 5, 6, 4)
-        groups.append(((rows, cols), part.reshape(batch * num_rows * num_cols, heads, -1, dim)))
+        groups.append(
+            ((rows, cols), part.reshape(batch * num_rows * num_cols, heads, (rows + around) * (cols + around), dim))
+        )
     return groups
 
 
@@ -172,7 +176,8 @@ def window_merge(windows: list[Tensor], feat_size: Size2, window_size: Size2) ->
     line: list[Tensor] = []
     for part, ((_, rows, num_rows), (left, cols, num_cols)) in zip(windows, bands, strict=True):
         heads, dim = part.shape[1], part.shape[3]
-        part = part.reshape(-1, num_rows, num_cols, heads, rows, cols, dim).permute(0, 3, 1, 4, 2, 5, 6)
+        batch = part.shape[0] // (num_rows * num_cols)
+        part = part.reshape(batch, num_rows, num_cols, heads, rows, cols, dim).permute(0, 3, 1, 4, 2, 5, 6)
         line.append(part.reshape(part.shape[0], heads, num_rows * rows, num_cols * cols, dim))
         if left + cols * num_cols == width:
             lines.append(torch.cat(line, dim=3))

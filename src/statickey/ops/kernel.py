@@ -208,7 +208,7 @@ def _attend(
             shifted = row * (length + 2 * border) + column
             columns = step % parts * block_width + tl.arange(0, block_width)
             left = tl.load(
-                query + shifted[:, None] * query_token + columns[None, :] * query_channel,
+                query + shifted.to(tl.int64)[:, None] * query_token + columns[None, :] * query_channel,
                 mask=on_grid[:, None] & (columns < width)[None, :],
                 other=0.0,
             )
@@ -224,12 +224,13 @@ def _attend(
         logits = tl.where(known[None, :], logits * scale, float("-inf"))
         if mask_diagonal:
             logits = tl.where((tokens + query_offset)[:, None] == keys[None, :], float("-inf"), logits)
-        higher = tl.maximum(highest, tl.max(logits, 1))  # finite: of the first keys, one is masked at most
-        weights = tl.exp2(logits - higher[:, None])
-        decay = tl.exp2(highest - higher)
+        higher = tl.maximum(highest, tl.max(logits, 1))
+        base = tl.where(higher == float("-inf"), 0.0, higher)  # a bias may hide all keys so far
+        weights = tl.exp2(logits - base[:, None])
+        decay = tl.exp2(highest - base)
         total = total * decay + tl.sum(weights, 1)
         values = tl.load(
-            value + keys[:, None] * value_token + channels[None, :] * value_channel,
+            value + keys.to(tl.int64)[:, None] * value_token + channels[None, :] * value_channel,
             mask=known[:, None] & (channels < value_width)[None, :],
             other=0.0,
         )

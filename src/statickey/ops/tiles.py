@@ -12,7 +12,8 @@ from .._typing import Size2
 from .grid import fold_queries, unfold_queries
 
 TILE = 5 << 18
-"""Numbers in the logits and queries of one part at most, 5 MiB in float32."""
+"""Numbers in the logits and queries of one part at most, 5 MiB in float32. Queries are unfolded for all rows of an
+image, which may be more."""
 KEPT = 1 << 23
 """Logits up to which backward reads the map of forward, 32 MiB in float32, rather than make it again."""
 
@@ -77,7 +78,7 @@ def _tiles(batch: int, num_queries: int, key: Tensor) -> Iterator[_Tile]:
     most = TILE // sum(key.shape[1:])
     rows = _even(num_queries, most)
     images = _even(batch, most // num_queries)
-    together = _even(heads, most // (num_queries * batch))
+    together = _even(heads, most // max(1, num_queries * batch))
     for head in range(0, heads, together):
         for image in range(0, batch, images):
             for row in range(0, num_queries, rows):
@@ -91,7 +92,7 @@ def _tiles(batch: int, num_queries: int, key: Tensor) -> Iterator[_Tile]:
 def _even(whole: int, most: int) -> int:
     """The extent of parts that are at most so large, all about the same."""
     parts = -(-whole // max(1, most))
-    return -(-whole // parts)
+    return max(1, -(-whole // max(1, parts)))
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
