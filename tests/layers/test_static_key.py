@@ -350,8 +350,9 @@ def test_no_image_is_a_batch_too(cls, off_grid):
         assert out.shape == x.shape == x.grad.shape
 
 
-def test_windows_export_for_any_batch_and_compile_whole():
-    layer = make(ConvStaticKeyAttention, off_grid="window", num_prefix_tokens=1).eval()
+@pytest.mark.parametrize("cls", [ConvStaticKeyAttention, FactorizedConvStaticKeyAttention])
+def test_windows_export_for_any_batch_and_compile_whole(cls):
+    layer = make(cls, off_grid="window", num_prefix_tokens=1).eval()
     x = tokens(layer, feat_size=(8, 12))
     batch = torch.export.Dim("batch", min=2, max=64)
     exported = torch.export.export(layer, (x, (8, 12)), dynamic_shapes=({0: batch}, (None, None))).module()

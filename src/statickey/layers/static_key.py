@@ -288,7 +288,9 @@ class FactorizedConvStaticKeyAttention(_ConvolvedQueryAttention):
         prefix, grid = query.tensor_split([self.num_prefix_tokens], dim=2)
         # channels last from token to token: the convolution is faster so, and fused attention far faster on a query
         # whose last axis is contiguous
-        maps = grid.transpose(1, 2).reshape(len(query), *feat_size, self.query_conv.in_channels).permute(0, 3, 1, 2)
+        maps = (
+            grid.transpose(1, 2).reshape(query.shape[0], *feat_size, self.query_conv.in_channels).permute(0, 3, 1, 2)
+        )
         convolved = self.query_conv(maps).permute(0, 2, 3, 1).reshape(*grid.transpose(1, 2).shape).transpose(1, 2)
         if self.num_prefix_tokens:
             convolved = torch.cat([prefix, convolved], dim=2)

@@ -53,34 +53,24 @@ def fused_attention(
     """
     if isinstance(scale, Tensor):
         scale = scale.to(query.device)
-    out: Tensor = _FusedAttention.apply(query, key, value, key_bias, scale, query_offset, unfold, again)
+    out: Tensor = _FusedAttention.apply(again, query, key, value, key_bias, scale, query_offset, unfold)
     return out
 
 
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_bias: Tensor | None,
-        scale: float | Tensor,
-        query_offset: int | None,
-        unfold: tuple[Size2, int] | None,
-        again: Callable[..., Tensor],
-    ) -> Tensor:
-        learned = scale if isinstance(scale, Tensor) else None
-        ctx.save_for_backward(query, key, value, key_bias, learned)
+    def forward(ctx: Any, again: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        *tensors, scale, _, _ = inputs
+        ctx.save_for_backward(*tensors, scale if isinstance(scale, Tensor) else None)
         ctx.scale, ctx.again = scale, again
-        return _launch(query, key, value, key_bias, scale, query_offset, unfold)
+        return _launch(*inputs)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         leaves = [
             None if x is None else x.detach().requires_grad_(needed)
-            for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+            for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=False)
         ]
         query, key, value, key_bias, learned = leaves
         with torch.enable_grad(), torch.autocast(grad_out.device.type, enabled=False):
@@ -88,7 +78,7 @@ class _FusedAttention(torch.autograd.Function):
             out = ctx.again(query, key, value, key_bias=key_bias, scale=scale)
         wanted = [x for x in leaves if x is not None and x.requires_grad]
         grads = iter(torch.autograd.grad(out, wanted, grad_out))
-        return *(next(grads) if x is not None and x.requires_grad else None for x in leaves), None, None, None
+        return None, *(next(grads) if x is not None and x.requires_grad else None for x in leaves), None, None
 
 
 def _launch(
