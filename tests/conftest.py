@@ -25,9 +25,19 @@ def cifar10_folder():
     return folder
 
 
+def pytest_collection_finish(session):
+    """The server of ``processes`` imports while the first tests run."""
+    if not session.config.option.collectonly and any("processes" in item.fixturenames for item in session.items):
+        _server()
+
+
 @pytest.fixture(scope="session")
 def processes():
     """The one server that has imported everything and forks each child in no time."""
+    return _server()
+
+
+def _server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["statickey.tasks", "statickey.bench", "tensorboard.compat"])
     with pytest.MonkeyPatch.context() as patch:
