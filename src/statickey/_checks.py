@@ -1,8 +1,11 @@
 """Every shape and argument check, in one place; each refusal carries the value and the remedy."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import fields
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -22,6 +25,19 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
     raise UnknownNameError(f"unknown {kind} {name!r}; {hint}")
 
 
+def check_choice(**values: tuple[Any, Iterable[Any]]) -> None:
+    """Refuse any keyword whose value is none of those it may have, given as a pair of both."""
+    for name, (value, known) in values.items():
+        if value not in tuple(known):
+            raise StaticKeyError(f"{name}={value!r} must be one of {', '.join(map(str, known))}")
+
+
+def check_seed(seed: Any) -> None:
+    """Refuse a seed that torch does not take."""
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise StaticKeyError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")
+
+
 def check_folder(**folders: str) -> None:
     """Refuse any keyword whose value is empty, which would be the current folder."""
     for name, folder in folders.items():
@@ -35,6 +51,43 @@ def check_mapping(name: str, value: Any) -> dict[str, Any]:
         shown = repr(value) if isinstance(value, str | int | float | list | tuple) else f"a {type(value).__name__}"
         raise StaticKeyError(f"{name} is {shown}; it must map names to values")
     return {} if value is None else dict(value)
+
+
+def check_types(options: Any) -> None:
+    """Refuse a dataclass of options in which one is not of its annotated type, or a number is not finite."""
+    hints = get_type_hints(type(options))
+    for field in fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise StaticKeyError(f"{field.name}={value} must be a finite number")
+        if not _is_of(value, hints[field.name]):
+            raise StaticKeyError(f"{field.name}={value!r} must be {_described(hints[field.name])}")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is_of(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, tuple | list) and all(_is_of(item, args[0]) for item in value)
+    if hint is float:
+        return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, origin or hint) and not (hint is int and isinstance(value, bool))
+
+
+def _described(hint: Any) -> str:
+    """A type in words; None, which means a default, is left out."""
+    args = get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(_described(arg) for arg in args if arg is not NoneType)
+    if get_origin(hint) is Literal:
+        return " or ".join(map(repr, args))
+    if get_origin(hint) is tuple:
+        return "finite numbers"
+    words = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
+    return words.get(hint, "names and their values")
 
 
 def check_img_size(img_size: Any) -> Size2:
