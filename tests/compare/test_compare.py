@@ -18,7 +18,7 @@ from statickey.compare.config import CONFIG_FILE
 from statickey.compare.table import results_table
 from statickey.data import ImageData, LabelledImages
 from statickey.errors import DivergedError, OutputError, StaticKeyError
-from statickey.tasks import ClassificationTask, Machine, Recipe
+from statickey.tasks import TrainingModule, Machine, ClassificationRecipe
 
 TINY = {
     "limit": 120,
@@ -33,10 +33,10 @@ TINY = {
 def run(out, **kwargs):
     text = io.StringIO()
     recipe, machine, options = {}, {}, TINY | kwargs
-    for cls, own in ((Recipe, recipe), (Machine, machine)):
+    for cls, own in ((ClassificationRecipe, recipe), (Machine, machine)):
         own |= {field.name: options.pop(field.name) for field in fields(cls) if field.name in options}
     console = Console(file=text, width=160)
-    summary = compare(Recipe(**recipe), machine=Machine(**machine), out=str(out), console=console, **options)
+    summary = compare(ClassificationRecipe(**recipe), machine=Machine(**machine), out=str(out), console=console, **options)
     return summary, text.getvalue()
 
 
@@ -188,14 +188,14 @@ def test_interrupted_run_continues_and_ends_in_the_same_bits(tmp_path, monkeypat
         "model_args": TINY["model_args"] | {"drop_path_rate": 0.3},
     }
     run(tmp_path / "whole", **options)
-    step = ClassificationTask.training_step
+    step = TrainingModule.training_step
 
     def breaks(self, batch, batch_idx):
         if self.current_epoch == 2 and batch_idx == 1:
             raise Interruption
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(ClassificationTask, "training_step", breaks)
+    monkeypatch.setattr(TrainingModule, "training_step", breaks)
     with pytest.raises(Interruption):
         run(tmp_path / "parts", **options)
     folder = tmp_path / "parts" / "runs" / "cska-seed0"
@@ -208,7 +208,7 @@ def test_interrupted_run_continues_and_ends_in_the_same_bits(tmp_path, monkeypat
         steps.append(self.current_epoch)
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(ClassificationTask, "training_step", counts)
+    monkeypatch.setattr(TrainingModule, "training_step", counts)
     run(tmp_path / "parts", **options)
     assert set(steps) == {2}
     whole, parts = (weights(tmp_path / name, "cska-seed0") for name in ("whole", "parts"))
@@ -218,13 +218,13 @@ def test_interrupted_run_continues_and_ends_in_the_same_bits(tmp_path, monkeypat
 
 
 def test_diverged_run_keeps_its_last_good_checkpoint(tmp_path, monkeypatch):
-    step = ClassificationTask.training_step
+    step = TrainingModule.training_step
 
     def poisoned(self, batch, batch_idx):
         images, labels = batch
         return step(self, (images * (float("nan") if self.current_epoch else 1.0), labels), batch_idx)
 
-    monkeypatch.setattr(ClassificationTask, "training_step", poisoned)
+    monkeypatch.setattr(TrainingModule, "training_step", poisoned)
     with pytest.raises(DivergedError, match="ska seed 0: loss is nan at epoch 2, step 1"):
         run(tmp_path, mixers=("ska",), seeds=(0,))
     assert (tmp_path / "runs" / "ska-seed0" / "epoch00000.ckpt").is_file()
@@ -240,7 +240,7 @@ def test_torn_checkpoint_is_refused_by_name(tmp_path):
 
 def test_same_seed_gives_all_mixers_the_same_start_batches_and_augmentation(tmp_path, monkeypatch):
     starts, batches = {}, {}
-    step, begin = ClassificationTask.training_step, ClassificationTask.on_train_epoch_start
+    step, begin = TrainingModule.training_step, TrainingModule.on_train_epoch_start
 
     def record_batch(self, batch, batch_idx):
         batches.setdefault(type(self.model.blocks[0].attn), []).append([x.clone() for x in batch])
@@ -252,8 +252,8 @@ def test_same_seed_gives_all_mixers_the_same_start_batches_and_augmentation(tmp_
             starts[type(self.model.blocks[0].attn)] = state
         begin(self)
 
-    monkeypatch.setattr(ClassificationTask, "training_step", record_batch)
-    monkeypatch.setattr(ClassificationTask, "on_train_epoch_start", record_start)
+    monkeypatch.setattr(TrainingModule, "training_step", record_batch)
+    monkeypatch.setattr(TrainingModule, "on_train_epoch_start", record_start)
     options = TINY["model_args"] | {"drop_path_rate": 0.3}
     run(tmp_path, mixers=("mhsa", "ska", "cska"), seeds=(5,), crop_padding=1, flip=True, model_args=options)
     first, *others = starts.values()
@@ -323,7 +323,7 @@ def test_mixed_precision_trains(tmp_path):
 def test_one_class_is_refused(tmp_path, monkeypatch):
     part = LabelledImages(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.zeros(20, dtype=torch.long))
     data = ImageData("one", part, part, ("only",), 0, False)
-    monkeypatch.setattr("statickey.tasks.engine.load_images", lambda *args, **kwargs: data)
+    monkeypatch.setattr("statickey.tasks.classification.load_images", lambda *args, **kwargs: data)
     with pytest.raises(StaticKeyError, match="a classifier needs two"):
         run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -333,7 +333,7 @@ def test_names_are_escaped_in_the_page(tmp_path, monkeypatch):
     images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
     part = LabelledImages(images, torch.arange(40) % 2)
     data = ImageData("odd", part, part, ("<b>&", "[red]b"), 0, False, skipped=("<i>bad [x].png</i>",))
-    monkeypatch.setattr("statickey.tasks.engine.load_images", lambda *args, **kwargs: data)
+    monkeypatch.setattr("statickey.tasks.classification.load_images", lambda *args, **kwargs: data)
     _, text = run(tmp_path, mixers=("ska",), seeds=(0,), limit=None)
     page = (tmp_path / "report.html").read_text()
     assert "<b>&</figcaption>" not in page
@@ -352,8 +352,8 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, monkeypatch):
         if self.current_epoch == 1:
             self.model.head.weight.data[0, 0] = float("nan")
 
-    monkeypatch.setattr(ClassificationTask, "on_train_batch_end", spoil)
-    monkeypatch.setattr(ClassificationTask, "training_step", lambda self, batch, i: self.model(batch[0]).mean())
+    monkeypatch.setattr(TrainingModule, "on_train_batch_end", spoil)
+    monkeypatch.setattr(TrainingModule, "training_step", lambda self, batch, i: self.model(batch[0]).mean())
     with pytest.raises(DivergedError, match=r"pos_embed is not finite after epoch 2"):
         run(tmp_path, mixers=("ska",), seeds=(0,))
     kept = torch.load(tmp_path / "runs" / "ska-seed0" / "epoch00000.ckpt", weights_only=True)

@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from .._checks import check_mapping, check_name
-from ..convert import Layers
+from ..convert.swap import Layers
 from ..errors import StaticKeyError
 from ..layers import MIXERS
 

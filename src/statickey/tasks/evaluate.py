@@ -129,19 +129,19 @@ def _recipe(
         known |= {"data": result["data"], "data_dir": result["data_dir"]} | result["config"]
     elif data is None:
         raise DataError(f"{source} does not say what it was trained on; give --data")
+    options = task.recipe_class.defaults()
+    unknown = sorted(known.keys() - options.keys())
+    if unknown:
+        raise OutputError(
+            f"{source} was made with {', '.join(unknown)}, which this version does not know; use the version that "
+            "made it"
+        )
     if data is not None:
         known |= {"data": data} | ({"limit": None} if split == "test" else {})
     if data_dir is not None:
         known["data_dir"] = data_dir
-    known |= {"weights": None, "stream": card.streamed, "mean": card.mean, "std": card.std}
-    try:
-        return task.recipe_class(**known)
-    except TypeError as error:
-        unknown = sorted(known.keys() - set(task.recipe_class.defaults()))
-        raise OutputError(
-            f"{source}: run.json has {', '.join(unknown)}, which this version does not know; use the version that "
-            "made the run"
-        ) from error
+    prepared = {"stream": card.streamed, "mean": card.mean, "std": card.std}
+    return task.recipe_class(**known | {k: v for k, v in prepared.items() if k in options} | {"weights": None})
 
 
 def _with_holdout(task: Task, recipe: Any, source: str, result: dict[str, Any] | None, elsewhere: str | None) -> Any:
