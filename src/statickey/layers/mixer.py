@@ -19,7 +19,7 @@ from .._checks import (
     check_tokens,
 )
 from .._typing import Backend, InputFmt, Size2
-from ..errors import FeatSizeError, StaticKeyError
+from ..errors import BackendError, FeatSizeError, StaticKeyError
 from ..ops import resample_static_key, static_key_attention, static_key_weights, unfold_queries
 from .parts import HeadMix, TokenGrids
 
@@ -339,6 +339,8 @@ class AttentionMixer(TokenMixer):
     ) -> Tensor:
         dropout_p = self.attn_drop.p if self.training else 0.0
         if self.head_mix is not None:  # the whole map is needed: no fused kernel mixes heads
+            if self.backend == "triton":
+                raise BackendError("backend='triton' makes no map that talking heads could mix; use backend='sdpa'")
             weights = self._weights_op(
                 query,
                 key,
