@@ -60,8 +60,14 @@ def check_positive(**values: int) -> None:
 def check_rate(**values: float) -> None:
     """Refuse any keyword whose value is not a rate in [0, 1)."""
     for name, value in values.items():
-        if not 0.0 <= value < 1.0:
+        if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
             raise StaticKeyError(f"{name}={value!r} must be in [0, 1)")
+
+
+def check_num_prefix_tokens(num_prefix_tokens: int) -> None:
+    """Refuse anything but zero or a positive integer."""
+    if not isinstance(num_prefix_tokens, int) or isinstance(num_prefix_tokens, bool) or num_prefix_tokens < 0:
+        raise StaticKeyError(f"num_prefix_tokens={num_prefix_tokens!r} must be zero or a positive integer")
 
 
 def check_head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
@@ -102,9 +108,24 @@ def check_feat_size(feat_size: Size2) -> Size2:
     return height, width
 
 
+def check_saved_grid(state: Any) -> Size2:
+    """The grid (H, W) that a checkpoint carries beside a key, a tensor of two positive whole numbers."""
+    shown = type(state).__name__
+    if isinstance(state, torch.Tensor):
+        shown = str(state.tolist()) if state.numel() <= 4 else f"{tuple(state.shape)} of {state.dtype}"
+        if state.shape == (2,) and state.dtype != torch.bool and not state.is_complex():
+            height, width = state.tolist()
+            if all(extent >= 1 and extent % 1 == 0 for extent in (height, width)):
+                return int(height), int(width)
+    raise FeatSizeError(
+        f"the checkpoint's _extra_state is {shown}, but must be a grid (H, W), a tensor of two positive integers; "
+        "save the checkpoint again with model.state_dict()"
+    )
+
+
 def check_kernel_size(kernel_size: int) -> None:
     """Refuse a convolution kernel that has no centre."""
-    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+    if not isinstance(kernel_size, int) or isinstance(kernel_size, bool) or kernel_size < 1 or kernel_size % 2 == 0:
         raise StaticKeyError(f"kernel_size={kernel_size!r} must be an odd positive integer")
 
 
@@ -182,7 +203,7 @@ def check_static_key_attention(
     if attn_mask is not None:
         if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
             raise StaticKeyError(
-                f"attn_mask is {attn_mask.dtype}; pass bool, true where attention is allowed, or floating-point logits"
+                f"attn_mask is {attn_mask.dtype}; pass bool, true where attention is allowed, or a floating dtype"
             )
         if attn_mask.device != query.device:
             raise StaticKeyError(f"attn_mask is on {attn_mask.device}, the query on {query.device}; move one of them")

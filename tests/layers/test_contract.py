@@ -95,7 +95,7 @@ def test_second_derivatives(name, backend, masked):
     """Right or refused; CSKA's are right on every backend, its queries unfolded a tile at a time."""
     prefix = 0 if name in {"cska", *NEEDS_A_GRID_ONLY} else 1
     mixer = MIXERS[name](4, 2, feat_size=(2, 2), num_prefix_tokens=prefix, dtype=torch.float64)
-    if masked and name not in HAS_A_MAP_OF_THE_INPUT or backend == "math" and not hasattr(mixer, "backend"):
+    if (masked and name not in HAS_A_MAP_OF_THE_INPUT) or (backend == "math" and not hasattr(mixer, "backend")):
         pytest.skip("has no such choice")
     mixer.backend = backend
     names, parameters = zip(*mixer.named_parameters(), strict=True) if list(mixer.parameters()) else ((), ())
