@@ -85,6 +85,34 @@ def test_every_parameter_gets_a_gradient(name):
             assert parameter.grad.abs().sum() > 0, parameter_name
 
 
+SECOND_DERIVATIVE_MISSING = {("mhsa", "sdpa"), ("ska", "sdpa"), ("fcska", "sdpa"), ("synthesizer", "sdpa")}
+"""Where torch's fused attention computes, which has none on the CPU."""
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+def test_second_derivatives(name, backend, masked):
+    """Right or refused; CSKA's are right on every backend, its queries unfolded a tile at a time."""
+    prefix = 0 if name in {"cska", *NEEDS_A_GRID_ONLY} else 1
+    mixer = MIXERS[name](4, 2, feat_size=(2, 2), num_prefix_tokens=prefix, dtype=torch.float64)
+    if (masked and name not in HAS_A_MAP_OF_THE_INPUT) or (backend == "math" and not hasattr(mixer, "backend")):
+        pytest.skip("has no such choice")
+    mixer.backend = backend
+    names, parameters = zip(*mixer.named_parameters(), strict=True) if list(mixer.parameters()) else ((), ())
+    masks = {"attn_mask": torch.randn(prefix + 4, prefix + 4, dtype=torch.float64)} if masked else {}
+
+    def call(x, *values):
+        return torch.func.functional_call(mixer, dict(zip(names, values, strict=True)), (x,), masks)
+
+    inputs = [tokens(mixer).double()[:1].requires_grad_(), *(p.detach().requires_grad_() for p in parameters)]
+    if (name, backend) in SECOND_DERIVATIVE_MISSING:
+        grads = torch.autograd.grad(call(*inputs).sum(), inputs, create_graph=True, allow_unused=True)
+        with pytest.raises(RuntimeError, match="is not implemented"):
+            torch.autograd.grad(sum(grad.sum() for grad in grads if grad is not None), inputs, allow_unused=True)
+        return
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True, atol=1e-4)
+
+
 def test_state_dict_round_trip(name):
     mixer, twin = make(name), make(name)
     twin.load_state_dict(mixer.state_dict())

@@ -4,26 +4,30 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .._checks import (
+    check_dtype,
     check_feat_size,
     check_head_dim,
     check_map,
     check_not_causal,
+    check_num_prefix_tokens,
     check_rate,
+    check_scale,
     check_tokens,
 )
 from .._typing import Backend, InputFmt, Size2
-from ..errors import FeatSizeError, StaticKeyError
+from ..errors import BackendError, FeatSizeError, StaticKeyError
 from ..ops import resample_static_key, static_key_attention, static_key_weights, unfold_queries
 from .parts import HeadMix, TokenGrids
 
 AttendOp = Callable[..., Tensor]
+"""``op(query, key, value, key_bias=, query_offset=, unfold=)``: the attention, or its map, of a mixer."""
 
 
 class TokenMixer(nn.Module, ABC):
@@ -35,12 +39,22 @@ class TokenMixer(nn.Module, ABC):
     ``"NCHW"``, whose shape tells the grid (set where a host works on maps); ``grids``, what a host with a
     dynamic input size noted about its token counts, else None.
 
+    All mixers share this head of a constructor, so that a swap can build any of them from the attention it
+    replaces. What a mixer has no use for (heads or a bias where there is no projection) is accepted and unused.
+    A subclass makes its parameters in ``_build`` and fills those that torch does not in ``reset_parameters``.
+
     Args:
         dim: Channels of the tokens.
-        num_heads: Number of heads.
+        num_heads: Number of heads h.
         feat_size: The token grid (H, W) the mixer is built for.
-        num_prefix_tokens: Class and register tokens before the grid.
-        head_dim: Width of one head; default ``dim // num_heads``.
+        num_prefix_tokens: P, class and register tokens before the grid.
+        head_dim: Width d of one head; default ``dim // num_heads``.
+        qkv_bias: Whether the projections of queries, keys and values that there are have a bias.
+        proj_bias: Whether the output projection has a bias.
+        attn_drop: Dropout rate on the attention weights.
+        proj_drop: Dropout rate on the output.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Raises:
         StaticKeyError: An argument is out of range, or ``num_heads`` does not divide ``dim``.
@@ -60,17 +74,46 @@ class TokenMixer(nn.Module, ABC):
         feat_size: Size2,
         num_prefix_tokens: int = 0,
         head_dim: int | None = None,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
         self.head_dim = check_head_dim(dim, num_heads, head_dim)
+        check_num_prefix_tokens(num_prefix_tokens)
+        check_rate(attn_drop=attn_drop, proj_drop=proj_drop)
+        check_dtype(dtype)
         self.dim = dim
         self.num_heads = num_heads
         self.feat_size = check_feat_size(feat_size)
-        if not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
-            raise StaticKeyError(f"num_prefix_tokens={num_prefix_tokens!r} must be zero or a positive integer")
         self.num_prefix_tokens = num_prefix_tokens
         self.input_fmt: InputFmt = "NLC"
         self.grids: TokenGrids | None = None
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self._build(qkv_bias, proj_bias, {"device": device, "dtype": dtype})
+        self.reset_parameters()
+
+    def _build(self, qkv_bias: bool, proj_bias: bool, factory: dict[str, Any]) -> None:
+        """Make the parameters, if any; ``factory`` holds their device and dtype."""
+
+    def reset_parameters(self) -> None:
+        """Initialise what this class owns; projections initialise themselves."""
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            x: Tensor,
+            feat_size: Size2 | None = None,
+            *,
+            attn_mask: Tensor | None = None,
+            is_causal: bool = False,
+        ) -> Tensor:
+            """Mix tokens; see ``forward``."""
 
     @property
     def num_tokens(self) -> int:
@@ -213,64 +256,42 @@ class TokenMixer(nn.Module, ABC):
 class AttentionMixer(TokenMixer):
     """A mixer that weighs values by ``softmax(scale * query . key)``; subclasses bring the key.
 
-    Attributes: ``backend``, the op's backend; ``q_norm``, applied to each head's query, ``out_norm``, applied
+    Attributes: ``scale``, the factor on the logits, or ``log_temperature`` where it is learned, else None;
+    ``mask_diagonal``; ``backend``, the op's backend; ``q_norm``, applied to each head's query, ``out_norm``, applied
     before ``proj``, and ``head_mix`` (a ``HeadMix``, else None): what a host had around its attention, kept by
     ``convert``.
-
-    Args:
-        dim: Channels of the tokens.
-        num_heads: Number of heads.
-        feat_size: The token grid (H, W) the mixer is built for.
-        num_prefix_tokens: Class and register tokens before the grid.
-        head_dim: Width of one head; default ``dim // num_heads``.
-        proj_bias: Whether the output projection has a bias.
-        attn_drop: Dropout rate on the attention weights.
-        proj_drop: Dropout rate on the output.
-        scale: Factor on the logits; default ``head_dim ** -0.5``.
-        learned_temperature: Learn the factor, as ``log_temperature``, starting from ``scale``.
-        mask_diagonal: Tokens do not attend to themselves.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        *,
-        feat_size: Size2,
-        num_prefix_tokens: int = 0,
-        head_dim: int | None = None,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        scale: float | None = None,
-        learned_temperature: bool = False,
-        mask_diagonal: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(dim, num_heads, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, head_dim=head_dim)
-        check_rate(attn_drop=attn_drop, proj_drop=proj_drop)
-        if mask_diagonal and self.num_tokens < 2:
-            raise StaticKeyError(f"mask_diagonal=True leaves nothing to attend to on {self.num_tokens} token")
-        self.scale = self.head_dim**-0.5 if scale is None else scale
-        if learned_temperature and self.scale <= 0:
-            raise StaticKeyError(f"learned_temperature=True needs a positive scale, got scale={scale}")
-        self.mask_diagonal = mask_diagonal
+    log_temperature: nn.Parameter | None
+
+    def _build(self, qkv_bias: bool, proj_bias: bool, factory: dict[str, Any]) -> None:
+        self.scale: float = self.head_dim**-0.5
+        self.mask_diagonal = False
         self.backend: Backend = "sdpa"
-        self.log_temperature = (
-            nn.Parameter(torch.empty((), device=device, dtype=dtype)) if learned_temperature else None
-        )
+        self.register_parameter("log_temperature", None)
         self.q_norm: nn.Module = nn.Identity()
         self.head_mix: HeadMix | None = None
-        self.attn_drop = nn.Dropout(attn_drop)
         self.out_norm: nn.Module = nn.Identity()
-        self.proj = nn.Linear(self.num_heads * self.head_dim, dim, bias=proj_bias, device=device, dtype=dtype)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj = nn.Linear(self.num_heads * self.head_dim, self.dim, bias=proj_bias, **factory)
+
+    def _set_logits(
+        self, scale: float | None, learned_temperature: bool, mask_diagonal: bool, factory: dict[str, Any]
+    ) -> None:
+        """Take over the options that only some constructors have."""
+        if scale is not None:
+            check_scale(scale)
+            self.scale = scale
+        if learned_temperature:
+            if self.scale <= 0:
+                raise StaticKeyError(f"learned_temperature=True needs a positive scale, got scale={scale}")
+            self.log_temperature = nn.Parameter(torch.empty((), **factory))
+            AttentionMixer.reset_parameters(self)
+        if mask_diagonal and self.num_tokens < 2:
+            raise StaticKeyError(f"mask_diagonal=True leaves nothing to attend to on {self.num_tokens} token")
+        self.mask_diagonal = mask_diagonal
 
     def reset_parameters(self) -> None:
-        """Initialise what this class owns; projections initialise themselves."""
+        """Initialise the temperature, if it is learned; projections initialise themselves."""
         if self.log_temperature is not None:
             nn.init.constant_(self.log_temperature, math.log(self.scale))
 
@@ -339,6 +360,8 @@ class AttentionMixer(TokenMixer):
     ) -> Tensor:
         dropout_p = self.attn_drop.p if self.training else 0.0
         if self.head_mix is not None:  # the whole map is needed: no fused kernel mixes heads
+            if self.backend == "triton":
+                raise BackendError("backend='triton' makes no map that talking heads could mix; use backend='sdpa'")
             weights = self._weights_op(
                 query,
                 key,
@@ -357,7 +380,7 @@ class AttentionMixer(TokenMixer):
             scale=self._logit_scale(),
             mask_diagonal=self.mask_diagonal,
             query_offset=query_offset,
-            attn_mask=_rows_of(attn_mask, query_offset, query.shape[2]),
+            attn_mask=_query_rows(attn_mask, query_offset, query.shape[2]),
             dropout_p=dropout_p,
             unfold=unfold,
             backend=self.backend,
@@ -381,7 +404,7 @@ class AttentionMixer(TokenMixer):
             scale=self._logit_scale(),
             mask_diagonal=self.mask_diagonal,
             query_offset=query_offset,
-            attn_mask=_rows_of(attn_mask, query_offset, query.shape[2]),
+            attn_mask=_query_rows(attn_mask, query_offset, query.shape[2]),
             head_mix=None if self.head_mix is None else self.head_mix.logits,
         )
         return weights if self.head_mix is None else self.head_mix.weights(weights)
@@ -393,7 +416,7 @@ class AttentionMixer(TokenMixer):
         return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-def _rows_of(attn_mask: Tensor | None, first_token: int, num_queries: int) -> Tensor | None:
+def _query_rows(attn_mask: Tensor | None, first_token: int, num_queries: int) -> Tensor | None:
     """The rows of a mask that belong to consecutive queries."""
     if attn_mask is None or attn_mask.ndim < 2 or attn_mask.shape[-2] in (1, num_queries):
         return attn_mask
