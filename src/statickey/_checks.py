@@ -1,6 +1,7 @@
 """Every shape and argument check, in one place; each refusal carries the value and the remedy."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -59,8 +60,24 @@ def check_positive(**values: int) -> None:
 def check_rate(**values: float) -> None:
     """Refuse any keyword whose value is not a rate in [0, 1)."""
     for name, value in values.items():
-        if not 0.0 <= value < 1.0:
+        if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
             raise StaticKeyError(f"{name}={value!r} must be in [0, 1)")
+
+
+def check_probability(**values: float) -> None:
+    """Refuse any keyword whose value is not a number in [0, 1]."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+            raise StaticKeyError(f"{name}={value!r} must be in [0, 1]")
+
+
+def check_not_negative(**values: float) -> None:
+    """Refuse any keyword whose value is not a finite number from 0 on."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise StaticKeyError(f"{name}={value!r} must be a finite number")
+        if value < 0:
+            raise StaticKeyError(f"{name}={value!r} must not be negative")
 
 
 def check_head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:

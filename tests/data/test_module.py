@@ -1,10 +1,12 @@
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from statickey.data import EpochBatches, ImageData, ImageDataModule, LabelledImages
-from statickey.data.module import EvenBatches, channel_statistics
+from statickey.data import Augmentation, EpochBatches, ImageData, ImageDataModule, LabelledImages
+from statickey.data.batches import EvenBatches
+from statickey.data.pixels import channel_statistics
 from statickey.errors import DataError
 
 
@@ -13,9 +15,12 @@ def images(count=40, size=8):
     return LabelledImages(pixels.to(torch.uint8), torch.arange(count) % 4)
 
 
-def module(**kwargs):
-    data = ImageData("noise", images(), images(10), tuple("abcd"), 2, True)
-    return ImageDataModule(data, **{"batch_size": 8} | kwargs)
+def module(data=None, **kwargs):
+    if data is None:
+        data = ImageData("noise", images(), images(10), tuple("abcd"), 2, True)
+    names = {field.name for field in fields(Augmentation)} & set(kwargs)
+    augmentation = Augmentation(**{name: kwargs.pop(name) for name in names})
+    return ImageDataModule(data, augmentation, **{"batch_size": 8} | kwargs)
 
 
 def epoch(data, number, rank=0, world=1):
@@ -52,9 +57,9 @@ def test_augmentation_differs_between_epochs_seeds_and_images(options):
         2,
         True,
     )
-    data = ImageDataModule(same, batch_size=36, seed=1, **options)
+    data = module(same, batch_size=36, seed=1, **options)
     first, second = epoch(data, 0)[0], epoch(data, 1)[0]
-    other = epoch(ImageDataModule(same, batch_size=36, seed=2, **options), 0)[0]
+    other = epoch(module(same, batch_size=36, seed=2, **options), 0)[0]
     assert not torch.equal(first, second)
     assert not torch.equal(first, other)
     assert len({x.numpy().tobytes() for x in first}) > 10

@@ -9,8 +9,7 @@ import torch
 import torchvision
 
 from image_folders import make_folder, make_parquet, make_shard, make_shards, picture, png
-from statickey.data import load_images
-from statickey.data import sources as sources_module
+from statickey.data import load_images, tables
 from statickey.data.sources import TORCHVISION_SETS, open_sources
 from statickey.errors import DataError
 
@@ -149,7 +148,7 @@ def test_label_outside_the_classes_is_named(tmp_path):
 def test_large_parquet_is_mapped_from_disk(tmp_path, monkeypatch):
     root = make_parquet(tmp_path / "data")
     small = open_sources(str(root))
-    monkeypatch.setattr(sources_module, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(tables, "_IN_MEMORY_BYTES", 0)
     large = open_sources(str(root), tmp_path / "cache")
     assert large.train.table.cache_files
     assert large.class_names == small.class_names
@@ -213,7 +212,7 @@ def test_hub_splits_must_agree_on_class_names(hub):
 def test_hub_data_without_labels(hub):
     hub.splits |= {"train": datasets.Dataset.from_dict({"text": ["a"]})}
     with pytest.raises(
-        DataError, match=r"hf:imdb train needs an Image and a ClassLabel column; its columns are.*text"
+        DataError, match=r"hf:imdb train needs one column of images .* and one of labels .*; its columns are.*text"
     ):
         open_sources("hf:imdb")
 

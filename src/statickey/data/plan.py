@@ -28,16 +28,21 @@ def mix_seed(*parts: int) -> int:
     return state >> 1
 
 
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and torch (CPU), and give them their old states back.
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, NumPy and torch (CPU).
 
     An accelerator's generators are left alone: ``torch.manual_seed`` would seed them too.
     """
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (timm draws from it)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (timm draws from it)
     torch.default_generator.manual_seed(seed)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators as ``seed_generators`` does, and give them their old states back."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    seed_generators(seed)
     try:
         yield
     finally:

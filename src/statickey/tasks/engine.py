@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .._environment import environment
 from .._files import write_atomic, write_json
-from ..data import ImageData, ImageDataModule, StreamedImages, load_images, open_stream
+from ..data import Augmentation, ImageData, ImageDataModule, StreamedImages, load_images, open_stream
 from ..errors import DataError, OutputError, StaticKeyError
 from ..layers import AttentionMixer
 from ..models import build_model, count_macs, start_from
@@ -141,17 +141,11 @@ def data_module(recipe: Recipe, data: Data, seed: int, num_workers: int = 0) -> 
     """The batches of a recipe."""
     return ImageDataModule(
         data,
+        Augmentation(**{field.name: getattr(recipe, field.name) for field in fields(Augmentation)}),
         batch_size=recipe.batch_size,
         seed=seed,
         holdout=recipe.holdout,
         grad_accum_steps=recipe.grad_accum_steps,
-        crop_padding=recipe.crop_padding,
-        flip=recipe.flip,
-        auto_augment=recipe.auto_augment,
-        random_erasing=recipe.random_erasing,
-        mixup=recipe.mixup,
-        cutmix=recipe.cutmix,
-        label_smoothing=recipe.label_smoothing,
         mean=recipe.mean,
         std=recipe.std,
         num_workers=num_workers,
