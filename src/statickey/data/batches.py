@@ -1,7 +1,7 @@
 """Batches whose order and augmentation depend on seed and epoch alone, whatever they hold."""
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple, Protocol
 
 import lightning as L
 import torch
@@ -214,10 +214,17 @@ class PlannedDataModule(L.LightningDataModule):
         """The held-out training images, all of them whatever the number of processes."""
         return self._loader(self.val_images, EvenBatches(len(self.val_images)))
 
+    def scoring_dataloader(self, split: Literal["test", "holdout"]) -> DataLoader[Any]:
+        """This process's share of the test images or of those held out, in their order; it may be empty."""
+        images = self.test_images if split == "test" else self.val_images
+        rank, world = self._rank_and_world()
+        share = torch.arange(len(images)).tensor_split(world)[rank]
+        return self._loader(images, [BatchPlan(part, 0) for part in share.split(EVAL_BATCH) if len(part)])
+
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loader(self, images: Any, sampler: Sampler[BatchPlan]) -> DataLoader[Any]:
+    def _loader(self, images: Any, sampler: Sampler[BatchPlan] | Sequence[BatchPlan]) -> DataLoader[Any]:
         return DataLoader(
             images,
             batch_size=None,

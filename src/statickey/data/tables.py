@@ -79,13 +79,14 @@ def hub_sources(name: str, data_dir: Path | None) -> Sources:
     """A data set of the hub, or a local one of that library, with its configuration or without."""
     import datasets
 
+    is_local = bool(name.strip(" /")) and Path(name).exists()
     parts = name.strip().split("/")
-    if not Path(name).exists() and not (len(parts) <= 3 and all(parts)):
+    if not is_local and not (len(parts) <= 3 and all(parts)):
         raise DataError(
             f"data '{HUB}{name}' names no data set; write {HUB}NAME, {HUB}OWNER/NAME or {HUB}OWNER/NAME/CONFIG"
         )
     path, config = name, None
-    if len(parts) == 3 and not Path(name).exists():
+    if len(parts) == 3 and not is_local:
         path, _, config = name.rpartition("/")
     try:
         splits = datasets.load_dataset(path, config, cache_dir=None if data_dir is None else str(data_dir))
