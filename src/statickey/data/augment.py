@@ -4,6 +4,7 @@ Everything is drawn on the CPU from the seed of the whole batch, and what happen
 that batch alone. So a process, or a part of an accumulated batch, does to its images what one process would do.
 """
 
+import random
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .._checks import check_not_negative, check_probability, check_rate
 from ..errors import DataError
-from .plan import mix_seed, seed_generators, seeded
+from .plan import mix_seed, seeded
 from .randaugment import apply_ops, draw_ops, parse_policy
 
 
@@ -152,7 +153,9 @@ def erase_rectangles(images: Tensor, probability: float, seed: int, first: int) 
     erasing = RandomErasing(probability, mode="pixel", device="cpu")
     with seeded(seed):
         for place, image in enumerate(images, first):
-            seed_generators(mix_seed(seed, place, 1))
+            own_seed = mix_seed(seed, place, 1)
+            random.seed(own_seed)
+            torch.default_generator.manual_seed(own_seed)
             erasing(image)
 
 

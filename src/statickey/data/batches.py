@@ -219,7 +219,8 @@ class PlannedDataModule(L.LightningDataModule):
         images = self.test_images if split == "test" else self.val_images
         rank, world = self._rank_and_world()
         share = torch.arange(len(images)).tensor_split(world)[rank]
-        return self._loader(images, [BatchPlan(part, 0) for part in share.split(EVAL_BATCH) if len(part)])
+        starts = range(0, len(share), EVAL_BATCH)
+        return self._loader(images, [BatchPlan(share[start : start + EVAL_BATCH], 0) for start in starts])
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

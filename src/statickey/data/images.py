@@ -12,8 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
-from .pixels import UNREADABLE, check_side, square, to_mode
-from .source import OnBadImage, Source, check_on_bad_image
+from .pixels import check_side, square
+from .source import OnBadImage, Source, check_on_bad_image, read_rgb
 from .sources import open_sources
 
 _LIMIT_BYTES = 4 * 2**30
@@ -146,17 +146,11 @@ def _read(
     labels: list[int] = []
     for i in indices:
         label = source.label(i, num_classes)
-        try:
-            with source.open(i) as image:
-                array = np.asarray(square(to_mode(image, "RGB"), img_size))
-        except UNREADABLE as error:
-            reason = f"{source.describe(i)}: {error}"
-            if on_bad_image == "fail":
-                raise DataError(
-                    f"cannot read image {reason}; mend or remove it, or pass --on-bad-image skip"
-                ) from error
-            skipped.append(reason)
+        image = read_rgb(source, i, on_bad_image)
+        if isinstance(image, str):
+            skipped.append(image)
             continue
+        array = np.asarray(square(image, img_size))
         if not labels:
             pixels = _allocate(array, len(indices), source.describe(i))
         if array.shape != pixels.shape[1:]:

@@ -28,21 +28,16 @@ def mix_seed(*parts: int) -> int:
     return state >> 1
 
 
-def seed_generators(seed: int) -> None:
-    """Seed the global generators of Python, NumPy and torch (CPU).
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and torch (CPU), and give them their old states back.
 
     An accelerator's generators are left alone: ``torch.manual_seed`` would seed them too.
     """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002 (timm draws from it)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 (timm draws from it)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.default_generator.manual_seed(seed)
-
-
-@contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed the global generators as ``seed_generators`` does, and give them their old states back."""
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
-    seed_generators(seed)
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 from PIL import Image
 
 from ..errors import DataError
-from .pixels import open_image
+from .pixels import UNREADABLE, open_image, to_mode
 
 OnBadImage = Literal["fail", "skip"]
 
@@ -106,6 +106,22 @@ class SourcePart(Source):
     def describe(self, i: int) -> str:
         """Its place in the whole source."""
         return self.source.describe(self.indices[i])
+
+
+def read_rgb(source: Source, i: int, on_bad_image: OnBadImage) -> Image.Image | str:
+    """Image ``i`` in RGB, or, where bad images are skipped, which it is and why it cannot be read.
+
+    Raises:
+        DataError: It cannot be read, and bad images are not skipped.
+    """
+    try:
+        with source.open(i) as image:
+            return to_mode(image, "RGB")
+    except UNREADABLE as error:
+        reason = f"{source.describe(i)}: {error}"
+        if on_bad_image == "fail":
+            raise DataError(f"cannot read image {reason}; mend or remove it, or pass --on-bad-image skip") from error
+        return reason
 
 
 def check_on_bad_image(on_bad_image: str) -> None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError
-from .pixels import UNREADABLE, check_side, to_mode
+from .pixels import check_side
 from .plan import BatchPlan, mix_seed, seeded
 from .randaugment import parse_policy
-from .source import OnBadImage, Source, Sources, check_on_bad_image
+from .source import OnBadImage, Source, Sources, check_on_bad_image, read_rgb
 from .sources import open_sources
 
 
@@ -129,15 +129,11 @@ class ImageStream(Dataset[tuple[Tensor, Tensor]]):
         """The image wanted, or the next one that can be decoded, with its index; None where none may stand in."""
         for step in range(len(self) if self.substitute else 1):
             i = (wanted + step) % len(self)
-            try:
-                with self.source.open(i) as image:
-                    return i, to_mode(image, "RGB")
-            except UNREADABLE as error:
-                reason = f"cannot read image {self.source.describe(i)}: {error}"
-                if self.on_bad_image == "fail":
-                    raise DataError(f"{reason}; mend or remove it, or pass --on-bad-image skip") from error
-                instead = "the next one takes its place" if self.substitute else "left out"
-                warnings.warn(f"{reason}; {instead}", stacklevel=2)
+            image = read_rgb(self.source, i, self.on_bad_image)
+            if not isinstance(image, str):
+                return i, image
+            instead = "the next one takes its place" if self.substitute else "left out"
+            warnings.warn(f"cannot read image {image}; {instead}", stacklevel=2)
         if not self.substitute:
             return None
         raise DataError(f"no readable image left; the last bad one is {self.source.describe(i)}; mend the data")
