@@ -122,6 +122,22 @@ def check_num_prefix_tokens(num_prefix_tokens: int) -> None:
         raise StaticKeyError(f"num_prefix_tokens={num_prefix_tokens!r} must be zero or a positive integer")
 
 
+def check_probability(**values: float) -> None:
+    """Refuse any keyword whose value is not a number in [0, 1]."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+            raise StaticKeyError(f"{name}={value!r} must be in [0, 1]")
+
+
+def check_not_negative(**values: float) -> None:
+    """Refuse any keyword whose value is not a finite number from 0 on."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise StaticKeyError(f"{name}={value!r} must be a finite number")
+        if value < 0:
+            raise StaticKeyError(f"{name}={value!r} must not be negative")
+
+
 def check_head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
     """The width of one head: as given, or dim // num_heads where that divides."""
     check_positive(dim=dim, num_heads=num_heads)
