@@ -9,6 +9,9 @@ below, and the rate of true verdicts, on average, at a difference of 3.24 standa
 A second table has scores of right and wrong, 500 images a seed.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from scipy import stats
 
@@ -19,20 +22,21 @@ SEED_SHARES = (0, 0.1, 0.3, 1, 3, 10, 100)
 RESIDUAL_SHARES = (0, 0.2, 0.5, 0.8, 1)
 """The residual's part of that from images and residual."""
 SIMULATIONS = 200_000
+Way = Callable[..., Any]
 Z = stats.norm.isf(0.025)
 
 
-def both(seed, image, residual, seeds):
+def both(seed: Any, image: Any, residual: Any, seeds: int) -> Any:
     """Both intervals exclude zero (what was done before)."""
     return np.maximum(stats.t.isf(0.025, seeds - 1) * seed, Z * image)
 
 
-def mover(seed, image, residual, seeds):
+def mover(seed: Any, image: Any, residual: Any, seeds: int) -> Any:
     """MOVER of the two intervals as they are: the residual counts twice."""
     return np.sqrt((stats.t.isf(0.025, seeds - 1) * np.maximum(seed, residual)) ** 2 + (Z * image) ** 2)
 
 
-def satterthwaite(seed, image, residual, seeds):
+def satterthwaite(seed: Any, image: Any, residual: Any, seeds: int) -> Any:
     """Crossed random effects, degrees of freedom by Satterthwaite."""
     of_seeds = np.maximum(seed, residual) ** 2
     total = of_seeds + image**2 - residual**2
@@ -40,7 +44,7 @@ def satterthwaite(seed, image, residual, seeds):
     return stats.t.isf(0.025, freedom) * np.sqrt(total)
 
 
-WAYS = {
+WAYS: dict[str, Way] = {
     "both intervals (before)": both,
     "MOVER, residual twice": mover,
     "MOVER, residual once (chosen)": joint_half_width,
@@ -48,7 +52,7 @@ WAYS = {
 }
 
 
-def rates(way, seeds, rng):
+def rates(way: Way, seeds: int, rng: np.random.Generator) -> tuple[float, float]:
     """Highest rate of false verdicts and mean rate of true ones, in percent."""
     false, true = [], []
     for of_seeds in SEED_SHARES:
@@ -59,10 +63,12 @@ def rates(way, seeds, rng):
             half = way(np.sqrt((of_seeds + residual) * spread), 1.0, np.sqrt(residual), seeds)
             false.append(100 * np.mean(np.abs(mean) > half))
             true.append(100 * np.mean(mean + 3.24 * np.sqrt(variance) > half))
-    return max(false), np.mean(true)
+    return max(false), float(np.mean(true))
 
 
-def bernoulli_rate(way, seeds, of_seeds, rng, images=500, simulations=4000):
+def bernoulli_rate(
+    way: Way, seeds: int, of_seeds: float, rng: np.random.Generator, images: int = 500, simulations: int = 4000
+) -> float:
     """Rate of false verdicts in percent, both mixers right at an image with a chance of the image and the seed."""
     false = 0
     for _ in range(simulations):
@@ -78,7 +84,9 @@ def bernoulli_rate(way, seeds, of_seeds, rng, images=500, simulations=4000):
 
 if __name__ == "__main__":
     rng = np.random.default_rng(0)
-    print("| false verdicts at most, % (true ones on average, %) | 3 seeds | 5 seeds | 10 seeds |\n|---|---:|---:|---:|")
+    print(
+        "| false verdicts at most, % (true ones on average, %) | 3 seeds | 5 seeds | 10 seeds |\n|---|---:|---:|---:|"
+    )
     for name, way in WAYS.items():
         cells = ("{:.1f} ({:.0f})".format(*rates(way, seeds, rng)) for seeds in (3, 5, 10))
         print(f"| {name} | {' | '.join(cells)} |")

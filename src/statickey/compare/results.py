@@ -1,36 +1,25 @@
 """From finished runs on disk to the numbers of the comparison."""
 
-import csv
-import io
-import json
 import statistics
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from .._files import write_json, write_text
+from .._files import explained_read, read_json, write_csv, write_json
 from ..data import ImageData
 from ..errors import OutputError
 from ..tasks import PREDICTIONS_FILE, RESULT_FILE
+from ..tasks.accuracy import ACCURACY, Accuracy
+from ..tasks.task import Arrays, Evidence, Metric
 from .config import CompareConfig
-from .statistics import mean_and_std, paired_difference
+from .statistics import mean_and_std, paired_differences
+from .table import difference_unit
 
-_ROW_FIELDS = (
-    "mixer",
-    "seed",
-    "accuracy",
-    "ema_accuracy",
-    "scored_on",
-    "scored_images",
-    "params",
-    "macs",
-    "images_per_second",
-    "train_seconds",
-    "config_hash",
-)
+_COSTS = ("params", "macs", "images_per_second", "train_seconds", "config_hash")
+_NEEDED = ("config_hash", "mixer", "seed", "scored_images", "curve", "environment", *_COSTS)
 
 
 @dataclass(frozen=True)
@@ -39,8 +28,8 @@ class FinishedRun:
 
     path: Path
     result: dict[str, Any]
-    correct: NDArray[np.bool_]
-    """Which scored images the last weights got right, (N,)."""
+    evidence: Evidence
+    """What the score of the last weights is made of."""
 
     @property
     def mixer(self) -> str:
@@ -53,37 +42,52 @@ class FinishedRun:
         return int(self.result["seed"])
 
 
-def read_runs(root: Path, config_hash: str) -> list[FinishedRun]:
+def _accuracy_from(arrays: Arrays) -> Evidence:
+    return Accuracy(arrays["last"], arrays["truth"])
+
+
+def read_runs(
+    root: Path, config_hash: str, evidence_from: Callable[[Arrays], Evidence] = _accuracy_from
+) -> list[FinishedRun]:
     """All finished runs of a comparison, in order of seed.
+
+    Args:
+        root: Folder of the comparison.
+        config_hash: What all runs must have been made under.
+        evidence_from: Makes a run's evidence from the arrays it wrote.
 
     Raises:
         OutputError: A run is broken, or saw other data than ``config_hash`` stands for.
     """
     runs = []
     for path in sorted(root.glob(f"runs/*/{RESULT_FILE}")):
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            with np.load(path.parent / PREDICTIONS_FILE, allow_pickle=False) as arrays:
-                correct = arrays["last"] == arrays["truth"]
-            found = result["config_hash"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{path.parent} is broken ({error}); delete this folder to repeat the run") from error
+        remedy = "delete this folder to repeat the run"
+        result = read_json(path, remedy)
+        with (
+            explained_read(path.parent, remedy),
+            np.load(path.parent / PREDICTIONS_FILE, allow_pickle=False) as arrays,
+        ):
+            evidence = evidence_from(arrays)
+            found, *_ = (result[key] for key in _NEEDED)
         if found != config_hash:
             raise OutputError(
                 f"{path.parent} was made from other data, or under another configuration "
                 f"({found}, now {config_hash}); choose another --out, or delete this folder to repeat the run"
             )
-        runs.append(FinishedRun(path.parent, result, correct))
+        runs.append(FinishedRun(path.parent, result, evidence))
     return sorted(runs, key=lambda run: run.seed)
 
 
-def summarize(config: CompareConfig, data: ImageData, runs: list[FinishedRun]) -> dict[str, Any]:
+def summarize(
+    config: CompareConfig, data: ImageData, runs: list[FinishedRun], metric: Metric = ACCURACY
+) -> dict[str, Any]:
     """The comparison in numbers: per mixer means, spreads and the paired difference to the baseline.
 
     Args:
         config: The comparison, with the mixers of all calls.
         data: Its images.
         runs: All its finished runs.
+        metric: What the runs were scored by.
 
     Returns:
         Plain values, ready for JSON.
@@ -91,27 +95,23 @@ def summarize(config: CompareConfig, data: ImageData, runs: list[FinishedRun]) -
     finished = {run.mixer for run in runs}
     names = [name for name in config.mixers if name in finished]
     baseline = "mhsa" if "mhsa" in names else names[0]
-    correct = {n: {run.seed: run.correct for run in runs if run.mixer == n} for n in names}
+    evidence = {n: {run.seed: run.evidence for run in runs if run.mixer == n} for n in names}
+    differences = paired_differences(baseline, evidence)
     rows = []
     for name in names:
         own = [run.result for run in runs if run.mixer == name]
-        accuracy = mean_and_std([r["accuracy"] for r in own])
-        ema = mean_and_std([r["ema_accuracy"] for r in own])
-        difference = None if name == baseline else paired_difference(baseline, correct[baseline], correct[name])
-        rows.append(
-            {
-                "mixer": name,
-                "seeds": [r["seed"] for r in own],
-                "params": own[0]["params"],
-                "macs": own[0]["macs"],
-                "images_per_second": statistics.median(r["images_per_second"] for r in own),
-                "accuracy_mean": accuracy[0],
-                "accuracy_std": accuracy[1],
-                "ema_accuracy_mean": ema[0],
-                "ema_accuracy_std": ema[1],
-                "difference": None if difference is None else asdict(difference) | {"decided": difference.decided},
-            }
-        )
+        difference = differences.get(name)
+        row = {
+            "mixer": name,
+            "seeds": [r["seed"] for r in own],
+            "params": own[0]["params"],
+            "macs": own[0]["macs"],
+            "images_per_second": statistics.median(row["images_per_second"] for r in own for row in r["curve"]),
+        }
+        for key in (metric.name, f"ema_{metric.name}"):
+            row[f"{key}_mean"], row[f"{key}_std"] = mean_and_std([r[key] for r in own])
+        found = None if difference is None else asdict(difference) | {"decided": difference.decided}
+        rows.append(row | {"difference": found})
     first = runs[0].result
     data_name = Path(config.recipe.data).name
     part = "test" if config.score_on == "test" else "held-out training"
@@ -121,9 +121,12 @@ def summarize(config: CompareConfig, data: ImageData, runs: list[FinishedRun]) -
             f"{config.recipe.total_epochs} epochs"
         ),
         "reading": (
-            f"accuracy: last epoch, mean ± standard deviation over seeds; minus {baseline}: paired difference in "
-            "points,\nwith 95 % intervals over seeds (Student's t) and over images (paired bootstrap, seeds fixed)"
+            f"{metric.label}: last epoch, mean ± standard deviation over seeds; minus {baseline}: paired difference "
+            f"in {difference_unit(metric)};\n95 %: its interval by seeds and images jointly, by seeds alone "
+            "(Student's t), by images alone (bootstrap);\np: of the joint interval, by Holm over the mixers of the "
+            "table; train img/s: median over all epochs of all runs"
         ),
+        "metric": asdict(metric),
         "baseline": baseline,
         "mixers": rows,
         "data": {
@@ -146,9 +149,7 @@ def _distinct(values: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def write_results(root: Path, summary: dict[str, Any], runs: list[FinishedRun]) -> None:
     """Write ``summary.json`` and ``results.csv``, one row a run."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _ROW_FIELDS, extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(run.result for run in runs)
-    write_text(root / "results.csv", text.getvalue())
+    name = summary["metric"]["name"]
+    fields = ("mixer", "seed", name, f"ema_{name}", "scored_on", "scored_images", *_COSTS)
+    write_csv(root / "results.csv", fields, (run.result for run in runs))
     write_json(root / "summary.json", summary)

@@ -53,7 +53,7 @@ class PairedDifference:
 
     @property
     def decided(self) -> bool | None:
-        """Whether there is a difference, all verdicts of the table wrong in 5 % of tables at most; None: one seed."""
+        """Whether there is a difference, with a chance of 5 % of any false verdict in the table; None: no p value."""
         return None if self.adjusted_p is None else self.adjusted_p < LEVEL
 
 
@@ -109,7 +109,7 @@ def joint_p_value(mean: float, seed_error: float, image_error: float, residual_e
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p values adjusted by Holm's step-down method for all of them being looked at, in the given order."""
+    """Adjust p values by Holm's step-down method, in the given order: any false verdict among them counts."""
     adjusted, largest = [1.0] * len(p_values), 0.0
     for rank, place in enumerate(np.argsort(p_values, kind="stable")):
         largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[place]))

@@ -29,7 +29,7 @@ class Accuracy:
     def __post_init__(self) -> None:
         if self.predicted.ndim != 1 or self.predicted.shape != self.truth.shape or not len(self.truth):
             raise StaticKeyError(
-                f"predicted {self.predicted.shape} and truth {self.truth.shape} must both be (N,), with an image at least"
+                f"predicted {self.predicted.shape} and truth {self.truth.shape} must both be (N,), N > 0"
             )
 
     @property
@@ -49,4 +49,4 @@ class Accuracy:
 
     @cached_property
     def _right(self) -> NDArray[np.float64]:
-        return (self.predicted == self.truth).astype(np.float64)
+        return np.asarray(self.predicted == self.truth, dtype=np.float64)
