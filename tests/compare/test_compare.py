@@ -121,8 +121,9 @@ def test_report_is_self_contained(finished):
     ):
         assert word in page
     assert page.count("<figure>") == 3 + 2
-    heads = re.findall(r"<th>([^<]*)", page)[:10]
-    assert heads[:5] == ["mixer", "accuracy %", "minus mhsa", "95 % seeds (t)", "95 % images"]
+    heads = re.findall(r"<th>([^<]*)", page)[:12]
+    assert heads[:5] == ["mixer", "accuracy %", "minus mhsa", "95 % joint", "p (Holm)"]
+    assert heads[5:7] == ["95 % seeds (t)", "95 % images"]
     rows = [re.findall(r"<td>([^<]*)", row) for row in page.split("<tr>")[2:6]]
     assert [dict(zip(heads, row, strict=True))["runs"] for row in rows] == ["2"] * 4
     assert str(out.parent) not in page.replace(str(out), "")

@@ -75,6 +75,10 @@ class Brightness(Task):
         names = ("brightness",)
         return ModelCard("small_vit", mixer, recipe.model_args, 8, 1, names, (0.0,), (1.0,), task=self.name)
 
+    def examples(self, data, module, split, number):
+        images = data.test.images[:number]
+        return list(images), module.normalize(images), ["an image"] * number
+
     def losses(self, model, batch, recipe):
         said, truth = self.outputs(model, batch)
         return {"square": F.mse_loss(said, truth), "size": recipe.weight * said.abs().mean() * 1e-3}

@@ -64,12 +64,23 @@ def test_overlays_colour_what_differs_from_uniform_attention():
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_figures_draw(seeds):
     curve = [{"epoch": e, "holdout_accuracy": 10.0 * e, "train_loss": 1 / e} for e in (1, 2)]
-    accuracy, loss = learning_curves({"mhsa": [curve] * seeds, "ska": [curve] * seeds})
+    shown = {"holdout_accuracy": "held-out accuracy, %", "train_loss": "training loss"}
+    accuracy, loss = learning_curves({"mhsa": [curve] * seeds, "ska": [curve] * seeds}, shown)
     assert loss.axes[0].get_title(loc="left") == "training loss"
     lines = accuracy.axes[0].lines
     assert [line.get_label() for line in lines] == ["mhsa", "ska"]
     np.testing.assert_allclose(lines[0].get_ydata(), [10, 20])
     interval = None if seeds == 1 else (-1.0, 2.0)
-    row = {"mixer": "ska", "difference": {"mean": 0.5, "seed_interval": interval, "image_interval": (-0.2, 1.1)}}
-    axes = differences([{"mixer": "mhsa", "difference": None}, row], "mhsa", {"ska": [0.5] * seeds}).axes[0]
+    row = {"mixer": "ska", "difference": {"mean": 0.5, "interval": interval, "image_interval": (-0.2, 1.1)}}
+    rows = [{"mixer": "mhsa", "difference": None}, row]
+    axes = differences(rows, {"ska": [0.5] * seeds}, "accuracy minus mhsa, points").axes[0]
+    assert axes.get_xlabel() == "accuracy minus mhsa, points"
     assert [t.get_text() for t in axes.get_yticklabels()] == ["ska"]
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_one_epoch_is_a_point(seeds):
+    curve = [{"epoch": 1, "train_loss": 2.0}]
+    (figure,) = learning_curves({"mhsa": [curve] * seeds}, {"train_loss": "training loss"})
+    (line,) = figure.axes[0].lines
+    assert line.get_marker() == "o"

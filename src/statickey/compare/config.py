@@ -98,7 +98,7 @@ class CompareConfig:
         path = out / CONFIG_FILE
         if not path.is_file():
             return self
-        earlier = read_yaml(path)
+        earlier = read_yaml(path, "choose another --out")
         differs = difference(earlier, self.to_dict(), {"task": "classify"} | self.recipe.defaults(), _MAY_DIFFER)
         if differs:
             raise OutputError(

@@ -101,7 +101,7 @@ def compare(
         if summary is None:
             finished = read_runs(config.task, root, ids)
             summary = summarize(merged, data, finished)
-            write_results(config.task.metric, root, summary, finished)
+            write_results(root, summary, finished)
             with display.busy("drawing the report"):
                 write_report(root, merged, data, summary, finished)
     display.console.print(results_table(summary, display.console.width))
@@ -188,4 +188,4 @@ def _summary_of_another(root: Path, runs: Sequence[Run]) -> dict[str, Any] | Non
     newest = max(run.result.stat().st_mtime_ns for run in runs)
     if not place.is_file() or place.stat().st_mtime_ns < newest or not (root / REPORT_FILE).is_file():
         return None
-    return read_json(place)
+    return dict(read_json(place, "delete it to write it anew"))

@@ -10,8 +10,8 @@ from .folder import free, locked
 from .predict import Predictions, predict
 from .recipe import Machine, Recipe, difference, identities
 from .registry import TASKS, task_named, task_of
-from .run import PREDICTIONS_FILE, RESULT_FILE, Run, ScoreOn, read_result
-from .task import Evidence, Metric, Task
+from .run import PREDICTIONS_FILE, RESULT_FILE, Run, read_result
+from .task import Evidence, Metric, ScoreOn, Task
 from .train import train
 from .training import TrainingModule
 from .weights import WEIGHTS_FILES, ModelCard, load_model

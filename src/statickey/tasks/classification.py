@@ -14,10 +14,10 @@ from .._checks import check_positive
 from ..data import Augmentation, ImageData, ImageDataModule, StreamedImages, load_images, open_stream
 from ..errors import DataError, StaticKeyError
 from ..models import build_model
-from .accuracy import Accuracy
+from .accuracy import ACCURACY, Accuracy
 from .classification_report import ClassificationScores, Classifier
 from .recipe import Recipe
-from .task import Arrays, Evidence, Metric, Task
+from .task import Arrays, Evidence, Metric, ScoreOn, Task
 from .weights import ModelCard
 
 Data = ImageData | StreamedImages
@@ -65,7 +65,7 @@ class Classification(Task):
     """Cross-entropy, and top-1 accuracy."""
 
     name: ClassVar[str] = "classify"
-    metric: ClassVar[Metric] = Metric("accuracy", "accuracy")
+    metric: ClassVar[Metric] = ACCURACY
     recipe_class: ClassVar[type[Recipe]] = ClassificationRecipe
 
     def read_data(self, recipe: ClassificationRecipe) -> Data:
@@ -141,6 +141,15 @@ class Classification(Task):
             streamed=recipe.stream,
             fp32_logits=recipe.fp32_logits,
         )
+
+    def examples(
+        self, data: ImageData, module: ImageDataModule, split: ScoreOn, number: int
+    ) -> tuple[list[Tensor], Tensor, list[str]]:
+        """The first image of each of the first classes."""
+        part = data.test if split == "test" else module.val_part
+        picks = [int((part.labels == label).nonzero()[0]) for label in part.labels.unique()][:number]
+        captions = [data.class_names[int(part.labels[pick])] for pick in picks]
+        return list(part.images[picks]), module.normalize(part.images[picks]), captions
 
     def losses(
         self, model: nn.Module, batch: tuple[Tensor, Tensor], recipe: ClassificationRecipe

@@ -1,22 +1,20 @@
 """One run: what it is, where it lies, and whether it is finished."""
 
-import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors
 from torch import nn
 
+from .._files import read_json
 from ..errors import OutputError
 from ..models import start_from
 from .recipe import Machine, Recipe
-from .task import Task
+from .task import ScoreOn, Task
 from .weights import WEIGHTS_FILES
 
 RESULT_FILE, PREDICTIONS_FILE = "run.json", "predictions.npz"
-ScoreOn = Literal["test", "holdout"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,24 +79,21 @@ class Run:
         return self.task.data_module(self.recipe, self.data, self.seed, self.machine.num_workers)
 
 
-def read_result(path: Path, needed: Sequence[str] = ("config_hash", "mixer", "seed", "config", "curve")) -> dict[str, Any]:
+def read_result(path: Path) -> dict[str, Any]:
     """What a finished run wrote into its folder, its weights checked to be there.
 
     Raises:
         OutputError: A file is missing, torn or of something else.
     """
-    place = path / RESULT_FILE
-    try:
-        result = json.loads(place.read_text(encoding="utf-8"))
-        missing = [name for name in needed if name not in result]
-        if missing:
-            raise ValueError(f"it has no {missing[0]!r}")
-        for name in WEIGHTS_FILES.values():
+    remedy = f"delete {RESULT_FILE} there to repeat the run, or choose another --out"
+    result: dict[str, Any] = read_json(path / RESULT_FILE, remedy)
+    for name in ("config_hash", "mixer", "seed", "config", "curve", "data", "data_dir"):
+        if name not in result:
+            raise OutputError(f"{path / RESULT_FILE} is not a run's (it has no {name!r}); {remedy}")
+    for name in WEIGHTS_FILES.values():
+        try:
             with safetensors.safe_open(path / name, "pt"):  # reads the header, and holds the file's size against it
                 pass
-    except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
-        raise OutputError(
-            f"{path} is not a whole finished run ({error}); delete {place.name} there to repeat it, or choose "
-            "another --out"
-        ) from error
-    return dict(result)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise OutputError(f"{path / name} is missing or torn ({error}); {remedy}") from error
+    return result

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torchmetrics
@@ -17,6 +17,7 @@ from .recipe import Recipe
 from .weights import ModelCard
 
 Arrays = Mapping[str, NDArray[Any]]
+ScoreOn = Literal["test", "holdout"]
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,14 @@ class Task(ABC):
     @abstractmethod
     def card(self, recipe: Any, data: Any, module: Any, mixer: str | None) -> ModelCard:
         """How to build the network again, for beside its weights."""
+
+    @abstractmethod
+    def examples(self, data: Any, module: Any, split: ScoreOn, number: int) -> tuple[list[Tensor], Tensor, list[str]]:
+        """A few images to draw a network's attention on.
+
+        Returns:
+            Their pixels (C, H, W) in uint8, the same as the network takes them (B, C, H, W), and a caption each.
+        """
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any, recipe: Any) -> dict[str, Tensor]:

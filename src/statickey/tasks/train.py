@@ -26,7 +26,8 @@ from .engine import new_trainer, train_run
 from .folder import locked
 from .recipe import Machine, Recipe, difference, identities
 from .registry import task_of
-from .run import Run, ScoreOn
+from .run import Run
+from .task import ScoreOn
 from .weights import WEIGHTS_FILES
 
 CONFIG_FILE, CURVE_FILE = "config.yaml", "curve.csv"
@@ -157,7 +158,7 @@ def _check_folder(run: Run, config: dict[str, Any], resume: str) -> None:
         return
     if resume == "never":
         raise OutputError(f"{root} holds a run and resume is 'never'; choose another --out, or leave out --resume")
-    differs = difference(read_yaml(path), config, {"task": "classify"} | run.recipe.defaults(), _MAY_DIFFER)
+    differs = difference(read_yaml(path, "choose another --out"), config, {"task": "classify"} | run.recipe.defaults(), _MAY_DIFFER)
     if differs:
         raise OutputError(
             f"{root} holds a run of another configuration ({differs}); choose another --out, or repeat the earlier "
