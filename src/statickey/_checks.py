@@ -112,7 +112,7 @@ def check_positive(**values: int) -> None:
 def check_rate(**values: float) -> None:
     """Refuse any keyword whose value is not a rate in [0, 1)."""
     for name, value in values.items():
-        if not isinstance(value, int | float) or not 0.0 <= value < 1.0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value < 1.0:
             raise StaticKeyError(f"{name}={value!r} must be in [0, 1)")
 
 
@@ -138,6 +138,26 @@ def check_not_negative(**values: float) -> None:
             raise StaticKeyError(f"{name}={value!r} must not be negative")
 
 
+_LARGEST = {"depth": 1000, "depths": 1000} | dict.fromkeys(
+    ("embed_dim", "dims", "num_heads", "head_dim", "patch_size", "window_size"), 1_000_000
+)
+"""Arguments of hosts that count something, one number or one per stage, and how many it may be."""
+
+
+def check_model_args(args: Mapping[str, Any]) -> None:
+    """Refuse sizes and rates that no host can have, which hosts answer in many ways or not at all."""
+    for name, value in args.items():
+        if value is None:
+            continue
+        if name.endswith(("drop_rate", "drop_path_rate", "attn_drop", "proj_drop")):
+            check_rate(**{name: value})
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if name in _LARGEST and number is not None:
+                check_positive(**{name: number})
+                if number > _LARGEST[name]:
+                    raise StaticKeyError(f"{name}={number} is more than {_LARGEST[name]:,}; choose a smaller one")
+
+
 def check_head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
     """The width of one head: as given, or dim // num_heads where that divides."""
     check_positive(dim=dim, num_heads=num_heads)
@@ -155,7 +175,8 @@ def check_head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
 
 def nearest_divisors(whole: int, wanted: int) -> list[int]:
     """The three divisors of ``whole`` that are nearest to ``wanted``, ascending."""
-    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+    small = [d for d in range(1, min(math.isqrt(whole), 1_000_000) + 1) if whole % d == 0]
+    divisors = sorted({*small, *(whole // d for d in small)})
     return sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:3])
 
 

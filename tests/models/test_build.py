@@ -1,8 +1,10 @@
 import pytest
+import timm
 import torch
 
+from statickey import convert
 from statickey.errors import StaticKeyError, UnknownNameError
-from statickey.models import build_model, count_macs, small_vit
+from statickey.models import build_model, count_macs
 
 
 def closed_form_macs(mixer, dim, heads, tokens, depth, hidden, patch_inputs, classes):
@@ -24,11 +26,40 @@ def test_macs_match_the_closed_form(mixer):
 
 
 def test_small_vit_sizes_follow_the_image():
-    digits = small_vit(8, num_classes=10, in_chans=1)
+    digits = timm.create_model("small_vit", img_size=8, num_classes=10, in_chans=1)
     assert digits.patch_embed.grid_size == (4, 4)
     assert digits.embed_dim == 64
-    assert small_vit(32, num_classes=10).patch_embed.grid_size == (8, 8)
-    assert small_vit(8, num_classes=10, patch_size=4, embed_dim=32).patch_embed.grid_size == (2, 2)
+    assert timm.create_model("small_vit").patch_embed.grid_size == (8, 8)
+    assert timm.create_model("small_vit", img_size=(32, 64)).patch_embed.grid_size == (8, 16)
+    given = timm.create_model("small_vit", img_size=8, patch_size=4, embed_dim=32)
+    assert given.patch_embed.grid_size == (2, 2)
+    assert given.embed_dim == 32
+
+
+def test_small_vit_takes_a_mixer_as_the_other_names_do():
+    torch.manual_seed(3)
+    named = timm.create_model("small_vit", mixer="cska", mixer_args={"kernel_size": 5}, num_classes=2)
+    assert named.blocks[0].attn.kernel_size == 5
+    built = build_model("small_vit", "cska", img_size=32, num_classes=2, seed=3)
+    assert torch.equal(named.blocks[3].attn.qv.weight, built.blocks[3].attn.qv.weight)
+    assert type(timm.create_model("small_vit").blocks[0].attn) is timm.layers.Attention
+    with pytest.raises(StaticKeyError, match=r"mixer_args={'kernel_size': 5} without a mixer; name one"):
+        timm.create_model("small_vit", mixer_args={"kernel_size": 5})
+
+
+@pytest.mark.parametrize("mixer", [None, "ska"])
+@pytest.mark.parametrize(("img_size", "in_chans", "width", "patch"), [(8, 1, 64, 2), (32, 3, 96, 4)])
+def test_small_vit_starts_as_it_did_in_version_0_1(mixer, img_size, in_chans, width, patch):
+    torch.manual_seed(7)
+    sizes = {"img_size": img_size, "patch_size": patch, "in_chans": in_chans, "num_classes": 5, "embed_dim": width}
+    plain = {"depth": 4, "num_heads": 4, "mlp_ratio": 2.0, "class_token": False, "global_pool": "avg"}
+    expected = timm.models.VisionTransformer(**sizes, **plain, weight_init="jax")
+    torch.nn.init.trunc_normal_(expected.pos_embed, std=0.3)
+    if mixer is not None:
+        convert(expected, mixer)
+    model = build_model("small_vit", mixer, img_size=img_size, in_chans=in_chans, num_classes=5, seed=7)
+    assert list(model.state_dict()) == list(expected.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
 
 
 def test_any_timm_vision_transformer_by_name():

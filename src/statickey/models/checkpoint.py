@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._checks import check_mapping
 from .._typing import Size2
-from ..convert import token_mixers
+from ..convert import saved_grid, token_mixers
 from ..convert.metaformers import HEAD_DIM
 from ..errors import StaticKeyError
 from ..layers import AttentionMixer, TokenMixer
@@ -53,24 +53,27 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         Names and tensors for ``model.load_state_dict``.
 
     Raises:
-        StaticKeyError: Not a mapping, or a reference checkpoint whose heads are not the model's.
+        StaticKeyError: Not a mapping, an entry of another kind than the model's, or a reference checkpoint whose
+            heads are not the model's.
         FeatSizeError: A key has another number of rows than the grid saved beside it.
     """
-    out = dict(accept_reference_layout(check_mapping("state_dict", state_dict), model))
-    saved_grid = None
+    given = check_mapping("state_dict", state_dict)
+    _check_tensors(given, model)
+    out = dict(accept_reference_layout(given, model))
+    patch_grid = None
     for prefix, mixer in token_mixers(model).items():
-        extra = out.get(f"{prefix}._extra_state")
-        if extra is None:
+        extra = f"{prefix}._extra_state"
+        if extra not in out:
             continue
-        saved_grid = grid = (int(extra[0]), int(extra[1]))
+        patch_grid = grid = saved_grid(extra, out[extra])
         if grid != mixer.feat_size:
             names = [name for name in mixer.grid_parameters if f"{prefix}.{name}" in out]
             resampled = mixer.resample_state({name: out[f"{prefix}.{name}"] for name in names}, grid)
             out |= {f"{prefix}.{name}": tensor for name, tensor in resampled.items()}
-            out[f"{prefix}._extra_state"] = torch.tensor(mixer.feat_size)
+            out[extra] = torch.tensor(mixer.feat_size)
             _fit_position_bias(out, model, prefix.removesuffix(".mixer"), grid, mixer.feat_size)
     if hasattr(model, "patch_embed"):
-        _fit_patches(out, model, saved_grid)
+        _fit_patches(out, model, patch_grid)
     return out
 
 
@@ -120,6 +123,12 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
     return LoadReport(tuple(taken), tuple(fresh), tuple(unused))
 
 
+def _check_tensors(state: Mapping[str, Any], model: nn.Module) -> None:
+    for name, own in model.state_dict(keep_vars=True).items():
+        if name in state and isinstance(own, Tensor) and not isinstance(state[name], Tensor):
+            raise StaticKeyError(f"{name} is a {type(state[name]).__name__} in the checkpoint, it must be a tensor")
+
+
 def _source(name: str, given: Mapping[str, Any]) -> tuple[str | None, tuple[int, ...] | None]:
     """The tensor to fill ``name`` from, and which thirds of it."""
     if name in given:
@@ -144,7 +153,7 @@ def _same_heads(prefix: str, mixer: TokenMixer, given: Mapping[str, Any], model:
 
 
 def _fit_position_bias(
-    state: dict[str, Any], model: nn.Module, prefix: str, saved_grid: Size2, feat_size: Size2
+    state: dict[str, Any], model: nn.Module, prefix: str, old_grid: Size2, feat_size: Size2
 ) -> None:
     """Resample the bias table beside a key, in the layout of Swin and BEiT."""
     name = f"{prefix}.rel_pos.relative_position_bias_table"
@@ -153,29 +162,29 @@ def _fit_position_bias(
             state[name],
             new_window_size=feat_size,
             new_bias_shape=tuple(model.get_parameter(name).shape),
-            old_window_size=saved_grid,
+            old_window_size=old_grid,
         )
 
 
-def _fit_patches(state: dict[str, Any], model: Any, saved_grid: Size2 | None) -> None:
+def _fit_patches(state: dict[str, Any], model: Any, patch_grid: Size2 | None) -> None:
     weight = state.get("patch_embed.proj.weight")
     pos_embed = state.get("pos_embed")
     if pos_embed is not None and getattr(model, "pos_embed", None) is not None:
         # the difference to the patches is the prefix, wherever a host keeps its class token
         num_prefix = model.pos_embed.shape[1] - model.patch_embed.num_patches
-        if saved_grid is None:
+        if patch_grid is None:
             kernel = weight if weight is not None and weight.ndim == 4 else torch.empty(model.patch_embed.patch_size)
             kernel = kernel.reshape(-1, 1, *kernel.shape[-2:])  # only its extent is read
-            saved_grid = get_pretrained_grid_size(model, kernel, pos_embed.shape[1] - num_prefix)
+            patch_grid = get_pretrained_grid_size(model, kernel, pos_embed.shape[1] - num_prefix)
         side = math.isqrt(max(pos_embed.shape[1] - num_prefix, 0))
-        if saved_grid is None and side * side == pos_embed.shape[1] - num_prefix:
-            saved_grid = (side, side)  # as timm assumes of position embeddings; keys carry their grid
-        fits = saved_grid is not None and pos_embed.shape[1] == num_prefix + saved_grid[0] * saved_grid[1]
-        if fits and saved_grid != tuple(model.patch_embed.grid_size):
+        if patch_grid is None and side * side == pos_embed.shape[1] - num_prefix:
+            patch_grid = (side, side)  # as timm assumes of position embeddings; keys carry their grid
+        fits = patch_grid is not None and pos_embed.shape[1] == num_prefix + patch_grid[0] * patch_grid[1]
+        if fits and patch_grid != tuple(model.patch_embed.grid_size):
             state["pos_embed"] = resample_abs_pos_embed(
                 pos_embed,
                 new_size=model.patch_embed.grid_size,
-                old_size=saved_grid,
+                old_size=patch_grid,
                 num_prefix_tokens=num_prefix,
             )
     if weight is None:
