@@ -1,5 +1,9 @@
 """Static-key attention for vision."""
 
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
 from . import models as models
 from .convert import ConversionReport, HostRule, Site, convert, register_host_rule
 from .errors import StaticKeyError
@@ -11,6 +15,13 @@ from .layers import (
     TokenMixer,
 )
 from .ops import resample_static_key, static_key_attention, static_key_weights, unfold_queries
+
+if TYPE_CHECKING:
+    from . import bench as bench
+    from . import compare as compare
+    from . import data as data
+    from . import tasks as tasks
+    from . import viz as viz
 
 __version__ = "0.1.0"
 
@@ -31,3 +42,16 @@ __all__ = [
     "static_key_weights",
     "unfold_queries",
 ]
+
+_HEAVY = ("bench", "compare", "data", "tasks", "viz")
+"""Packages with further dependencies, imported when they are first asked for."""
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _HEAVY:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HEAVY})

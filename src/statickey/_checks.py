@@ -4,6 +4,7 @@ import difflib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -22,7 +23,8 @@ def check_name(kind: str, name: str, known: Iterable[str]) -> None:
         return
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(names[:12])}"
-    raise UnknownNameError(f"unknown {kind} {name!r}; {hint}")
+    own = "; --plugin FILE brings one of your own" if kind == "mixer" else ""
+    raise UnknownNameError(f"unknown {kind} {name!r}; {hint}{own}")
 
 
 def check_choice(**values: tuple[Any, Iterable[Any]]) -> None:
@@ -61,7 +63,7 @@ def check_types(options: Any) -> None:
         if isinstance(value, float) and not math.isfinite(value):
             raise StaticKeyError(f"{field.name}={value} must be a finite number")
         if not _is_of(value, hints[field.name]):
-            raise StaticKeyError(f"{field.name}={value!r} must be {_described(hints[field.name])}")
+            raise StaticKeyError(f"{field.name}={value!r} must be {type_in_words(hints[field.name])}")
 
 
 def _is_of(value: Any, hint: Any) -> bool:
@@ -77,16 +79,16 @@ def _is_of(value: Any, hint: Any) -> bool:
     return isinstance(value, origin or hint) and not (hint is int and isinstance(value, bool))
 
 
-def _described(hint: Any) -> str:
-    """A type in words; None, which means a default, is left out."""
+def type_in_words(hint: Any) -> str:
+    """What a type's values are, in words; None, which means a default, is left out."""
     args = get_args(hint)
     if get_origin(hint) in (Union, UnionType):
-        return " or ".join(_described(arg) for arg in args if arg is not NoneType)
+        return " or ".join(type_in_words(arg) for arg in args if arg is not NoneType)
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, args))
     if get_origin(hint) is tuple:
-        return "finite numbers"
-    words = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false"}
+        return "a list of finite numbers"
+    words = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", Path: "a path"}
     return words.get(hint, "names and their values")
 
 

@@ -3,6 +3,8 @@
 import sys
 from collections.abc import Sequence
 
+from statickey_cli import answer
+
 from ..errors import StaticKeyError
 
 _TRAIN_HINT = "statickey: this command needs the training extra: pip install 'statickey[train]'"
@@ -18,13 +20,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, 1 where ``predict`` skipped a file, 2 after a refusal (one line on standard error; ``--debug`` shows
         where it arose), or 130 after Ctrl-C.
     """
-    args = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    args = sys.argv[1:] if argv is None else list(argv)
+    code = answer(args)
+    if code is not None:
+        return code
     debug = "--debug" in args
-    args = [arg for arg in args if arg != "--debug"]
+    command, *words = [arg for arg in args if arg != "--debug"]
     try:
         from .parser import run
 
-        return run(args)
+        return run(command, words)
     except ModuleNotFoundError as error:
         if debug or (error.name or "").startswith("statickey"):
             raise
@@ -40,11 +45,3 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("statickey: interrupted; the same command continues where it stopped", file=sys.stderr)  # noqa: T201
         return 130
-
-
-def _with_underscores(arg: str) -> str:
-    """Options may be written with dashes."""
-    if not arg.startswith("--"):
-        return arg
-    name, equals, value = arg.partition("=")
-    return "--" + name[2:].replace("-", "_") + equals + value

@@ -6,7 +6,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from ..compare import compare
-from ..tasks import Machine, Recipe
+from ..tasks import Machine, ClassificationRecipe
 from .options import add_run_options, take
 
 
@@ -23,4 +23,4 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: dict[str, Any]) -> None:
     """Run the command."""
-    compare(take(Recipe, options), machine=take(Machine, options), **options)
+    compare(take(ClassificationRecipe, options), machine=take(Machine, options), **options)

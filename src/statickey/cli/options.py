@@ -5,12 +5,12 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from ..tasks import Machine, Recipe
+from ..tasks import Machine, ClassificationRecipe
 
 
 def add_run_options(parser: ArgumentParser) -> None:
     """Options of a recipe and of the machine, each under its own name."""
-    for cls in (Recipe, Machine):
+    for cls in (ClassificationRecipe, Machine):
         parser.add_class_arguments(cls, as_group=True)
 
 

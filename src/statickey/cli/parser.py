@@ -1,27 +1,21 @@
 """Parsers made from the signatures of the commands' functions."""
 
 import re
-from collections.abc import Callable, Sequence
+from argparse import SUPPRESS, Action
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
-from .. import __version__
-from .._checks import check_mapping, check_name
-from ..errors import StaticKeyError
+from statickey_cli import COMMANDS, EVERYWHERE, option_name
 
-COMMANDS = {
-    "compare": "Train one network with several token mixers and seeds, and compare them.",
-    "train": "Train one network.",
-    "evaluate": "Score a trained network.",
-    "predict": "Classify images with a trained network.",
-    "bench": "Measure speed and memory against timm and against the machine's limits.",
-    "summary": "Parameters, multiply-accumulates and activations of models, beside the published figures.",
-}
-"""Commands, each a module of this package with ``parser`` and ``run``, read only when it is asked for."""
+from .._checks import check_mapping, check_name, type_in_words
+from .._plugins import load_plugins, loaded_plugins
+from ..errors import StaticKeyError
 
 _TRAINING = ("compare", "train")
 """Commands that recipes are for."""
@@ -29,8 +23,12 @@ _TRAINING = ("compare", "train")
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
-def run(args: Sequence[str]) -> int:
+def run(command: str, args: Sequence[str]) -> int:
     """Parse and run.
+
+    Args:
+        command: One of ``COMMANDS``.
+        args: The arguments after it.
 
     Returns:
         The exit code.
@@ -38,39 +36,52 @@ def run(args: Sequence[str]) -> int:
     Raises:
         StaticKeyError: The arguments are not usable, or the command refuses.
     """
-    parser = ArgumentParser(
-        prog="statickey",
-        description="Static-key attention for vision.",
-        version=__version__,
-        exit_on_error=False,
-    )
-    subcommands = parser.add_subcommands()
-    execute: Callable[[dict[str, Any]], int | None] | None = None
-    options: list[str] = []
-    for name, description in COMMANDS.items():
-        sub = ArgumentParser(exit_on_error=False, description=description)
-        if name in args[:1]:
-            module = import_module(f"{__package__}.{name}")
-            module.add_options(sub)
-            named = recipes() if name in _TRAINING else []
-            choice = f", or a recipe of the package: {', '.join(named)}" if named else ""
-            sub.add_argument(
-                "--config", action=ActionConfigFile, help=f"YAML file with any of these options{choice}."
-            )
-            options = [key for key in sub.get_defaults().as_dict() if key != "config"]
-            args = _with_configs(args, options, named)
-            execute = module.run
-        subcommands.add_subcommand(name, sub, help=description)
+    words, taken = _taken(args)
+    configs = {path: _content(path) for path in (_config_file(command, word) for word in taken["config"])}
+    named = [_plugins_of(path, values) for path, values in configs.items()]
+    load_plugins([source for sources in (*named, taken["plugin"]) for source in sources])
+    parser = new_parser(command)
+    actions = {action.dest: action for action in parser._actions if action.dest not in EVERYWHERE}
+    given: dict[str, Any] = {}
+    places: dict[str, Path] = {}
+    for path, values in configs.items():
+        given |= _checked(path, values, actions)
+        places |= dict.fromkeys(values, path)
+    for word in words:
+        places.pop(option_name(word) or "", None)
     try:
-        namespace: Namespace = parser.parse_args(args)
+        namespace = parser.parse_args(words, namespace=Namespace(given | {"plugin": list(loaded_plugins())}))
     except ArgumentError as error:
-        if mistyped := re.match(r"unrecognized arguments: --(\w+)", str(error)):
-            check_name("option", mistyped[1], options)
-        raise StaticKeyError(_one_line(error)) from error
-    values: dict[str, Any] = namespace[namespace.subcommand].as_dict()
-    values.pop("config", None)
-    assert execute is not None
-    return execute(values) or 0
+        raise StaticKeyError(_explained(str(error), command, actions, places)) from error
+    options = {name: value for name, value in namespace.as_dict().items() if name in actions}
+    return import_module(f"{__package__}.{command}").run(options) or 0
+
+
+def new_parser(command: str) -> ArgumentParser:
+    """The parser of a command, whose options are those of its function."""
+    parser = ArgumentParser(
+        prog=f"statickey {command}",
+        description=COMMANDS[command],
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    import_module(f"{__package__}.{command}").add_options(parser)
+    choice = f", or a recipe of the package: {', '.join(recipes())}" if command in _TRAINING else ""
+    parser.add_argument(
+        "--config",
+        action=ActionConfigFile,
+        help=f"YAML file with any of these options{choice}. Options on the command line count more.",
+    )
+    parser.add_argument(
+        "--plugin",
+        type=list[str],
+        default=[],
+        metavar="FILE",
+        help="Python file, or name of a module, to import first: it may register mixers, models and hosts. "
+        "May be repeated.",
+    )
+    parser.add_argument("--debug", action="store_true", default=SUPPRESS, help="Show where a refusal arose.")
+    return parser
 
 
 def recipes() -> list[str]:
@@ -78,39 +89,118 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
-def _with_configs(args: Sequence[str], options: Sequence[str], named: Sequence[str]) -> list[str]:
-    """The arguments with names of recipes as the paths of their files, where no file has such a name.
+def _taken(args: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The arguments without ``--config`` and ``--plugin``, names with underscores; and what those were given.
 
     Raises:
-        StaticKeyError: There is neither such a file nor such a recipe, or the file is not of options.
+        StaticKeyError: One of them was given nothing.
     """
-    words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith("--config=") else [arg])]
-    for i, word in enumerate(words[1:], start=1):
-        if words[i - 1] != "--config":
-            continue
-        if not Path(word).exists():
-            if word not in named:
-                choice = (
-                    f"unknown recipe {word!r}; choose one of {', '.join(named)}, or"
-                    if named
-                    else f"no file {word!r};"
-                )
-                raise StaticKeyError(f"{choice} give a YAML file")
-            words[i] = str(RECIPES / f"{word}.yaml")
-        _check_config(Path(words[i]), options)
-    return words
+    rest: list[str] = []
+    taken: dict[str, list[str]] = {"config": [], "plugin": []}
+    words = iter(args)
+    for word in words:
+        if word == "--":
+            rest += [word, *words]
+            break
+        name, equals, value = word.partition("=")
+        option = option_name(name)
+        if option is None:
+            rest.append(word)
+        elif option not in taken:
+            rest.append("--" + name[2:].replace("-", "_") + equals + value)
+        else:
+            found = value if equals else next(words, "")
+            if not found:
+                raise StaticKeyError(f"{name} is given nothing; it takes the name of a file")
+            taken[option].append(found)
+    return rest, taken
 
 
-def _check_config(path: Path, options: Sequence[str]) -> None:
-    if not path.is_file():  # a pipe is read once
-        return
+def _config_file(command: str, word: str) -> Path:
+    """The file that ``--config`` means; a recipe of the package where there is no file of that name.
+
+    Raises:
+        StaticKeyError: There is neither.
+    """
+    path = Path(word)
+    named = recipes() if command in _TRAINING else []
+    if path.exists() and not path.is_dir():
+        return path
+    if word in named:
+        return RECIPES / f"{word}.yaml"
+    if path.is_dir():
+        raise StaticKeyError(f"{word!r} is a folder; give a YAML file, such as {path / 'config.yaml'}")
+    choice = f"unknown recipe {word!r}; choose one of {', '.join(named)}, or" if named else f"no file {word!r};"
+    raise StaticKeyError(f"{choice} give a YAML file")
+
+
+def _content(path: Path) -> dict[str, Any]:
     try:
-        values = check_mapping("the content", yaml.safe_load(path.read_text(encoding="utf-8")))
-        for name in values:
-            check_name("option", name, options)
+        return check_mapping("the content", yaml.safe_load(path.read_text(encoding="utf-8")))
     except (StaticKeyError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise StaticKeyError(f"{path}: {_one_line(error)}") from error
+        raise StaticKeyError(f"{path}: {_one_line(str(error))}") from error
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
+def _plugins_of(path: Path, values: dict[str, Any]) -> list[str]:
+    """The plugins of a configuration, taken out of it."""
+    found = values.pop("plugin", None)
+    sources = [] if found is None else [found] if isinstance(found, str) else found
+    if not isinstance(sources, list) or not all(isinstance(source, str) for source in sources):
+        raise StaticKeyError(f"{path}: plugin={found!r} must be a file or a module's name, or a list of them")
+    return sources
+
+
+def _checked(path: Path, values: dict[str, Any], actions: dict[str, Action]) -> dict[str, Any]:
+    """The options of a file; a single value where several may stand is a list of one.
+
+    Raises:
+        StaticKeyError: One does not exist, or has no value.
+    """
+    checked = {}
+    for name, value in values.items():
+        try:
+            check_name("option", name, actions)
+        except StaticKeyError as error:
+            raise StaticKeyError(f"{path}: {error}") from error
+        several = actions[name].nargs in ("+", "*")
+        if value is None and (several or NoneType not in get_args(_hint(actions[name]))):
+            raise StaticKeyError(
+                f"{path}: {name} has no value; it must be {_takes(actions[name])}, or leave the line out"
+            )
+        checked[name] = [value] if several and not isinstance(value, list) else value
+    return checked
+
+
+def _explained(error: str, command: str, actions: dict[str, Action], places: dict[str, Path]) -> str:
+    """What is wrong with which option, in one line.
+
+    Args:
+        error: What jsonargparse or argparse says.
+        command: Of which command.
+        actions: Its options.
+        places: The file that an option was read from.
+    """
+    text = _one_line(error)
+    if wrong := re.match(r'Parser key "(\w+)".*?(?:Given value|Got value): (.*)', text):
+        name, value = wrong[1], wrong[2].rpartition("Given value: ")[2]
+        place = f"{places[name]}: " if name in places else ""
+        return f"{place}{name}={value} must be {_takes(actions[name])}"
+    if wrong := re.match(r"argument --(\w+): expected", text):
+        return f"{wrong[1]} is given nothing; it must be {_takes(actions[wrong[1]])}"
+    if wrong := re.match(r"unrecognized arguments: --(\w+)", text):
+        return f"{wrong[1]} is given as a word of its own, without --{wrong[1]}; see statickey {command} --help"
+    text = text.replace("unrecognized arguments", "unexpected").replace("the following arguments are required", "missing")
+    return f"{text}; see statickey {command} --help"
+
+
+def _takes(action: Action) -> str:
+    words = type_in_words(_hint(action))
+    return f"{words}, or several" if action.nargs in ("+", "*") else words
+
+
+def _hint(action: Action) -> Any:
+    return getattr(action, "_typehint", action.type)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())

@@ -4,7 +4,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from ..tasks import Machine, Recipe, train
+from ..tasks import Machine, ClassificationRecipe, train
 from .options import add_run_options, take
 
 
@@ -16,4 +16,4 @@ def add_options(parser: ArgumentParser) -> None:
 
 def run(options: dict[str, Any]) -> None:
     """Run the command."""
-    train(take(Recipe, options), machine=take(Machine, options), **options)
+    train(take(ClassificationRecipe, options), machine=take(Machine, options), **options)

@@ -5,6 +5,7 @@ from .build import PRETRAINED_ARGS, build_model, count_macs, is_ours, timm_args
 from .checkpoint import LoadReport, checkpoint_filter_fn, warm_start
 from .figures import ModelFigures, model_figures
 from .reference import load_reference_state_dict
+from .swaps import Swap
 from .weights import CONFIG_FILE, WEIGHTS_FILE, load_exactly, read_weights, start_from
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "LoadReport",
     "ModelFigures",
+    "Swap",
     "build_model",
     "checkpoint_filter_fn",
     "count_macs",
