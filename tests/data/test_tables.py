@@ -66,6 +66,16 @@ def test_the_columns_called_image_and_label_of_several(tmp_path):
         open_sources(str(write(tmp_path, [0, 1, 1, 0], name="kind", **others)))
 
 
+def test_a_folder_of_parts_under_the_name_of_a_file(tmp_path):
+    write(tmp_path / "written", [0, 1, 1, 0])
+    for split in ("train", "test"):
+        (tmp_path / f"data/{split}.parquet").mkdir(parents=True)
+        for i in range(2):
+            part = tmp_path / f"data/{split}.parquet/part-{i}.snappy"
+            part.write_bytes((tmp_path / f"written/{split}.parquet").read_bytes())
+    assert len(open_sources(str(tmp_path / "data")).train) == 8
+
+
 def with_metadata(root, metadata):
     for path in root.glob("*.parquet"):
         table = pq.read_table(path)

@@ -134,7 +134,7 @@ def data_files(root: Path, *patterns: str) -> list[Path]:
     """The files of these patterns in their order, but for hidden ones.
 
     Raises:
-        DataError: One is not a regular file: to open a pipe would wait for ever.
+        DataError: One is a pipe or a device: to open it would wait for ever.
     """
     found = {
         path
@@ -143,7 +143,7 @@ def data_files(root: Path, *patterns: str) -> list[Path]:
         if not any(part.startswith(".") for part in path.relative_to(root).parts)
     }
     for path in found:
-        if path.exists() and not path.is_file():
+        if path.exists() and not (path.is_file() or path.is_dir()):
             raise DataError(f"{path} is not a regular file; remove or rename it")
     return sorted(found)
 
