@@ -13,6 +13,7 @@ from ..data import ImageData
 from ..errors import OutputError
 from ..tasks import PREDICTIONS_FILE, RESULT_FILE
 from ..tasks.accuracy import ACCURACY, Accuracy
+from ..tasks.display import counted
 from ..tasks.task import Arrays, Evidence, Metric
 from .config import CompareConfig
 from .statistics import mean_and_std, paired_differences
@@ -117,8 +118,8 @@ def summarize(
     part = "test" if config.score_on == "test" else "held-out training"
     return {
         "title": (
-            f"{config.recipe.model} on {data_name}: {first['scored_images']} {part} images, "
-            f"{config.recipe.total_epochs} epochs"
+            f"{config.recipe.model} on {data_name}: {counted(first['scored_images'], f'{part} image')}, "
+            f"{counted(config.recipe.total_epochs, 'epoch')}"
         ),
         "reading": (
             f"{metric.label}: last epoch, mean ± standard deviation over seeds; minus {baseline}: paired difference "
