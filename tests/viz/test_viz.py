@@ -180,6 +180,8 @@ def test_figures_draw(seeds):
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_one_epoch_is_a_point(seeds):
     curve = [{"epoch": 1, "train_loss": 2.0}]
-    (figure,) = learning_curves({"mhsa": [curve] * seeds}, {"train_loss": "training loss"})
-    (line,) = figure.axes[0].lines
-    assert line.get_marker() == "o"
+    (figure,) = learning_curves({"mhsa": [curve] * seeds, "ska": [curve] * seeds}, {"train_loss": "training loss"})
+    axes = figure.axes[0]
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["mhsa", "ska"]
+    points = [line for line in axes.lines if line.get_marker() == "o"]
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in points] == [(0, 2.0), (1, 2.0)]

@@ -10,7 +10,7 @@ import numpy as np
 
 from .._files import explained_read, write_csv, write_json
 from ..errors import OutputError
-from ..tasks import PREDICTIONS_FILE, RESULT_FILE, Evidence, Task, read_result
+from ..tasks import PREDICTIONS_FILE, RESULT_FILE, Evidence, Task, counted, read_result
 from .config import CompareConfig, run_name
 from .statistics import mean_and_std, paired_differences
 from .table import difference_unit
@@ -111,8 +111,8 @@ def summarize(config: CompareConfig, data: Any, runs: list[FinishedRun]) -> dict
     part = "test" if config.score_on == "test" else "held-out training"
     return {
         "title": (
-            f"{config.recipe.model} on {data_name}: {first['scored_images']} {part} images, "
-            f"{config.recipe.total_epochs} epochs"
+            f"{config.recipe.model} on {data_name}: {counted(first['scored_images'], f'{part} image')}, "
+            f"{counted(config.recipe.total_epochs, 'epoch')}"
         ),
         "reading": (
             f"{metric.label}: last epoch, mean ± standard deviation over seeds; minus {baseline}: paired difference "

@@ -52,7 +52,7 @@ def colours(names: Sequence[str]) -> dict[str, str]:
 def learning_curves(
     curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], shown: Mapping[str, str]
 ) -> list[Figure]:
-    """What training recorded against epochs, a figure each; a point where there is one epoch only.
+    """What training recorded against epochs, a figure each; after one epoch, a point a mixer.
 
     Args:
         curves: For each mixer, one curve a seed, one row an epoch.
@@ -65,21 +65,26 @@ def learning_curves(
             figure = Figure(figsize=(4.5, 3.2), layout="constrained")
             figures.append(figure)
             axes: Any = figure.subplots()
-            for name, runs in curves.items():
-                epochs = [row["epoch"] for row in runs[0]]
+            for place, (name, runs) in enumerate(curves.items()):
                 values = np.array([[row[key] for row in run] for run in runs])
-                style = "-" if len(epochs) > 1 else "o"
-                axes.plot(epochs, values.mean(axis=0), style, color=shades[name], label=name, linewidth=1.8)
-                if len(values) > 1:
-                    low, high = values.min(axis=0), values.max(axis=0)
-                    if len(epochs) > 1:
-                        axes.fill_between(epochs, low, high, color=shades[name], alpha=0.15, linewidth=0)
-                    else:
-                        axes.vlines(epochs, low, high, color=shades[name], alpha=0.3, linewidth=5)
+                mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+                if len(mean) == 1:
+                    seeds = None if len(runs) == 1 else (mean - low, high - mean)
+                    axes.errorbar([place], mean, yerr=seeds, fmt="o", color=shades[name], label=name, capsize=3)
+                    continue
+                epochs = [row["epoch"] for row in runs[0]]
+                axes.plot(epochs, mean, color=shades[name], label=name, linewidth=1.8)
+                if len(runs) > 1:
+                    axes.fill_between(epochs, low, high, color=shades[name], alpha=0.15, linewidth=0)
             axes.set_title(title)
-            axes.set_xlabel("epoch")
-            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(axis="y")
+            if all(len(runs[0]) == 1 for runs in curves.values()):
+                axes.set_xticks(range(len(curves)), list(curves))
+                axes.set_xlabel("after one epoch")
+                axes.margins(x=0.2)
+            else:
+                axes.set_xlabel("epoch")
+                axes.xaxis.get_major_locator().set_params(integer=True)
         figures[0].axes[0].legend(frameon=False, ncols=2)
     return figures
 
