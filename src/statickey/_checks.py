@@ -1,6 +1,7 @@
 """Every shape and argument check, in one place; each refusal carries the value and the remedy."""
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -34,6 +35,9 @@ def check_mapping(name: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         shown = repr(value) if isinstance(value, str | int | float | list | tuple) else f"a {type(value).__name__}"
         raise StaticKeyError(f"{name} is {shown}; it must map names to values")
+    for key in {} if value is None else value:
+        if not isinstance(key, str):
+            raise StaticKeyError(f"{name} has the key {key!r}, which is no name; it must map names to values")
     return {} if value is None else dict(value)
 
 
@@ -59,8 +63,28 @@ def check_positive(**values: int) -> None:
 def check_rate(**values: float) -> None:
     """Refuse any keyword whose value is not a rate in [0, 1)."""
     for name, value in values.items():
-        if not 0.0 <= value < 1.0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value < 1.0:
             raise StaticKeyError(f"{name}={value!r} must be in [0, 1)")
+
+
+_LARGEST = {"depth": 1000, "depths": 1000} | dict.fromkeys(
+    ("embed_dim", "dims", "num_heads", "head_dim", "patch_size", "window_size"), 1_000_000
+)
+"""Arguments of hosts that count something, one number or one per stage, and how many it may be."""
+
+
+def check_model_args(args: Mapping[str, Any]) -> None:
+    """Refuse sizes and rates that no host can have, which hosts answer in many ways or not at all."""
+    for name, value in args.items():
+        if value is None:
+            continue
+        if name.endswith(("drop_rate", "drop_path_rate", "attn_drop", "proj_drop")):
+            check_rate(**{name: value})
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if name in _LARGEST and number is not None:
+                check_positive(**{name: number})
+                if number > _LARGEST[name]:
+                    raise StaticKeyError(f"{name}={number} is more than {_LARGEST[name]:,}; choose a smaller one")
 
 
 def check_head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
@@ -80,7 +104,8 @@ def check_head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
 
 def nearest_divisors(whole: int, wanted: int) -> list[int]:
     """The three divisors of ``whole`` that are nearest to ``wanted``, ascending."""
-    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+    small = [d for d in range(1, min(math.isqrt(whole), 1_000_000) + 1) if whole % d == 0]
+    divisors = sorted({*small, *(whole // d for d in small)})
     return sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:3])
 
 
