@@ -52,6 +52,9 @@ def check_mapping(name: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         shown = repr(value) if isinstance(value, str | int | float | list | tuple) else f"a {type(value).__name__}"
         raise StaticKeyError(f"{name} is {shown}; it must map names to values")
+    for key in {} if value is None else value:
+        if not isinstance(key, str):
+            raise StaticKeyError(f"{name} has the key {key!r}, which is no name; it must map names to values")
     return {} if value is None else dict(value)
 
 

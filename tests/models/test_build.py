@@ -3,6 +3,7 @@ import timm
 import torch
 
 from statickey import convert
+from statickey.convert import token_mixers
 from statickey.errors import StaticKeyError, UnknownNameError
 from statickey.models import build_model, count_macs
 
@@ -107,3 +108,124 @@ def test_one_seed_one_set_of_weights():
 def test_refuses(name, args, error, message):
     with pytest.raises(error, match=message):
         build_model(name, "ska", img_size=32, num_classes=2, model_args=args)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "message"),
+    [
+        ("small_vit", {"drop_path_rate": 5}, r"drop_path_rate=5 must be in \[0, 1\)"),
+        ("small_vit", {"drop_path_rate": "x"}, r"drop_path_rate='x' must be in \[0, 1\)"),
+        ("skaformer_nano", {"attn_drop": -1}, r"attn_drop=-1 must be in"),
+        ("vit_tiny_patch16_224", {"num_heads": 0}, "num_heads=0 must be a positive integer"),
+        ("ska_vit_tiny_patch16_224", {"num_heads": 0}, "num_heads=0 must be a positive integer"),
+        ("vit_tiny_patch16_224", {"embed_dim": 0}, "embed_dim=0 must be a positive integer"),
+        ("vit_tiny_patch16_224", {"depth": -1}, "depth=-1 must be a positive integer"),
+        ("vit_tiny_patch16_224", {"depth": "x"}, "depth='x' must be a positive integer"),
+        ("vit_tiny_patch16_224", {"depth": 10**9}, "depth=1000000000 is more than 1,000; choose a smaller"),
+        ("small_vit", {"embed_dim": 10**9 + 1}, "embed_dim=1000000001 is more than 1,000,000; choose a smaller"),
+        ("small_vit", {"embed_dim": 10**6}, r"takes [\d,]+ GiB, this machine has \d+; choose a smaller"),
+        ("vit_tiny_patch16_224", {"embed_dim": 10**6}, "dim should be divisible by num_heads"),
+        ("skaformer_nano", {"depths": (1, 1, 0, 1)}, "depths=0 must be a positive integer"),
+        ("ska_lsa_vit_small_patch4_32", {"head_dim": 0}, "head_dim=0 must be a positive integer"),
+        ("small_vit", {"mixer_args": {"head_dim": 0}}, "head_dim=0 must be a positive integer"),
+        ("vit_tiny_patch16_224", {"norm_layer": "nope"}, "refuses img_size=32, .*'norm_layer': 'nope'.*: 'nope'"),
+        ("vit_tiny_patch16_224", {5: 6}, "model_args has the key 5, which is no name"),
+        ("vit_tiny_patch16_224", 7, "model_args is 7; it must map names to values"),
+        ("vit_tiny_patch16_224", {"checkpoint_path": "nowhere.pt"}, "no weights file 'nowhere.pt'; give a"),
+        ("vit_tiny_patch16_224", {"checkpoint_path": __file__}, "cannot read weights from .*test_build.py: "),
+    ],
+)
+def test_impossible_arguments_are_refused_in_one_line(name, args, message):
+    with pytest.raises(StaticKeyError, match=message) as caught:
+        build_model(name, "ska", img_size=32, num_classes=2, model_args=args)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"num_classes": 0}, "num_classes=0 must be a positive integer"),
+        ({"num_classes": 2.5}, "num_classes=2.5 must be a positive integer"),
+        ({"num_classes": 10**10}, "GiB, this machine has"),
+        ({"in_chans": -1}, "in_chans=-1 must be a positive integer"),
+        ({"img_size": "x"}, "img_size='x' must be a positive integer"),
+        ({"img_size": 10**9}, "img_size=1000000000"),
+    ],
+)
+def test_impossible_sizes_are_refused_in_one_line(sizes, message):
+    with pytest.raises(StaticKeyError, match=message) as caught:
+        build_model("small_vit", "ska", **{"img_size": 32, "num_classes": 2} | sizes)
+    assert "\n" not in str(caught.value)
+
+
+def test_logits_in_float32_are_the_math_backend():
+    model = build_model("small_vit", "ska", img_size=8, num_classes=2, fp32_logits=True)
+    assert {mixer.backend for mixer in token_mixers(model).values()} == {"math"}
+    former = build_model("skaformer_nano", "pool", img_size=32, num_classes=2, fp32_logits=True)
+    assert {getattr(mixer, "backend", "none") for mixer in token_mixers(former).values()} == {"math", "none"}
+
+
+TINY = {"depth": 1, "embed_dim": 24, "num_heads": 3}
+
+
+def test_a_tag_of_timm():
+    tagged = build_model("vit_tiny_patch16_224.augreg_in21k", "ska", img_size=32, num_classes=3, model_args=TINY)
+    plain = build_model("vit_tiny_patch16_224", "ska", img_size=32, num_classes=3, model_args=TINY)
+    assert tagged.pretrained_cfg["tag"] == "augreg_in21k"
+    assert all(torch.equal(a, b) for a, b in zip(tagged.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        (
+            "vit_tiny_patch16_224.augreg_in22k",
+            UnknownNameError,
+            "unknown tag of vit_tiny_patch16_224 'augreg_in22k'; did you mean augreg_in21k",
+        ),
+        ("vit_tiny_patch16_22.augreg_in21k", UnknownNameError, "unknown model 'vit_tiny_patch16_22'; did you mean"),
+        ("small_vit.x", UnknownNameError, "small_vit has no tags; leave out '.x'"),
+        ("runs/first", UnknownNameError, "Use 'hf-hub:runs/first' to load from the Hub or 'local-dir:runs/first'"),
+        ("ftp:nowhere", UnknownNameError, "Unknown model source 'ftp'"),
+        (
+            "local-dir:nowhere",
+            StaticKeyError,
+            "cannot read the model 'local-dir:nowhere': .*; give a folder with the",
+        ),
+        (
+            "hf-hub:no/model",
+            StaticKeyError,
+            "cannot read the model 'hf-hub:no/model': .*; connect to the network once",
+        ),
+        (None, UnknownNameError, "model=None must be a name"),
+    ],
+)
+def test_names_that_stand_for_nothing(name, error, message, monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(error, match=message) as caught:
+        build_model(name, "ska", img_size=32, num_classes=3)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_cannot_be_fetched(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        StaticKeyError, match=r"cannot get the weights of model 'vit_tiny_.*: .*; connect to the network once"
+    ) as caught:
+        cached = {"pretrained": True, "cache_dir": str(tmp_path)}
+        build_model("vit_tiny_patch16_224", "ska", img_size=32, num_classes=3, model_args=cached)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_timm_saved(tmp_path):
+    torch.manual_seed(1)
+    saved = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=3, **TINY)
+    timm.models.save_for_hf(saved, tmp_path, safe_serialization=True)
+    loaded = build_model(f"local-dir:{tmp_path}", "ska", img_size=32, num_classes=3, model_args={"pretrained": True})
+    assert torch.equal(loaded.blocks[0].mlp.fc1.weight, saved.blocks[0].mlp.fc1.weight)
+    assert torch.equal(loaded.blocks[0].attn.qv.weight[:24], saved.blocks[0].attn.qkv.weight[:24])
+    assert loaded.blocks[0].attn.feat_size == (2, 2)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(StaticKeyError, match="No suitable checkpoints found"):
+        build_model(f"local-dir:{tmp_path}", None, img_size=32, num_classes=3, model_args={"pretrained": True})

@@ -1,6 +1,7 @@
 """What a model must tell so that its attention can be swapped: its places, and what it becomes afterwards."""
 
 import copyreg
+import reprlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -233,12 +234,10 @@ def saved_grid(name: str, state: Any) -> Size2:
     Raises:
         StaticKeyError: It is not a tensor of two positive integers.
     """
-    whole = isinstance(state, Tensor) and state.shape == (2,) and not state.is_floating_point()
-    if not whole or min(state.tolist()) < 1:
-        found = f"{state.dtype} {state.tolist()}" if isinstance(state, Tensor) and state.numel() < 9 else type(state)
+    counts = isinstance(state, Tensor) and state.shape == (2,) and state.dtype in (torch.int64, torch.int32)
+    if not counts or min(state.tolist()) < 1:
         raise StaticKeyError(
-            f"{name} is {found}, not the grid (H, W) of a key; the checkpoint is damaged, save it again or leave this "
-            "entry out and build the model at the image size it was saved with"
+            f"{name} is {reprlib.repr(state)}, not the grid (H, W) of a key; the checkpoint is damaged, save it again"
         )
     height, width = state.tolist()
     return height, width

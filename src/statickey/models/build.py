@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -15,7 +16,7 @@ from ..convert import convert, token_mixers
 from ..errors import StaticKeyError
 from ..layers import AttentionMixer
 from .names import HUB_REMEDY, look_up, one_line
-from .weights import start_from
+from .weights import read_weights, start_from
 
 _OUR_MODULES = ["static_key_former", "static_key_vit", "lsa_vit", "small_vit"]
 """Modules of this package's names in timm's registry."""
@@ -77,6 +78,9 @@ def build_model(
     of_run = found.run_weights if args.get("pretrained") else None
     if of_run is not None:
         del args["pretrained"]
+    checkpoint = args.get("checkpoint_path")
+    if checkpoint is not None and Path(checkpoint).suffix not in (".npz", ".npy"):
+        read_weights(checkpoint)  # refuses what timm stumbles over
     sizes = {"num_classes": num_classes, "in_chans": in_chans}
     mixer = found.run_mixer if mixer is None else mixer
     _check_memory(name, mixer, img_size, sizes | {k: v for k, v in args.items() if k not in PRETRAINED_ARGS})
@@ -97,7 +101,7 @@ def _build(name: str, mixer: str | None, img_size: int, args: dict[str, Any]) ->
     except StaticKeyError:
         raise
     except Exception as error:  # hosts check their arguments in ways of their own, and so does the hub's transport
-        if isinstance(error, OSError) and (args.get("pretrained") or args.get("checkpoint_path")):
+        if isinstance(error, OSError) and args.get("pretrained"):
             raise StaticKeyError(
                 f"cannot get the weights of model {name!r}: {one_line(error)}; {HUB_REMEDY}"
             ) from error
@@ -118,8 +122,10 @@ def _check_memory(name: str, mixer: str | None, img_size: int, args: dict[str, A
     try:
         with torch.device("meta"):
             model = _build(name, mixer, img_size, args)
-    except StaticKeyError:  # the host refuses, or cannot be built without memory: the real one will tell
-        return
+    except StaticKeyError as error:
+        if "meta" in str(error.__cause__):  # a host that computes while it is built
+            return
+        raise
     size = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 2**40
     if size > memory:

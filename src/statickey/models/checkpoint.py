@@ -57,9 +57,8 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
             heads are not the model's.
         FeatSizeError: A key has another number of rows than the grid saved beside it.
     """
-    given = check_mapping("state_dict", state_dict)
-    _check_tensors(given, model)
-    out = dict(accept_reference_layout(given, model))
+    out = dict(accept_reference_layout(check_mapping("state_dict", state_dict), model))
+    _check_kinds(out, model)
     patch_grid = None
     for prefix, mixer in token_mixers(model).items():
         extra = f"{prefix}._extra_state"
@@ -108,6 +107,8 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
             continue
         if name.rpartition(".")[0].rpartition(".")[0] in foreign:
             continue
+        if rows is not None and given[source].ndim == 0:
+            continue
         tensor = given[source] if rows is None else torch.cat([given[source].chunk(3)[row] for row in rows])
         if same_but_for_ones(tensor, target):
             taken[name] = tensor.reshape(target.shape)
@@ -123,10 +124,22 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
     return LoadReport(tuple(taken), tuple(fresh), tuple(unused))
 
 
-def _check_tensors(state: Mapping[str, Any], model: nn.Module) -> None:
+def _check_kinds(state: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse what cannot be brought to the model's tensor of that name, whatever the grids."""
+    tied = {f"{prefix}.{name}" for prefix, mixer in token_mixers(model).items() for name in mixer.grid_parameters}
     for name, own in model.state_dict(keep_vars=True).items():
-        if name in state and isinstance(own, Tensor) and not isinstance(state[name], Tensor):
-            raise StaticKeyError(f"{name} is a {type(state[name]).__name__} in the checkpoint, it must be a tensor")
+        if name not in state or not isinstance(own, Tensor) or name.endswith("_extra_state"):
+            continue
+        other = state[name]
+        if not isinstance(other, Tensor):
+            raise StaticKeyError(f"{name} is a {type(other).__name__} in the checkpoint, it must be a tensor")
+        if own.is_floating_point() and not other.is_floating_point():
+            raise StaticKeyError(f"{name} is {other.dtype} in the checkpoint, the model has {own.dtype}; cast it")
+        if own.ndim != other.ndim and (name in tied or name == "pos_embed"):
+            raise StaticKeyError(
+                f"{name} is {tuple(other.shape)} in the checkpoint, which is not {tuple(own.shape)} on another grid; "
+                "give weights of this model"
+            )
 
 
 def _source(name: str, given: Mapping[str, Any]) -> tuple[str | None, tuple[int, ...] | None]:
@@ -157,13 +170,18 @@ def _fit_position_bias(
 ) -> None:
     """Resample the bias table beside a key, in the layout of Swin and BEiT."""
     name = f"{prefix}.rel_pos.relative_position_bias_table"
-    if name in state:
+    if name not in state:
+        return
+    own, given = model.get_parameter(name), state[name]
+    added = len(own) - _num_distances(feat_size)  # of the class token
+    if given.shape == (_num_distances(old_grid) + added, own.shape[1]):
         state[name] = resize_rel_pos_bias_table(
-            state[name],
-            new_window_size=feat_size,
-            new_bias_shape=tuple(model.get_parameter(name).shape),
-            old_window_size=old_grid,
+            given, new_window_size=feat_size, new_bias_shape=tuple(own.shape), old_window_size=old_grid
         )
+
+
+def _num_distances(grid: Size2) -> int:
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1)
 
 
 def _fit_patches(state: dict[str, Any], model: Any, patch_grid: Size2 | None) -> None:
@@ -207,6 +225,8 @@ def _fit_shifted_patches(state: dict[str, Any], patch_embed: Any) -> None:
     adapted = adapt_input_conv(patch_embed.in_chans, patches).permute(0, 2, 3, 1)
     state["patch_embed.proj.weight"] = adapted.reshape(weight.shape[0], -1)
     for name in ("patch_embed.norm.weight", "patch_embed.norm.bias"):
+        if name not in state or state[name].shape != weight.shape[1:]:
+            continue
         mean = state[name].reshape(area * copies, -1).mean(dim=1, keepdim=True)
         state[name] = mean.expand(-1, patch_embed.in_chans).reshape(-1)
 

@@ -54,7 +54,7 @@ def load_exactly(model: nn.Module, path: str | Path) -> None:
     except StaticKeyError as error:
         raise OutputError(f"{path}: {error}") from error
     own = model.state_dict()
-    missing = [name for name in own if name not in given and not name.endswith("_extra_state")]
+    missing = [name for name in own if name not in given]
     foreign = [name for name in given if name not in own]
     if missing or foreign:
         raise OutputError(
@@ -65,8 +65,6 @@ def load_exactly(model: nn.Module, path: str | Path) -> None:
     for name, tensor in own.items():
         if not isinstance(tensor, Tensor) or name.endswith("_extra_state"):
             continue
-        if tensor.is_floating_point() != given[name].is_floating_point():
-            raise OutputError(f"{path}: {name} is {given[name].dtype}, the model computes in {tensor.dtype}; cast it")
         if tensor.is_floating_point() and not given[name].isfinite().all():
             raise OutputError(f"{path}: {name} holds values that are not finite; give weights that are")
         if tensor.shape != given[name].shape:

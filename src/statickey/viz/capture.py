@@ -87,8 +87,8 @@ def key_colours(key: Tensor, num_prefix_tokens: int, feat_size: tuple[int, int])
     if key.ndim < 3 or key.shape[1] != rows_wanted or not key.is_floating_point():
         raise StaticKeyError(
             f"key {tuple(key.shape)} of {key.dtype} cannot be drawn on feat_size={feat_size} with "
-            f"{num_prefix_tokens} prefix tokens, which takes floats (heads, {rows_wanted}, ...); pass the grid the key "
-            "was built for"
+            f"{num_prefix_tokens} prefix tokens, which takes floats (heads, {rows_wanted}, ...); pass the grid the "
+            "key was built for"
         )
     rows = key.detach()[:, num_prefix_tokens:].flatten(2).double().cpu()
     rows = rows - rows.mean(dim=1, keepdim=True)
