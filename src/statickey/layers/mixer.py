@@ -147,13 +147,21 @@ class TokenMixer(nn.Module, ABC):
         if isinstance(x, fx.Proxy):
             return self._traced(x, feat_size, attn_mask)
         check_not_causal(is_causal)
+        tokens, feat_size = self._tokens(x, feat_size)
+        out = self._mix(tokens, feat_size, attn_mask)
         if self.input_fmt == "NLC":
-            return self._mix(x, self._check_grid(x, feat_size), attn_mask)
+            return out
+        maps = out.reshape(out.shape[0], *feat_size, self.dim)
+        return maps.permute(0, 3, 1, 2) if self.input_fmt == "NCHW" else maps
+
+    def _tokens(self, x: Tensor, feat_size: Size2 | None) -> tuple[Tensor, Size2]:
+        """The input as tokens (B, N, dim), checked, and their grid."""
+        if self.input_fmt == "NLC":
+            return x, self._check_grid(x, feat_size)
         channels_first = self.input_fmt == "NCHW"
         check_map(x, self.dim, self.num_prefix_tokens, channels_first=channels_first)
         maps = x.permute(0, 2, 3, 1) if channels_first else x
-        out = self._mix(maps.flatten(1, 2), (maps.shape[1], maps.shape[2]), attn_mask).reshape(maps.shape)
-        return out.permute(0, 3, 1, 2) if channels_first else out
+        return maps.flatten(1, 2), (maps.shape[1], maps.shape[2])
 
     def _traced(self, x: fx.Proxy, feat_size: Size2 | None, attn_mask: Tensor | None) -> Any:
         """A leaf of a symbolic trace: the grid is known when the mixer runs, not before."""
@@ -308,11 +316,7 @@ class AttentionMixer(TokenMixer):
         Returns:
             (B, h, N, N), rows sum to one (unless heads are mixed after the softmax).
         """
-        if self.input_fmt == "NLC":
-            feat_size = self._check_grid(x, feat_size)
-        else:
-            maps = x.permute(0, 2, 3, 1) if self.input_fmt == "NCHW" else x
-            feat_size, x = (maps.shape[1], maps.shape[2]), maps.flatten(1, 2)
+        x, feat_size = self._tokens(x, feat_size)
         if self._tiles(feat_size):
             raise FeatSizeError(
                 f"off_grid='window' has no single attention map on feat_size={feat_size}; "
