@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from .._checks import check_map, check_no_mask, check_not_causal
 from .._typing import Size2
 from ..errors import StaticKeyError
-from .mixer import AttendOp, AttentionMixer, TokenMixer
+from .attention import AttendOp, AttentionMixer
+from .mixer import TokenMixer
 from .parts import GridState
 
 
