@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from .._checks import check_map, check_no_mask, check_not_causal
 from .._typing import Size2
 from ..errors import StaticKeyError
-from .mixer import AttendOp, AttentionMixer, TokenMixer
+from .attention import AttendOp, AttentionMixer
+from .mixer import TokenMixer
 from .parts import GridState
 
 
@@ -149,10 +150,7 @@ class ConstantAttention(GridState, TokenMixer):
     ) -> Tensor:
         """The map of every head, the same for every image, (B, h, N, N); a mask is refused."""
         check_no_mask(type(self).__name__, attn_mask)
-        if self.input_fmt == "NLC":
-            feat_size = self._check_grid(x, feat_size)
-        else:
-            feat_size = (x.shape[1], x.shape[2]) if self.input_fmt == "NHWC" else (x.shape[2], x.shape[3])
+        x, feat_size = self._tokens(x, feat_size)
         weights = self._resample(self.logits, feat_size).softmax(dim=-1)
         return weights.expand(x.shape[0], -1, -1, -1)
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .._checks import check_kernel_size
 from .._typing import OffGrid, Size2
 from ..errors import StaticKeyError
-from .mixer import AttendOp, AttentionMixer
+from .attention import AttendOp, AttentionMixer
 from .parts import GridState
 from .windows import Segment, attend_in_windows, num_window_logits
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from .._typing import Size2
 from ..errors import FeatSizeError
 from ..ops import window_key_rows, window_merge, window_partition
-from .mixer import AttendOp
+from .attention import AttendOp
 
 
 class Segment(NamedTuple):

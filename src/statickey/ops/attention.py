@@ -50,11 +50,11 @@ def static_key_attention(
             is then not stored where the backend can do without; N is the number of unfolded queries.
         backend: ``"sdpa"`` runs torch's fused attention, or on the CPU, where the static key is wider than the
             value, products for the whole batch a tile of the map at a time; neither stores a large N x M map
-            (but with dropout on the CPU). ``"math"`` always stores it. ``"triton"``, on CUDA in float32, bfloat16 or
-            float16, runs a kernel that stores neither the map nor the unfolded query; backward makes both again,
+            (except with dropout on the CPU). ``"math"`` always stores it. ``"triton"``, on CUDA in float32, bfloat16
+            or float16, runs a kernel that stores neither the map nor the unfolded query; backward recomputes both,
             whole, as ``"math"`` does. Its speed is not measured. It takes no dynamic key, no ``attn_mask`` and no
             dropout, and does not run under ``torch.compile``, ``torch.export`` or ``torch.func``. All have second
-            derivatives, but for torch's fused attention, which raises where it lacks them.
+            derivatives except torch's fused attention, which raises where it has none.
 
     Returns:
         (B, h, N, dv), in the dtype of the inputs.
@@ -78,7 +78,7 @@ def static_key_attention(
     )
     scale = static_key.shape[-1] ** -0.5 if scale is None else scale
     if backend == "triton":
-        from . import kernel  # a triton that does not load shall fail only those who ask for it
+        from . import kernel  # imported late: a triton that fails to load must not break the other backends
 
         traced = _is_traced(query)
         check_triton(query, static_key, attn_mask, dropout_p, traced, kernel.INSTALLED, kernel.INTERPRETED)

@@ -1,6 +1,6 @@
-"""Attention on a static key in one Triton kernel, for CUDA. Its speed is not measured: nothing takes it unasked."""
+"""Attention on a static key in one Triton kernel, for CUDA. Its speed is not measured, so no default uses it."""
 
-from __future__ import annotations  # the kernel's name triton's types, which may be missing
+from __future__ import annotations  # annotations name triton's types, which may be missing
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ from .recompute import recomputed_gradients
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there is none for macOS and Windows
+except ImportError:  # not available for macOS and Windows
     triton = None
 
 INSTALLED = triton is not None
@@ -33,7 +33,7 @@ def fused_attention(
 ) -> Tensor:
     """Compute ``softmax(scale * (query @ key^T + key_bias)) @ value`` without the map and the unfolded query.
 
-    Backward has no kernel: it makes both again, whole, through ``recompute``.
+    Backward has no kernel: it recomputes both, whole, through ``recompute``.
 
     Args:
         query: (B, h, N, d), any strides; with ``unfold``, what ``unfold_queries`` takes.

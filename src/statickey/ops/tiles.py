@@ -13,10 +13,10 @@ from .grid import fold_queries, unfold_queries
 from .recompute import needs_differentiable_backward, recomputed_gradients
 
 TILE_NUMEL = 5 << 18
-"""Numbers in the logits and queries of one part at most, 5 MiB in float32. Queries are unfolded for all rows of an
-image, which may be more."""
+"""Most elements in the logits and queries of one tile, 5 MiB in float32. Queries are unfolded for all rows of an
+image at once, which may be more."""
 KEPT_NUMEL = 1 << 23
-"""Logits up to which backward reads the map of forward, 32 MiB in float32, rather than make it again."""
+"""Largest map that forward keeps for backward, 32 MiB in float32; a larger one is recomputed."""
 
 
 def tiled_attention(
@@ -30,7 +30,7 @@ def tiled_attention(
     """Compute ``softmax(query @ key^T + key_bias + mask) @ value`` and, backwards, its gradients.
 
     A key without a batch axis makes the logits of several images one matrix product, and lets them be made,
-    normalised and used a part at a time. A large map is never whole: backward makes it again.
+    normalised and used a part at a time. A large map is never stored whole: backward recomputes it.
 
     Args:
         query: (B, h, N, dk), any strides; with ``unfold``, what ``unfold_queries`` takes.
@@ -91,13 +91,13 @@ def _tiles(batch: int, num_queries: int, key: Tensor) -> Iterator[_Tile]:
 
 
 def _part_extent(whole: int, most: int) -> int:
-    """The extent of parts that are at most so large, all about the same."""
+    """The extent of the fewest parts of about equal size that are at most ``most`` long."""
     parts = -(-whole // max(1, most))
     return max(1, -(-whole // max(1, parts)))
 
 
 def _product(left: Tensor, right: Tensor, out: Tensor | None = None) -> Tensor:
-    """Batched product; a batch of one goes the way that uses all threads."""
+    """Batched product; a batch of one takes ``mm``, which uses all threads."""
     if len(left) == 1:
         return torch.mm(left[0], right[0], out=None if out is None else out[0]).unsqueeze(0)
     return torch.bmm(left, right, out=out)
@@ -130,7 +130,7 @@ class _TileQueries:
         return self._unfolded[:, :, tile.rows].flatten(1, 2)
 
     def backward(self, tile: _Tile, grad: Tensor, into: Tensor) -> None:
-        """Put the gradient of the tile's queries, (heads, images * rows, dk), where it belongs."""
+        """Write the gradient of the tile's queries, (heads, images * rows, dk), to that of all queries."""
         grad = grad.view(*tile.shape, -1)
         if self._unfold is None:
             tile.token_part(into).copy_(grad)
@@ -148,7 +148,7 @@ class _TileQueries:
 def _weights(
     tile: _Tile, flat: Tensor, key: Tensor, key_bias: Tensor | None, mask: Tensor | None, buffer: Tensor
 ) -> Tensor:
-    """The tile of the map, (heads, images, rows, M), for its queries, made in the given buffer."""
+    """The tile of the map, (heads, images, rows, M), for its queries, written to the given buffer."""
     columns = key[tile.heads].mT
     logits = buffer.view(*flat.shape[:2], -1)
     if key_bias is None:
