@@ -14,10 +14,9 @@ from statickey.compare.report import verdict, write_report
 from statickey.compare.results import read_runs, summarize, write_results
 from statickey.compare.table import results_table
 from statickey.errors import OutputError
-from statickey.tasks import Machine, Recipe, read_data
-from statickey.tasks.task import Metric
+from statickey.tasks import Classification, ClassificationRecipe, Machine, Metric
 
-RECIPE = Recipe(limit=120, epochs=1, batch_size=32, model_args={"embed_dim": 16, "depth": 2, "num_heads": 2})
+RECIPE = ClassificationRecipe(limit=120, epochs=1, batch_size=32, model_args={"embed_dim": 16, "depth": 2, "num_heads": 2})
 MACHINE = Machine(accelerator="cpu")
 
 
@@ -40,8 +39,8 @@ def finished(tmp_path_factory):
         score_on="test",
         out=str(out),
     )
-    data = read_data(RECIPE)
-    return out, config, data, read_runs(out, config.hash(data.fingerprint()))
+    data = config.task.read_data(RECIPE)
+    return out, config, data, read_runs(config.task, out, config.ids(data.fingerprint()))
 
 
 @dataclass(frozen=True)
@@ -76,11 +75,12 @@ def as_task(runs, metric):
     return made
 
 
-def test_everything_prints_the_metric_of_the_task(finished, tmp_path):
+def test_everything_prints_the_metric_of_the_task(finished, tmp_path, monkeypatch):
     _, config, data, runs = finished
     metric = Metric("error_depth", "depth error", "m", higher_is_better=False)
+    monkeypatch.setattr(Classification, "metric", metric)
     runs = as_task(runs, metric)
-    summary = summarize(config, data, runs, metric)
+    summary = summarize(config, data, runs)
     write_results(tmp_path, summary, runs)
     page = write_report(tmp_path, config, data, summary, runs).read_text()
     row = summary["mixers"][1]
@@ -201,7 +201,7 @@ def test_broken_runs_are_refused_in_one_line(finished):
         path.write_bytes(content)
         try:
             with pytest.raises(OutputError, match=f"{message}.*; delete this folder to repeat the run"):
-                read_runs(out, config.hash(data.fingerprint()))
+                read_runs(config.task, out, config.ids(data.fingerprint()))
         finally:
             path.write_bytes(kept)
 

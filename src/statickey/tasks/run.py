@@ -7,7 +7,7 @@ from typing import Any
 import safetensors
 from torch import nn
 
-from .._files import read_json
+from .._files import explained_read, read_json
 from ..errors import OutputError
 from ..models import start_from
 from .recipe import Machine, Recipe
@@ -85,11 +85,11 @@ def read_result(path: Path) -> dict[str, Any]:
     Raises:
         OutputError: A file is missing, torn or of something else.
     """
-    remedy = f"delete {RESULT_FILE} there to repeat the run, or choose another --out"
+    remedy = "delete this folder to repeat the run, or choose another --out"
     result: dict[str, Any] = read_json(path / RESULT_FILE, remedy)
-    for name in ("config_hash", "mixer", "seed", "config", "curve", "data", "data_dir"):
-        if name not in result:
-            raise OutputError(f"{path / RESULT_FILE} is not a run's (it has no {name!r}); {remedy}")
+    with explained_read(path, remedy):
+        for name in ("config_hash", "mixer", "seed", "config", "curve", "data", "data_dir"):
+            result[name]
     for name in WEIGHTS_FILES.values():
         try:
             with safetensors.safe_open(path / name, "pt"):  # reads the header, and holds the file's size against it
