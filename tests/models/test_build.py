@@ -229,3 +229,19 @@ def test_a_folder_that_timm_saved(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(StaticKeyError, match="No suitable checkpoints found"):
         build_model(f"local-dir:{tmp_path}", None, img_size=32, num_classes=3, model_args={"pretrained": True})
+
+
+def test_a_swap_brings_arguments_and_layers():
+    args = {"img_size": 8, "num_classes": 3, "in_chans": 1}
+    wide = build_model("small_vit", "cska:kernel_size=5", **args)
+    assert {mixer.kernel_size for mixer in token_mixers(wide).values()} == {5}
+    some = build_model("small_vit", "ska@-2,-1", **args)
+    assert list(token_mixers(some)) == ["blocks.2.attn", "blocks.3.attn"]
+    whole = build_model("small_vit", "ska", **args)
+    torch.testing.assert_close(some.blocks[3].attn.static_key, whole.blocks[3].attn.static_key, rtol=0, atol=0)
+    former = build_model("skaformer_nano", "cska:kernel_size=5", img_size=32, num_classes=3)
+    stage = [type(mixer).__name__ for name, mixer in token_mixers(former).items() if name.startswith("stages.1")]
+    assert stage == ["ConvStaticKeyAttention"]
+    assert former.stages[1].blocks[0].token_mixer.kernel_size == 5
+    with pytest.raises(StaticKeyError, match=r"mixer 'ska@0' names layers, but 'skaformer_nano' has its mixer in all"):
+        build_model("skaformer_nano", "ska@0", img_size=32, num_classes=3)

@@ -16,6 +16,7 @@ from ..convert import convert, token_mixers
 from ..errors import StaticKeyError
 from ..layers import AttentionMixer
 from .names import HUB_REMEDY, look_up, one_line
+from .swaps import Swap
 from .weights import read_weights, start_from
 
 _OUR_MODULES = ["static_key_former", "static_key_vit", "lsa_vit", "small_vit"]
@@ -31,7 +32,7 @@ _NOT_MODEL_ARGS = {
 
 def build_model(
     name: str,
-    mixer: str | None,
+    mixer: str | Swap | None,
     *,
     img_size: int,
     num_classes: int,
@@ -49,7 +50,8 @@ def build_model(
             (``"vit_tiny_patch16_224.augreg_in21k"``), a name of this package (``"small_vit"``,
             ``"skaformer_nano"``), whose own mixer is replaced, ``"hf-hub:OWNER/NAME"``, or ``"local-dir:FOLDER"``,
             where the folder may be a finished run. The last two bring arguments of their own, under those given.
-        mixer: A name in ``MIXERS``; None leaves the model as it is.
+        mixer: A name in ``MIXERS``, or a ``Swap`` or its text, which adds arguments and layers; None leaves the model
+            as it is.
         img_size: Side of the square input in pixels.
         num_classes: Classes of the head.
         in_chans: Channels of the input.
@@ -74,7 +76,9 @@ def build_model(
             raise StaticKeyError(f"{taken}={given[taken]!r} in model_args: {remedy}; leave it out of model_args")
     check_model_args(given)
     found = look_up(name)
-    args = _filled(given, mixer) | _own_mixer(found.architecture, mixer, given)
+    text = found.run_mixer if mixer is None else mixer
+    swap = None if text is None else Swap.parse(text)
+    args = given | _placed(found.architecture, None if mixer is None else swap, given)
     of_run = found.run_weights if args.get("pretrained") else None
     if of_run is not None:
         del args["pretrained"]
@@ -82,10 +86,9 @@ def build_model(
     if checkpoint is not None and Path(checkpoint).suffix not in (".npz", ".npy"):
         read_weights(checkpoint)  # refuses what timm stumbles over
     sizes = {"num_classes": num_classes, "in_chans": in_chans}
-    mixer = found.run_mixer if mixer is None else mixer
-    _check_memory(name, mixer, img_size, sizes | {k: v for k, v in args.items() if k not in PRETRAINED_ARGS})
+    _check_memory(name, swap, img_size, sizes | {k: v for k, v in args.items() if k not in PRETRAINED_ARGS})
     torch.manual_seed(seed)
-    model = _build(name, mixer, img_size, sizes | args)
+    model = _build(name, swap, img_size, sizes | args)
     if of_run is not None:
         start_from(model, of_run)
     for module in model.modules() if fp32_logits else ():
@@ -94,7 +97,7 @@ def build_model(
     return model
 
 
-def _build(name: str, mixer: str | None, img_size: int, args: dict[str, Any]) -> nn.Module:
+def _build(name: str, swap: Swap | None, img_size: int, args: dict[str, Any]) -> nn.Module:
     host: Any
     try:
         host = _timm_host(name, img_size, args)
@@ -112,16 +115,16 @@ def _build(name: str, mixer: str | None, img_size: int, args: dict[str, Any]) ->
             f"the patch size {patch} of {name!r} does not divide img_size={img_size}; resize to "
             f"img_size={max(img_size // patch, 1) * patch}, or pass another patch_size in model_args"
         )
-    if mixer is not None and not token_mixers(host):
-        convert(host, mixer)
+    if swap is not None and not token_mixers(host):
+        convert(host, swap.mixer, layers=swap.layers, mixer_args=swap.mixer_args)
     return host  # type: ignore[no-any-return]
 
 
-def _check_memory(name: str, mixer: str | None, img_size: int, args: dict[str, Any]) -> None:
+def _check_memory(name: str, swap: Swap | None, img_size: int, args: dict[str, Any]) -> None:
     """Refuse a model that is larger than the machine's memory, before it fills it."""
     try:
         with torch.device("meta"):
-            model = _build(name, mixer, img_size, args)
+            model = _build(name, swap, img_size, args)
     except StaticKeyError as error:
         if "meta" in str(error.__cause__):  # a host that computes while it is built
             return
@@ -141,7 +144,7 @@ def timm_args(
     """The arguments with which ``timm.create_model`` builds a model of this package as ``build_model`` does."""
     args = {} if model_args is None else dict(model_args)
     sizes = {} if name in timm.list_models(module="metaformer") else {"img_size": img_size}
-    return sizes | _filled(args, mixer) | _own_mixer(name, mixer, args)
+    return sizes | args | _placed(name, None if mixer is None else Swap.parse(mixer), args)
 
 
 def _timm_host(name: str, img_size: int, args: dict[str, Any]) -> Any:
@@ -155,23 +158,34 @@ def _timm_host(name: str, img_size: int, args: dict[str, Any]) -> Any:
     return host
 
 
-def _filled(args: dict[str, Any], mixer: str | None) -> dict[str, Any]:
-    """The arguments with the place that is marked X in ``mixers`` taken by the mixer."""
-    mixers = args.get("mixers")
-    if mixer is None or not isinstance(mixers, list | tuple):
-        return args
-    if "X" not in mixers:
-        raise StaticKeyError(f"mixers={list(mixers)} has no 'X' for {mixer!r} to stand in; mark its stage")
-    return args | {"mixers": tuple(mixer if place == "X" else place for place in mixers)}
+def _placed(name: str, swap: Swap | None, args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that put a mixer into a model of this package; none for others, which are converted.
 
-
-def _own_mixer(name: str, mixer: str | None, args: Mapping[str, Any] | None) -> dict[str, Any]:
-    """The argument that puts a mixer into a model of this package, unless its arguments say where it stands."""
-    if mixer is None or (args is not None and "mixers" in args):
+    Raises:
+        StaticKeyError: The arguments name no place for it, or the model has no choice of layers.
+    """
+    stages = args.get("mixers")
+    if swap is None or not (is_ours(name) or isinstance(stages, list | tuple)):
         return {}
-    if name in timm.list_models(module="static_key_former"):
-        return {"mixers": ("sepconv", mixer, "mhsa", "mhsa")}
-    return {"mixer": mixer} if is_ours(name) else {}
+    if swap.layers != "all":
+        if name == "small_vit":
+            return {}
+        raise StaticKeyError(
+            f"mixer {str(swap)!r} names layers, but {name!r} has its mixer in all of them; leave them out, set "
+            "mixers= per stage in model_args, or take a name of timm's"
+        )
+    if stages is None and name not in timm.list_models(module="static_key_former"):
+        own = check_mapping("mixer_args", args.get("mixer_args")) | dict(swap.mixer_args)
+        return {"mixer": swap.mixer} | ({"mixer_args": own} if own else {})
+    stages = ("sepconv", "X", "mhsa", "mhsa") if stages is None else stages
+    if "X" not in stages:
+        raise StaticKeyError(f"mixers={list(stages)} has no 'X' for {swap.mixer!r} to stand in; mark its stage")
+    found: dict[str, Any] = {"mixers": tuple(swap.mixer if place == "X" else place for place in stages)}
+    if swap.mixer_args:
+        by_mixer = check_mapping("mixer_args", args.get("mixer_args"))
+        own = check_mapping(f"mixer_args of {swap.mixer}", by_mixer.get(swap.mixer)) | dict(swap.mixer_args)
+        found["mixer_args"] = by_mixer | {swap.mixer: own}
+    return found
 
 
 def is_ours(name: str) -> bool:

@@ -36,6 +36,7 @@ class ModelCard:
     std: tuple[float, ...]
     streamed: bool = False
     fp32_logits: bool = False
+    task: str = "classify"
 
     def build(self, img_size: int | None = None) -> nn.Module:
         """The network with fresh weights, for its own or another image size."""
@@ -60,7 +61,7 @@ class ModelCard:
         architecture, mixer = built.pretrained_cfg["architecture"], self.mixer
         args = {k: v for k, v in built._model_args.items() if k not in ("num_classes", "in_chans", "img_size")}
         if mixer is not None:
-            args = {k: v for k, v in args.items() if k not in ("mixer", "mixers")}
+            args = {k: v for k, v in args.items() if k not in ("mixer", "mixers", "mixer_args")}
         elif not is_ours(architecture):
             classes = {type(module) for module in token_mixers(model).values()}
             mixer = next((name for name, cls in MIXERS.items() if cls in classes), None)
@@ -86,6 +87,7 @@ class ModelCard:
                 "model_args": self.model_args,
                 "streamed": self.streamed,
                 "fp32_logits": self.fp32_logits,
+                "task": self.task,
             },
         }
 
@@ -109,7 +111,8 @@ class ModelCard:
                 "mean": cfg["mean"],
                 "std": cfg["std"],
                 "streamed": own["streamed"],
-                "fp32_logits": own.get("fp32_logits", False),  # version 0.1 did not say
+                "fp32_logits": own.get("fp32_logits", False),  # version 0.1 said neither this
+                "task": own.get("task", "classify"),  # nor this
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise OutputError(f"{path} does not describe a network of this program ({error!r})") from error
@@ -134,6 +137,7 @@ class ModelCard:
             std=tuple(fields["std"]),
             streamed=fields["streamed"],
             fp32_logits=fields["fp32_logits"],
+            task=fields["task"],
         )
 
 
@@ -143,7 +147,7 @@ def _fits(name: str, field: Any) -> bool:
         return isinstance(field, bool)
     if name == "model_args":
         return isinstance(field, dict)
-    if name in ("architecture", "mixer"):
+    if name in ("architecture", "mixer", "task"):
         return isinstance(field, str) or (name == "mixer" and field is None)
     if not isinstance(field, list) or not field:
         return False
