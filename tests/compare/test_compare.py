@@ -57,9 +57,9 @@ def test_numbers_agree_with_what_is_on_disk(finished):
         accuracies = []
         for folder, result in zip(folders, results, strict=True):
             arrays = np.load(folder / "predictions.npz")
-            accuracies.append(100 * (arrays["last"] == arrays["truth"]).mean())
+            accuracies.append(100 * (arrays["predicted"] == arrays["truth"]).mean())
             assert result["accuracy"] == pytest.approx(accuracies[-1])
-            assert result["ema_accuracy"] == pytest.approx(100 * (arrays["ema"] == arrays["truth"]).mean())
+            assert result["ema_accuracy"] == pytest.approx(100 * (arrays["ema_predicted"] == arrays["truth"]).mean())
             assert result["scored_images"] == len(arrays["truth"]) == 360
             assert len(result["curve"]) == 2
             weights = load_file(folder / "model.safetensors")  # and the grid of every key
@@ -200,7 +200,7 @@ def test_interrupted_run_continues_and_ends_in_the_same_bits(tmp_path, monkeypat
     with pytest.raises(Interruption):
         run(tmp_path / "parts", **options)
     folder = tmp_path / "parts" / "runs" / "cska-seed0"
-    assert sorted(p.name for p in folder.iterdir()) == ["epoch00000.ckpt", "epoch00001.ckpt"]
+    assert sorted(p.name for p in folder.glob("*.ckpt")) == ["epoch00000.ckpt", "epoch00001.ckpt"]
     with pytest.raises(OutputError, match=r"the checkpoint is of another configuration or other data"):
         run_on_other_data(tmp_path / "parts", monkeypatch, options)
     steps = []
@@ -283,7 +283,7 @@ def test_holdout_scores_and_own_mixer(tmp_path, monkeypatch):
 WRONG = {
     "mixer": ({"mixers": ("mhsaa",)}, "unknown mixer 'mhsaa'; did you mean mhsa"),
     "twice": ({"mixers": ("ska", "ska")}, "none twice"),
-    "seed": ({"seeds": (-1,)}, "must not be negative"),
+    "seed": ({"seeds": (-1,)}, "seed=-1 must be a whole number from 0"),
     "epochs": ({"epochs": 0}, "epochs=0 must be a positive integer"),
     "model": ({"model": "vit_tinny"}, "unknown model 'vit_tinny'"),
     "data": ({"data": "nowhere", "limit": None}, "data 'nowhere' is neither"),

@@ -58,7 +58,7 @@ def test_three_processes_share_the_runs_and_one_is_killed(processes, tmp_path):
     ]
     assert (out / "report.html").is_file()
     texts = [(tmp_path / f"{i}.txt").read_text() for i in (1, 2)]
-    trained = [text.count("test images, ") for text in texts]
+    trained = [text.count("of 360 test images, ") for text in texts]
     assert sum(trained) == 4  # each run once, the killed one's too
     assert all("report: " in text for text in texts)
     _compare(tmp_path / "alone", "alone", killed=False)

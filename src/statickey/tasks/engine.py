@@ -147,7 +147,7 @@ def _finish(run: Run, trainer: L.Trainer, training: TrainingModule, module: Any,
         scores[f"{mark}{metric.name}"] = evidence.value()
         arrays |= {f"{mark}{name}": array for name, array in evidence.arrays().items()}
         if first:
-            write_model(run.path, which, model, task.card(run.recipe, run.data, module, run.mixer).of(model))
+            write_model(run.path, which, model, task.card(run.recipe, run.data, module, run.mixer))
     if not first:
         return None
     curve = training.curve

@@ -50,7 +50,7 @@ class ModelCard:
             fp32_logits=self.fp32_logits,
         )
 
-    def of(self, model: nn.Module) -> "ModelCard":
+    def completed(self, model: nn.Module) -> "ModelCard":
         """This card for a model as it was built, wherever its name found it.
 
         A tag, the hub or a folder need not be there when the network is built again: the card has the architecture
@@ -169,7 +169,7 @@ def write_model(folder: Path, which: str, model: nn.Module, card: ModelCard) -> 
     """Write one set of weights, and the JSON beside them."""
     weights = safetensors.torch.save({k: v.contiguous().cpu() for k, v in model.state_dict().items()})
     write_atomic(folder / WEIGHTS_FILES[which], lambda file: file.write(weights))
-    write_json(folder / CONFIG_FILE, card.of(model).to_json())
+    write_json(folder / CONFIG_FILE, card.completed(model).to_json())
 
 
 def load_model(source: str | Path, *, img_size: int | None = None, ema: bool = False) -> tuple[nn.Module, ModelCard]:
