@@ -1,3 +1,7 @@
+import importlib
+
+import pytest
+
 import statickey
 
 PUBLIC = {
@@ -27,3 +31,14 @@ def test_public_names_are_pinned():
 def test_mixer_names_are_pinned():
     names = "mhsa ska cska fcska identity pool sepconv random constant synthesizer"
     assert list(statickey.MIXERS) == names.split()
+
+
+@pytest.mark.parametrize("name", ["bench", "compare", "data", "tasks", "viz"])
+def test_packages_are_there_when_asked_for(name):
+    assert name in dir(statickey)
+    assert getattr(statickey, name) is importlib.import_module(f"statickey.{name}")
+
+
+def test_other_names_are_not():
+    with pytest.raises(AttributeError, match="module 'statickey' has no attribute 'task'"):
+        statickey.task  # noqa: B018

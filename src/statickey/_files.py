@@ -6,6 +6,7 @@ import io
 import json
 import os
 import secrets
+import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,18 +26,39 @@ _BROKEN = (
 
 
 @contextmanager
-def explained_write(path: Path) -> Iterator[None]:
-    """Turn an operating system's refusal to write ``path`` into one line with the remedy."""
+def explained_write(path: Path, option: str = "--out") -> Iterator[None]:
+    """Turn an operating system's refusal to write ``path``, given as ``option``, into one line with the remedy."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "the disk is full; free some space and run the same command again, nothing done is lost"
         elif error.errno in (errno.EEXIST, errno.ENOTDIR):
-            remedy = "a file is where a folder should be; choose another --out"
+            remedy = f"a file is where a folder should be; choose another {option}"
+        elif error.errno == errno.EISDIR:
+            remedy = f"choose another {option}"
         else:
-            remedy = "choose another --out or change its permissions"
+            remedy = f"choose another {option} or change its permissions"
         raise OutputError(f"cannot write {path}: {error.strerror or error}; {remedy}") from error
+
+
+def check_writable(**files: str | Path | None) -> None:
+    """Refuse, before anything is computed for it, a file that could not be written, given by its option's name.
+
+    Nothing is left behind, folders included. None is no file.
+
+    Raises:
+        OutputError: A folder is there, or the nearest folder that exists takes no file.
+    """
+    for option, file in files.items():
+        if file is None:
+            continue
+        path = Path(file)
+        with explained_write(path, f"--{option}"):
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            place = next(parent for parent in path.absolute().parents if parent.exists())
+            tempfile.TemporaryFile(dir=place).close()
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:

@@ -12,7 +12,7 @@ from rich.progress import track
 from rich.table import Table
 
 from ._checks import check_name
-from ._files import write_text
+from ._files import check_writable, write_text
 from .errors import StaticKeyError, UnknownNameError
 from .models import ModelFigures, lsa_vit, model_figures, small_vit, static_key_former, static_key_vit
 
@@ -59,6 +59,7 @@ def summary(
     console = Console() if console is None else console
     if not console.is_terminal and console.width < 140:
         console = Console(file=console.file, width=140)
+    check_writable(csv=csv, markdown=markdown)
     wanted = _expand(models)
     steps = track(wanted, "counting", console=console, transient=True, disable=not console.is_terminal)
     figures = [model_figures(name, img_size=img_size, mixers=mixers) for name, mixers in steps]

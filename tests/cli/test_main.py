@@ -133,11 +133,57 @@ def test_runs_as_a_module(monkeypatch, capsys):
     assert "compare" in capsys.readouterr().out
 
 
-def test_import_is_light_and_warns_of_nothing():
-    code = (
-        "import sys, statickey; heavy = {'lightning', 'matplotlib', 'onnx', 'torchmetrics', 'datasets', 'sklearn'}; "
-        "print(sorted(heavy & set(sys.modules))); import timm; timm.create_model('skaformer_nano')"
+@pytest.mark.skipif(sys.platform == "win32", reason="children are forked")
+def test_commands_import_only_what_they_run(tmp_path):
+    """One process imports the package, and forks another for each command."""
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", IMPORTS], capture_output=True, text=True, check=True, cwd=tmp_path
     )
-    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True)
-    assert run.stdout.strip() == "[]"
     assert run.stderr == ""
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found == {
+        "import statickey": [],
+        "summary skaformer_nano": [],
+        "bench layers": [],
+        "compare --help": [
+            "lightning",
+            "matplotlib",
+            "torchmetrics",
+        ],  # Lightning loads torchmetrics, that matplotlib
+        "statickey.viz": ["matplotlib"],
+    }
+
+
+IMPORTS = """
+import json, os, sys, statickey, timm
+HEAVY = {"lightning", "matplotlib", "onnx", "torchmetrics", "datasets", "sklearn"}
+timm.create_model("skaformer_nano")
+found = {"import statickey": sorted(HEAVY & set(sys.modules))}
+if "statickey.tasks" in sys.modules or not {"bench", "compare", "data", "tasks", "viz"} <= set(dir(statickey)):
+    sys.exit(1)
+def run(what):
+    import warnings; warnings.simplefilter("default")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    os.dup2(1, 2)
+    if what.startswith("statickey."):
+        statickey.viz.scaling
+        return
+    from statickey.cli import main
+    if what.startswith("bench"):
+        from statickey.bench import suites
+        suites.LAYERS = (suites.LayerShape((3, 3), 8, 2, batch=1),)
+        what += " --rounds 1 --memory false"
+    try:
+        main(what.split())
+    except SystemExit:
+        pass
+for what in ("summary skaformer_nano", "bench layers", "compare --help", "statickey.viz"):
+    reader, writer = os.pipe()
+    if not os.fork():
+        run(what)
+        os.write(writer, json.dumps(sorted(HEAVY & set(sys.modules))).encode())
+        os._exit(0)
+    os.wait()
+    found[what] = json.loads(os.read(reader, 1000))
+print(json.dumps(found))
+"""

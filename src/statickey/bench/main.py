@@ -15,11 +15,10 @@ from rich.progress import Progress
 
 from .._checks import check_folder, check_name, check_positive
 from .._environment import environment
-from .._files import write_atomic, write_json, write_text
+from .._files import check_writable, write_atomic, write_json, write_text
 from ..errors import OutputError, StaticKeyError
 from ..layers import MIXERS
 from ..ops.kernel import INSTALLED
-from ..viz import accuracy_against_cost, scaling
 from .contender import Contender, Targets, least_bytes, macs, twin
 from .measure import KINDS, Phase, Setting, differences, interleaved, peak_memory, roofline, time_in
 from .suites import KERNEL, SUITES
@@ -34,6 +33,7 @@ PHASES: dict[str, tuple[Phase, ...]] = {
 ROUNDS = {"layers": 25, "models": 9, "resolution": 5, "training": 15}
 PARITY = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """The largest relative difference between a contender and its twin that still counts as the same function."""
+ROWS_FILE = "bench.json"
 PASSES = {"forward": 1, "training": 3, "step": 3}
 """Multiply-accumulates in terms of those of a forward pass."""
 
@@ -109,6 +109,7 @@ def bench(
         plans = {suite: [replace(each, targets=Targets()) for each in plan] for suite, plan in plans.items()}
     root = Path(out)
     earlier = _earlier(root)
+    check_writable(out=root / ROWS_FILE)
     where = environment(device) | {"dtype": dtype, "compiled": compile}
     rows: list[dict[str, Any]] = []
     with Progress(console=console, transient=True) as progress:
@@ -250,7 +251,7 @@ def _accuracy(folder: Path) -> dict[str, tuple[float, float | None]]:
 
 
 def _earlier(out: Path) -> list[dict[str, Any]]:
-    path = out / "bench.json"
+    path = out / ROWS_FILE
     if not path.exists():
         return []
     try:
@@ -262,7 +263,7 @@ def _earlier(out: Path) -> list[dict[str, Any]]:
 
 
 def _write(out: Path, rows: list[dict[str, Any]], accuracy: dict[str, tuple[float, float | None]] | None) -> None:
-    write_json(out / "bench.json", rows)
+    write_json(out / ROWS_FILE, rows)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -270,15 +271,20 @@ def _write(out: Path, rows: list[dict[str, Any]], accuracy: dict[str, tuple[floa
     write_text(out / "bench.csv", text.getvalue())
     write_text(out / "bench.md", markdown(rows))
     resolution = [row for row in rows if row["suite"] == "resolution"]
+    steps = {row["contender"]: row for row in rows if row["suite"] == "training" and row["phase"] == "step"}
+    known = accuracy or {}
+    points = {name: (1e3 / row["images_per_second"], *known[name]) for name, row in steps.items() if name in known}
+    if resolution or points:
+        _draw(out, resolution, points)
+
+
+def _draw(out: Path, resolution: list[dict[str, Any]], points: dict[str, tuple[float, float, float | None]]) -> None:
+    from ..viz import accuracy_against_cost, scaling  # matplotlib, which most suites do without
+
     if resolution:
         _figure(out / "resolution.png", scaling(resolution))
-    if accuracy is not None:
-        steps = {row["contender"]: row for row in rows if row["suite"] == "training" and row["phase"] == "step"}
-        points = {
-            name: (1e3 / steps[name]["images_per_second"], *accuracy[name]) for name in steps if name in accuracy
-        }
-        if points:
-            _figure(out / "accuracy.png", accuracy_against_cost(points))
+    if points:
+        _figure(out / "accuracy.png", accuracy_against_cost(points))
 
 
 def _figure(path: Path, figure: Any) -> None:

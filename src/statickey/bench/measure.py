@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .._plugins import load_plugins, loaded_plugins
 from ..errors import StaticKeyError
 
 Phase = Literal["forward", "training", "step"]
@@ -184,7 +185,7 @@ def peak_memory(
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back at once: no peak is hidden
     try:
         with context.Pool(1) as pool:
-            return pool.apply(_process_peaks, (make, phases, setting, torch.get_num_threads()))
+            return pool.apply(_process_peaks, (make, phases, setting, torch.get_num_threads(), loaded_plugins()))
     finally:
         del os.environ["MALLOC_MMAP_THRESHOLD_"]
         if environment is not None:
@@ -201,8 +202,13 @@ def _allocator_peak(make: Callable[[], tuple[nn.Module, Tensor]], phase: Phase, 
 
 
 def _process_peaks(
-    make: Callable[[], tuple[nn.Module, Tensor]], phases: tuple[Phase, ...], setting: Setting, threads: int
+    make: Callable[[], tuple[nn.Module, Tensor]],
+    phases: tuple[Phase, ...],
+    setting: Setting,
+    threads: int,
+    plugins: tuple[str, ...],
 ) -> dict[Phase, int | None]:
+    load_plugins(plugins)
     torch.set_num_threads(threads)
     made = make()
     peaks: dict[Phase, int | None] = {}

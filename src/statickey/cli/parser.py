@@ -189,7 +189,9 @@ def _explained(error: str, command: str, actions: dict[str, Action], places: dic
         return f"{wrong[1]} is given nothing; it must be {_takes(actions[wrong[1]])}"
     if wrong := re.match(r"unrecognized arguments: --(\w+)", text):
         return f"{wrong[1]} is given as a word of its own, without --{wrong[1]}; see statickey {command} --help"
-    text = text.replace("unrecognized arguments", "unexpected").replace("the following arguments are required", "missing")
+    text = text.replace("unrecognized arguments", "unexpected").replace(
+        "the following arguments are required", "missing"
+    )
     return f"{text}; see statickey {command} --help"
 
 
