@@ -18,7 +18,7 @@ from statickey.compare.config import CONFIG_FILE
 from statickey.compare.table import results_table
 from statickey.data import ImageData, LabelledImages
 from statickey.errors import DivergedError, OutputError, StaticKeyError
-from statickey.tasks import TrainingModule, Machine, ClassificationRecipe
+from statickey.tasks import ClassificationRecipe, Machine, TrainingModule
 
 TINY = {
     "limit": 120,
@@ -36,7 +36,9 @@ def run(out, **kwargs):
     for cls, own in ((ClassificationRecipe, recipe), (Machine, machine)):
         own |= {field.name: options.pop(field.name) for field in fields(cls) if field.name in options}
     console = Console(file=text, width=160)
-    summary = compare(ClassificationRecipe(**recipe), machine=Machine(**machine), out=str(out), console=console, **options)
+    summary = compare(
+        ClassificationRecipe(**recipe), machine=Machine(**machine), out=str(out), console=console, **options
+    )
     return summary, text.getvalue()
 
 

@@ -63,7 +63,9 @@ def test_three_processes_share_the_runs_and_one_is_killed(processes, tmp_path):
     assert all("report: " in text for text in texts)
     _compare(tmp_path / "alone", "alone", killed=False)
     for path in (tmp_path / "alone").glob("runs/*"):  # as one process trains them
-        alone, shared = (load_file(root / "runs" / path.name / "model.safetensors") for root in (path.parents[1], out))
+        alone, shared = (
+            load_file(root / "runs" / path.name / "model.safetensors") for root in (path.parents[1], out)
+        )
         assert all(torch.equal(value, shared[name]) for name, value in alone.items())
     curve = json.loads((out / "runs" / "mhsa-seed0" / "run.json").read_text())["curve"]
     assert [row["epoch"] for row in curve] == [1, 2, 3, 4]

@@ -16,7 +16,9 @@ from statickey.compare.table import results_table
 from statickey.errors import OutputError
 from statickey.tasks import Classification, ClassificationRecipe, Machine, Metric
 
-RECIPE = ClassificationRecipe(limit=120, epochs=1, batch_size=32, model_args={"embed_dim": 16, "depth": 2, "num_heads": 2})
+RECIPE = ClassificationRecipe(
+    limit=120, epochs=1, batch_size=32, model_args={"embed_dim": 16, "depth": 2, "num_heads": 2}
+)
 MACHINE = Machine(accelerator="cpu")
 
 

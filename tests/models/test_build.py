@@ -243,5 +243,7 @@ def test_a_swap_brings_arguments_and_layers():
     stage = [type(mixer).__name__ for name, mixer in token_mixers(former).items() if name.startswith("stages.1")]
     assert stage == ["ConvStaticKeyAttention"]
     assert former.stages[1].blocks[0].token_mixer.kernel_size == 5
-    with pytest.raises(StaticKeyError, match=r"mixer 'ska@0' names layers, but 'skaformer_nano' has its mixer in all"):
+    with pytest.raises(
+        StaticKeyError, match=r"mixer 'ska@0' names layers, but 'skaformer_nano' has its mixer in all"
+    ):
         build_model("skaformer_nano", "ska@0", img_size=32, num_classes=3)

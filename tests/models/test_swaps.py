@@ -10,7 +10,9 @@ TEXTS = {
     "fcska:head_dim=16,kernel_size=5@blocks.1*": Swap(
         "fcska", layers=["blocks.1*"], mixer_args={"kernel_size": 5, "head_dim": 16}
     ),
-    "ska:off_grid=window,qkv_bias=true@0": Swap("ska", layers=[0], mixer_args={"off_grid": "window", "qkv_bias": True}),
+    "ska:off_grid=window,qkv_bias=true@0": Swap(
+        "ska", layers=[0], mixer_args={"off_grid": "window", "qkv_bias": True}
+    ),
     "ska:scale=0.5,size=[7,7]": Swap("ska", mixer_args={"scale": 0.5, "size": [7, 7]}),
 }
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from image_folders import make_folder, make_parquet
 from statickey.errors import DataError, OutputError, StaticKeyError
 from statickey.models import build_model
-from statickey.tasks import Machine, ClassificationRecipe, evaluate, load_model, predict, train
+from statickey.tasks import ClassificationRecipe, Machine, evaluate, load_model, predict, train
 from statickey.tasks.classification_report import ClassificationScores
 from statickey.tasks.predict import _layer
 
@@ -104,7 +104,9 @@ def test_a_size_that_patches_do_not_divide_is_refused(trained, scans):
 def test_streamed_and_folder_runs(tmp_path):
     data = make_folder(tmp_path / "data", per_class=8, size=(40, 32))
     args = {"embed_dim": 16, "depth": 1, "num_heads": 2}
-    recipe = ClassificationRecipe(data=str(data), stream=True, img_size=32, holdout=0.2, epochs=1, batch_size=4, model_args=args)
+    recipe = ClassificationRecipe(
+        data=str(data), stream=True, img_size=32, holdout=0.2, epochs=1, batch_size=4, model_args=args
+    )
     made = train(recipe, mixer="ska", out=str(tmp_path / "run"), machine=Machine(accelerator="cpu"), console=silent())
     found = evaluate(str(tmp_path / "run"), console=silent(), **QUIET)
     assert found["top1"] == pytest.approx(made["accuracy"])

@@ -139,7 +139,12 @@ def test_train_and_evaluate(tmp_path):
 def test_compare(tmp_path):
     text = io.StringIO()
     summary = compare(
-        recipe(), mixers=["mhsa", "ska"], seeds=[0, 1], out=str(tmp_path), machine=CPU, console=Console(file=text, width=200)
+        recipe(),
+        mixers=["mhsa", "ska"],
+        seeds=[0, 1],
+        out=str(tmp_path),
+        machine=CPU,
+        console=Console(file=text, width=200),
     )
     assert "mean error" in text.getvalue()
     assert "accuracy" not in text.getvalue()
@@ -151,5 +156,7 @@ def test_compare(tmp_path):
 
 
 def test_a_recipe_of_no_task():
-    with pytest.raises(StaticKeyError, match=r"recipe is a Recipe, which is of no task; use ClassificationRecipe, Bri"):
+    with pytest.raises(
+        StaticKeyError, match=r"recipe is a Recipe, which is of no task; use ClassificationRecipe, Bri"
+    ):
         train(Recipe(), out="nowhere")

@@ -24,7 +24,16 @@ from image_folders import make_folder
 from statickey.data import ImageData, LabelledImages
 from statickey.errors import DataError, OutputError, StaticKeyError
 from statickey.models import build_model
-from statickey.tasks import AtomicCheckpointIO, Classification, ClassificationRecipe, Machine, TrainingModule, evaluate, load_model, train
+from statickey.tasks import (
+    AtomicCheckpointIO,
+    Classification,
+    ClassificationRecipe,
+    Machine,
+    TrainingModule,
+    evaluate,
+    load_model,
+    train,
+)
 from statickey.tasks.checkpoint import check_whole
 
 TINY = {

@@ -43,7 +43,7 @@ class CompareConfig:
             raise StaticKeyError("stream=True: a comparison keeps its images in memory; leave out --stream")
         if self.machine.processes > 1:
             raise StaticKeyError(
-                f"devices={self.machine.devices}, num_nodes={self.machine.num_nodes}: a run of a comparison is on one "
+                f"devices={self.machine.devices}, num_nodes={self.machine.num_nodes}: a comparison's run is on one "
                 "device; start the same command once per device, and the processes share the runs of one --out"
             )
 

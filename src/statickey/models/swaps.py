@@ -59,8 +59,8 @@ class Swap:
         check_name("mixer", mixer, MIXERS)
         if (at and not where) or (colon and not args):
             raise StaticKeyError(f"mixer {text!r} ends too soon; write {FORM}")
-        layers = [_number_or_text(item) for item in where.split(",")] if at else "all"
-        return cls(mixer, layers if layers != ["all"] else "all", _arguments(text, args))
+        layers: Any = "all" if where in ("", "all") else [_number_or_text(item) for item in where.split(",")]
+        return cls(mixer, layers, _arguments(text, args))
 
 
 def _arguments(text: str, args: str) -> dict[str, Any]:
@@ -82,4 +82,9 @@ def _number_or_text(item: str) -> int | str:
 
 def _shown(value: Any) -> str:
     """A value as YAML on one line."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip().replace(", ", ",")
+    return (
+        yaml.safe_dump(value, default_flow_style=True, width=10_000)
+        .removesuffix("\n...\n")
+        .strip()
+        .replace(", ", ",")
+    )

@@ -125,9 +125,7 @@ class Classification(Task):
         """The images' own size."""
         return data.in_chans, data.img_size, data.img_size
 
-    def card(
-        self, recipe: ClassificationRecipe, data: Data, module: ImageDataModule, mixer: str | None
-    ) -> ModelCard:
+    def card(self, recipe: ClassificationRecipe, data: Data, module: ImageDataModule, mixer: str | None) -> ModelCard:
         """Architecture, classes and normalisation."""
         return ModelCard(
             architecture=recipe.model,
@@ -147,7 +145,7 @@ class Classification(Task):
     ) -> tuple[list[Tensor], Tensor, list[str]]:
         """The first image of each of the first classes."""
         part = data.test if split == "test" else module.val_part
-        picks = [int((part.labels == label).nonzero()[0]) for label in part.labels.unique()][:number]
+        picks = [int((part.labels == label).nonzero()[0]) for label in torch.unique(part.labels)][:number]
         captions = [data.class_names[int(part.labels[pick])] for pick in picks]
         return list(part.images[picks]), module.normalize(part.images[picks]), captions
 

@@ -159,5 +159,7 @@ class Classifier:
         for row in rows[:_SHOWN]:
             best, *rest = row["classes"]
             then = ", ".join(f"{guess['class']} ({100 * guess['probability']:.0f} %)" for guess in rest)
-            table.add_row(escape(row["file"]), escape(best["class"]), f"{100 * best['probability']:.1f}", escape(then))
+            table.add_row(
+                escape(row["file"]), escape(best["class"]), f"{100 * best['probability']:.1f}", escape(then)
+            )
         return table

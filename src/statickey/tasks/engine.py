@@ -128,12 +128,14 @@ def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[
         return _finish(run, trainer, training, module, start)
 
 
-def _finish(run: Run, trainer: L.Trainer, training: TrainingModule, module: Any, start: float) -> dict[str, Any] | None:
+def _finish(
+    run: Run, trainer: L.Trainer, training: TrainingModule, module: Any, start: float
+) -> dict[str, Any] | None:
     """Score the last and the averaged weights on all processes; the first writes the run's files, the result last."""
     task, metric, first = run.task, run.task.metric, trainer.is_global_zero
     state: dict[str, Any] = trainer.strategy.lightning_module_state_dict()
     if run.machine.strategy == "fsdp":  # whole tensors are on the first process alone
-        state = trainer.strategy.broadcast(state if first else None)
+        state = trainer.strategy.broadcast(state if first else {})
     model = task.build(run.recipe, run.data, run.mixer, run.seed)
     macs = count_macs(model, task.input_size(run.data))
     loader = module.scoring_dataloader(run.score_on)

@@ -49,7 +49,5 @@ def locked(folder: Path, wait: float = 0) -> Iterator[None]:
     """
     with free(folder, wait) as held:
         if not held:
-            raise OutputError(
-                f"another process is writing to {folder}; wait for it or choose another --out"
-            )
+            raise OutputError(f"another process is writing to {folder}; wait for it or choose another --out")
         yield

@@ -34,7 +34,7 @@ class Predictions:
 
     rows: list[dict[str, Any]]
     """One a file: ``file``, what the task says of it (for a classifier ``classes``, a list of ``class`` and
-    ``probability``, the likeliest first), and ``attention``, the path of its picture, where pictures were asked for."""
+    ``probability``, the likeliest first), and ``attention``, the path of its picture, where one was asked for."""
     skipped: list[str]
     """Why files were left out."""
 
@@ -92,9 +92,7 @@ def predict(
     batches = _batches(predictor, paths, skipped)
     for kept, pixels in display.track(batches, -(-len(paths) // _BATCH), "predicting"):
         images = predictor.prepare(pixels)
-        found = [
-            {"file": str(path)} | row for path, row in zip(kept, predictor.predict(images), strict=True)
-        ]
+        found = [{"file": str(path)} | row for path, row in zip(kept, predictor.predict(images), strict=True)]
         if attention is not None:
             for row, path in zip(found, kept, strict=True):
                 row["attention"] = str(Path(attention) / names[path])

@@ -131,11 +131,11 @@ class Recipe:
         return {k: v for k, v in self.to_dict().items() if k not in _PLACES}
 
 
-_OPTIONS_OF_0_1 = frozenset(
-    "data data_dir img_size limit on_bad_image holdout stream model model_args weights epochs batch_size "
-    "grad_accum_steps opt lr weight_decay layer_decay warmup_epochs warmup_lr min_lr cooldown_epochs clip_grad "
-    "ema_decay label_smoothing crop_padding flip auto_augment random_erasing mixup cutmix mean std precision "
-    "fp32_logits".split()
+_OPTIONS_OF_0_1 = (
+    *("data", "data_dir", "img_size", "limit", "on_bad_image", "holdout", "stream", "model", "model_args", "weights"),
+    *("epochs", "batch_size", "grad_accum_steps", "opt", "lr", "weight_decay", "layer_decay", "warmup_epochs"),
+    *("warmup_lr", "min_lr", "cooldown_epochs", "clip_grad", "ema_decay", "label_smoothing", "crop_padding", "flip"),
+    *("auto_augment", "random_erasing", "mixup", "cutmix", "mean", "std", "precision", "fp32_logits"),
 )
 
 
@@ -158,7 +158,7 @@ def identities(recipe: Recipe, task: str, data_fingerprint: str, others: Mapping
     if recipe.weights is not None:
         changed["weights"] = _content(Path(recipe.weights))
     now = _digest([changed | {k: v for k, v in others.items() if v is not None}, task, data_fingerprint])
-    if task != "classify" or not changed.keys() <= _OPTIONS_OF_0_1:
+    if task != "classify" or not changed.keys() <= set(_OPTIONS_OF_0_1):
         return (now,)
     known = {k: v for k, v in values.items() if k in _OPTIONS_OF_0_1}
     return now, _digest([known | dict(others), data_fingerprint])

@@ -118,9 +118,9 @@ def train(
         if first:  # the other processes come when the first has begun
             _check_folder(run, config, resume)
         if run.finished:
-            result = run.read_result()
+            finished = run.read_result()
             display.say(f"{escape(str(run.result))} is finished already; choose another --out to train anew")
-            return result
+            return finished
         if first:
             write_text(run.path / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
         if machine.num_nodes > 1:
@@ -158,7 +158,9 @@ def _check_folder(run: Run, config: dict[str, Any], resume: str) -> None:
         return
     if resume == "never":
         raise OutputError(f"{root} holds a run and resume is 'never'; choose another --out, or leave out --resume")
-    differs = difference(read_yaml(path, "choose another --out"), config, {"task": "classify"} | run.recipe.defaults(), _MAY_DIFFER)
+    differs = difference(
+        read_yaml(path, "choose another --out"), config, {"task": "classify"} | run.recipe.defaults(), _MAY_DIFFER
+    )
     if differs:
         raise OutputError(
             f"{root} holds a run of another configuration ({differs}); choose another --out, or repeat the earlier "
@@ -222,7 +224,9 @@ def _facts(run: Run, result: dict[str, Any]) -> dict[str, str]:
     """What came out."""
     metric = run.task.metric
     return {
-        f"{metric.label}, {counted(result['scored_images'], run.score_on + ' image')}": metric.text(result[metric.name]),
+        f"{metric.label}, {counted(result['scored_images'], run.score_on + ' image')}": metric.text(
+            result[metric.name]
+        ),
         f"{metric.label}, averaged weights": metric.text(result[f"ema_{metric.name}"]),
         "parameters": f"{result['params'] / 1e6:.3f} M",
         "MACs": f"{result['macs'] / 1e6:.1f} M",
