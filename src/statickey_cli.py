@@ -6,6 +6,7 @@ stands beside the package and reads its sources where others would import them.
 
 import ast
 import difflib
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
@@ -26,14 +27,16 @@ EVERYWHERE = {"config", "debug", "help", "plugin", "print_config"}
 
 _PACKAGE = Path(__file__).with_name("statickey")
 _SIGNATURES = {
-    "compare": ("compare.compare", "tasks.Recipe", "tasks.Machine"),
-    "train": ("tasks.train", "tasks.Recipe", "tasks.Machine"),
+    "compare": ("compare.compare", "tasks.ClassificationRecipe", "tasks.Machine"),
+    "train": ("tasks.train", "tasks.ClassificationRecipe", "tasks.Machine"),
     "evaluate": ("tasks.evaluate",),
     "predict": ("tasks.predict",),
     "bench": ("bench.bench",),
     "summary": ("summary.summary",),
 }
 """The functions and dataclasses whose parameters and fields are a command's options."""
+TRAINING = ("compare", "train")
+"""Commands that take a task and its recipe; ``_SIGNATURES`` has the recipe of the first task."""
 _NO_OPTIONS = {"recipe", "machine", "console"}
 """Parameters that are made of options, or of none."""
 
@@ -64,8 +67,9 @@ def answer(args: Sequence[str]) -> int | None:
         return _refuse(f"{command} comes before the command; statickey --help lists the commands")
     if command not in COMMANDS:
         return _refuse(_unknown("command", command, COMMANDS))
+    extended = command in TRAINING and _is_extended(words)
     for word in words:
-        if word == "--":
+        if word == "--" or extended:
             break
         name = option_name(word)
         if name is not None and name not in options(command) | EVERYWHERE:
@@ -80,7 +84,22 @@ def options(command: str) -> frozenset[str]:
     for signature in _SIGNATURES[command]:
         module, _, name = signature.rpartition(".")
         names.update(_names(_source(_PACKAGE / module), name))
-    return frozenset(names - _NO_OPTIONS)
+    own = {"task"} if command in TRAINING else set()
+    return frozenset(names - _NO_OPTIONS | own)
+
+
+def _is_extended(words: Sequence[str]) -> bool:
+    """Whether a task other than the first may bring options of its own."""
+    pairs = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, _, value = word.partition("=")
+        pairs.append((name, value or following))
+    if any(name in ("--task", "--plugin") for name, _ in pairs):
+        return True
+    files = (Path(value) for name, value in pairs if name == "--config")
+    return any(
+        file.is_file() and re.search(r"^(task|plugin):", file.read_text(errors="replace"), re.M) for file in files
+    )
 
 
 def option_name(word: str) -> str | None:

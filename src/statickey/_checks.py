@@ -52,6 +52,9 @@ def check_mapping(name: str, value: Any) -> dict[str, Any]:
     if value is not None and not isinstance(value, Mapping):
         shown = repr(value) if isinstance(value, str | int | float | list | tuple) else f"a {type(value).__name__}"
         raise StaticKeyError(f"{name} is {shown}; it must map names to values")
+    for key in {} if value is None else value:
+        if not isinstance(key, str):
+            raise StaticKeyError(f"{name} has the key {key!r}, which is no name; it must map names to values")
     return {} if value is None else dict(value)
 
 
@@ -114,8 +117,50 @@ def check_positive(**values: int) -> None:
 def check_rate(**values: float) -> None:
     """Refuse any keyword whose value is not a rate in [0, 1)."""
     for name, value in values.items():
-        if not 0.0 <= value < 1.0:
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value < 1.0:
             raise StaticKeyError(f"{name}={value!r} must be in [0, 1)")
+
+
+def check_num_prefix_tokens(num_prefix_tokens: int) -> None:
+    """Refuse anything but zero or a positive integer."""
+    if not isinstance(num_prefix_tokens, int) or isinstance(num_prefix_tokens, bool) or num_prefix_tokens < 0:
+        raise StaticKeyError(f"num_prefix_tokens={num_prefix_tokens!r} must be zero or a positive integer")
+
+
+def check_probability(**values: float) -> None:
+    """Refuse any keyword whose value is not a number in [0, 1]."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+            raise StaticKeyError(f"{name}={value!r} must be in [0, 1]")
+
+
+def check_not_negative(**values: float) -> None:
+    """Refuse any keyword whose value is not a finite number from 0 on."""
+    for name, value in values.items():
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise StaticKeyError(f"{name}={value!r} must be a finite number")
+        if value < 0:
+            raise StaticKeyError(f"{name}={value!r} must not be negative")
+
+
+_LARGEST = {"depth": 1000, "depths": 1000} | dict.fromkeys(
+    ("embed_dim", "dims", "num_heads", "head_dim", "patch_size", "window_size"), 1_000_000
+)
+"""Arguments of hosts that count something, one number or one per stage, and how many it may be."""
+
+
+def check_model_args(args: Mapping[str, Any]) -> None:
+    """Refuse sizes and rates that no host can have, which hosts answer in many ways or not at all."""
+    for name, value in args.items():
+        if value is None:
+            continue
+        if name.endswith(("drop_rate", "drop_path_rate", "attn_drop", "proj_drop")):
+            check_rate(**{name: value})
+        for number in value if isinstance(value, list | tuple) else [value]:
+            if name in _LARGEST and number is not None:
+                check_positive(**{name: number})
+                if number > _LARGEST[name]:
+                    raise StaticKeyError(f"{name}={number} is more than {_LARGEST[name]:,}; choose a smaller one")
 
 
 def check_head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
@@ -135,7 +180,8 @@ def check_head_dim(dim: int, num_heads: int, head_dim: int | None) -> int:
 
 def nearest_divisors(whole: int, wanted: int) -> list[int]:
     """The three divisors of ``whole`` that are nearest to ``wanted``, ascending."""
-    divisors = [d for d in range(1, whole + 1) if whole % d == 0]
+    small = [d for d in range(1, min(math.isqrt(whole), 1_000_000) + 1) if whole % d == 0]
+    divisors = sorted({*small, *(whole // d for d in small)})
     return sorted(sorted(divisors, key=lambda d: abs(d - wanted))[:3])
 
 
@@ -156,9 +202,24 @@ def check_feat_size(feat_size: Size2) -> Size2:
     return height, width
 
 
+def check_saved_grid(state: Any) -> Size2:
+    """The grid (H, W) that a checkpoint carries beside a key, a tensor of two positive whole numbers."""
+    shown = type(state).__name__
+    if isinstance(state, torch.Tensor):
+        shown = str(state.tolist()) if state.numel() <= 4 else f"{tuple(state.shape)} of {state.dtype}"
+        if state.shape == (2,) and state.dtype != torch.bool and not state.is_complex():
+            height, width = state.tolist()
+            if all(extent >= 1 and extent % 1 == 0 for extent in (height, width)):
+                return int(height), int(width)
+    raise FeatSizeError(
+        f"the checkpoint's _extra_state is {shown}, but must be a grid (H, W), a tensor of two positive integers; "
+        "save the checkpoint again with model.state_dict()"
+    )
+
+
 def check_kernel_size(kernel_size: int) -> None:
     """Refuse a convolution kernel that has no centre."""
-    if not isinstance(kernel_size, int) or kernel_size < 1 or kernel_size % 2 == 0:
+    if not isinstance(kernel_size, int) or isinstance(kernel_size, bool) or kernel_size < 1 or kernel_size % 2 == 0:
         raise StaticKeyError(f"kernel_size={kernel_size!r} must be an odd positive integer")
 
 
@@ -221,8 +282,10 @@ def check_static_key_attention(
             f"query {tuple(query.shape)} and key {tuple(key.shape)} differ: with {batch} images, {heads} heads and "
             f"width {width} the key must be ({heads}, M, {width}) or ({batch}, {heads}, M, {width})"
         )
-    if isinstance(scale, torch.Tensor) and scale.ndim != 0:
-        raise StaticKeyError(f"scale {tuple(scale.shape)} must be a number or a 0-dim tensor")
+    if not query.is_floating_point():
+        raise StaticKeyError(f"query is {query.dtype}; attention needs a floating-point dtype")
+    if scale is not None:
+        check_scale(scale)
     if value is not None and (value.ndim != 4 or value.shape[:3] != (batch, heads, num_keys)):
         raise StaticKeyError(f"value {tuple(value.shape)} must be ({batch}, {heads}, {num_keys}, head_dim)")
     if key_bias is not None and key_bias.shape != (heads, num_keys):
@@ -232,6 +295,12 @@ def check_static_key_attention(
         if tensor is not None and tensor.dtype != query.dtype:
             raise StaticKeyError(f"{name} is {tensor.dtype}, the query {query.dtype}; cast one of them")
     if attn_mask is not None:
+        if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
+            raise StaticKeyError(
+                f"attn_mask is {attn_mask.dtype}; pass bool, true where attention is allowed, or a floating dtype"
+            )
+        if attn_mask.device != query.device:
+            raise StaticKeyError(f"attn_mask is on {attn_mask.device}, the query on {query.device}; move one of them")
         full = (batch, heads, num_queries, num_keys)
         missing = len(full) - attn_mask.ndim
         if missing < 0 or any(
@@ -247,6 +316,28 @@ def check_static_key_attention(
             )
 
 
+def check_scale(scale: Any) -> None:
+    """Refuse a factor on the logits that is neither a finite number nor a floating-point 0-dim tensor."""
+    if isinstance(scale, torch.Tensor):
+        if scale.ndim != 0 or not scale.is_floating_point():
+            raise StaticKeyError(
+                f"scale {tuple(scale.shape)} of {scale.dtype} must be a number or a floating-point 0-dim tensor"
+            )
+        return
+    try:
+        finite = -math.inf < scale < math.inf
+    except TypeError:
+        finite = False
+    if not finite:
+        raise StaticKeyError(f"scale={scale!r} must be a finite number")
+
+
+def check_dtype(dtype: Any) -> None:
+    """Refuse a type of parameters that is not a floating-point one; None is torch's default."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise StaticKeyError(f"dtype={dtype!r} must be a floating-point torch.dtype, such as torch.float32")
+
+
 def check_backend(backend: str, known: Iterable[str]) -> None:
     """Refuse a backend that does not exist."""
     names = sorted(known)
@@ -254,7 +345,15 @@ def check_backend(backend: str, known: Iterable[str]) -> None:
         raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(names)}")
 
 
-def check_triton(query: torch.Tensor, installed: bool, interpreted: bool) -> None:
+def check_triton(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    attn_mask: torch.Tensor | None,
+    dropout_p: float,
+    traced: bool,
+    installed: bool,
+    interpreted: bool,
+) -> None:
     """Refuse what the Triton kernel cannot run on; ``interpreted``: on the CPU, by Triton's interpreter."""
     if not installed:
         raise BackendError("backend='triton' needs triton, which is not installed; use backend='sdpa'")
@@ -262,7 +361,7 @@ def check_triton(query: torch.Tensor, installed: bool, interpreted: bool) -> Non
         raise BackendError(
             f"backend='triton' does not compute in {query.dtype}; use float32, bfloat16 or float16, or backend='sdpa'"
         )
-    if query.device.type != "cuda" and not interpreted:
+    if query.device.type not in ("cuda", "cpu" if interpreted else "cuda"):
         raise BackendError(
             f"backend='triton' needs CUDA, but the query is on {query.device.type}; use backend='sdpa', "
             "or set TRITON_INTERPRET=1 to try the kernel without a GPU"
@@ -272,3 +371,12 @@ def check_triton(query: torch.Tensor, installed: bool, interpreted: bool) -> Non
             "backend='triton' cannot compute in torch.bfloat16 under TRITON_INTERPRET=1, whose products take it for "
             "integers; use float32 or float16"
         )
+    reasons = {
+        "takes no dynamic key (B, h, M, d), which self-attention has": key.ndim == 4,
+        "takes no attn_mask": attn_mask is not None,
+        f"has no dropout, but dropout_p={dropout_p} (attn_drop of a layer in training)": dropout_p > 0,
+        "does not run while the call is traced, exported, compiled or transformed by torch.func": traced,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise BackendError(f"backend='triton' {reason}; use backend='sdpa'")

@@ -1,16 +1,28 @@
-"""Writing files so that a reader sees the old content or the new, never a part."""
+"""Writing files so that a reader sees the old content or the new, never a part; reading them with faults named."""
 
+import csv
 import errno
+import io
 import json
 import os
 import secrets
 import tempfile
-from collections.abc import Callable, Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
+
 from .errors import OutputError
+
+_BROKEN = (
+    *(ValueError, TypeError, AttributeError, LookupError, RecursionError, EOFError),
+    *(yaml.YAMLError, zipfile.BadZipFile, zlib.error),
+)
+"""What reading a broken file raises."""
 
 
 @contextmanager
@@ -77,3 +89,55 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write JSON atomically, indented, keys in their order."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows as CSV atomically, in the order of ``fields``; what else a row holds is left out."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
+
+
+@contextmanager
+def explained_read(path: Path, remedy: str) -> Iterator[None]:
+    """Turn a file that is missing, broken or of other content into one line with the remedy.
+
+    Around the reading and the first use of what was read: a missing key or another type is a fault of the file.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"cannot read {path}: {error.strerror or error}; {remedy}") from error
+    except KeyError as error:
+        raise OutputError(f"{path} is broken (it has no {error}); {remedy}") from error
+    except _BROKEN as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise OutputError(f"{path} is broken ({reason}); {remedy}") from error
+
+
+def read_json(path: Path, remedy: str, kind: type = dict) -> Any:
+    """Read JSON whose outermost value is of a kind.
+
+    Raises:
+        OutputError: It is missing, no JSON, or of another kind; the line ends with ``remedy``.
+    """
+    return _read(path, json.loads, remedy, kind)
+
+
+def read_yaml(path: Path, remedy: str, kind: type = dict) -> Any:
+    """Read YAML of plain values whose outermost value is of a kind.
+
+    Raises:
+        OutputError: It is missing, no YAML, or of another kind; the line ends with ``remedy``.
+    """
+    return _read(path, yaml.safe_load, remedy, kind)
+
+
+def _read(path: Path, parse: Callable[[str], Any], remedy: str, kind: type) -> Any:
+    with explained_read(path, remedy):
+        value = parse(path.read_text(encoding="utf-8"))
+        if not isinstance(value, kind):
+            raise TypeError(f"a {kind.__name__} is expected, not a {type(value).__name__}")
+        return value

@@ -14,9 +14,9 @@ from rich.table import Table
 from ._checks import check_name
 from ._files import check_writable, write_text
 from .errors import StaticKeyError, UnknownNameError
-from .models import ModelFigures, lsa_vit, model_figures, static_key_former, static_key_vit
+from .models import ModelFigures, lsa_vit, model_figures, small_vit, static_key_former, static_key_vit
 
-OURS = [*static_key_former.NAMES, *lsa_vit.NAMES, *static_key_vit.NAMES]
+OURS = [*static_key_former.NAMES, *lsa_vit.NAMES, *static_key_vit.NAMES, *small_vit.NAMES]
 PEERS = ("caformer_s18", "caformer_b36", "vit_tiny_patch16_224", "vit_small_patch16_224", "vit_base_patch16_224")
 COLUMNS = ("model", "input", "params M", "GMACs", "activations M", "attention %", "published")
 READING = (

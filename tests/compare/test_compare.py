@@ -18,7 +18,7 @@ from statickey.compare.config import CONFIG_FILE
 from statickey.compare.table import results_table
 from statickey.data import ImageData, LabelledImages
 from statickey.errors import DivergedError, OutputError, StaticKeyError
-from statickey.tasks import ClassificationTask, Machine, Recipe
+from statickey.tasks import ClassificationRecipe, Machine, TrainingModule
 
 TINY = {
     "limit": 120,
@@ -33,10 +33,12 @@ TINY = {
 def run(out, **kwargs):
     text = io.StringIO()
     recipe, machine, options = {}, {}, TINY | kwargs
-    for cls, own in ((Recipe, recipe), (Machine, machine)):
+    for cls, own in ((ClassificationRecipe, recipe), (Machine, machine)):
         own |= {field.name: options.pop(field.name) for field in fields(cls) if field.name in options}
     console = Console(file=text, width=160)
-    summary = compare(Recipe(**recipe), machine=Machine(**machine), out=str(out), console=console, **options)
+    summary = compare(
+        ClassificationRecipe(**recipe), machine=Machine(**machine), out=str(out), console=console, **options
+    )
     return summary, text.getvalue()
 
 
@@ -57,9 +59,9 @@ def test_numbers_agree_with_what_is_on_disk(finished):
         accuracies = []
         for folder, result in zip(folders, results, strict=True):
             arrays = np.load(folder / "predictions.npz")
-            accuracies.append(100 * (arrays["last"] == arrays["truth"]).mean())
+            accuracies.append(100 * (arrays["predicted"] == arrays["truth"]).mean())
             assert result["accuracy"] == pytest.approx(accuracies[-1])
-            assert result["ema_accuracy"] == pytest.approx(100 * (arrays["ema"] == arrays["truth"]).mean())
+            assert result["ema_accuracy"] == pytest.approx(100 * (arrays["ema_predicted"] == arrays["truth"]).mean())
             assert result["scored_images"] == len(arrays["truth"]) == 360
             assert len(result["curve"]) == 2
             weights = load_file(folder / "model.safetensors")  # and the grid of every key
@@ -121,8 +123,9 @@ def test_report_is_self_contained(finished):
     ):
         assert word in page
     assert page.count("<figure>") == 3 + 2
-    heads = re.findall(r"<th>([^<]*)", page)[:10]
-    assert heads[:5] == ["mixer", "accuracy %", "minus mhsa", "95 % seeds (t)", "95 % images"]
+    heads = re.findall(r"<th>([^<]*)", page)[:12]
+    assert heads[:5] == ["mixer", "accuracy %", "minus mhsa", "95 % joint", "p (Holm)"]
+    assert heads[5:7] == ["95 % seeds (t)", "95 % images"]
     rows = [re.findall(r"<td>([^<]*)", row) for row in page.split("<tr>")[2:6]]
     assert [dict(zip(heads, row, strict=True))["runs"] for row in rows] == ["2"] * 4
     assert str(out.parent) not in page.replace(str(out), "")
@@ -188,18 +191,18 @@ def test_interrupted_run_continues_and_ends_in_the_same_bits(tmp_path, monkeypat
         "model_args": TINY["model_args"] | {"drop_path_rate": 0.3},
     }
     run(tmp_path / "whole", **options)
-    step = ClassificationTask.training_step
+    step = TrainingModule.training_step
 
     def breaks(self, batch, batch_idx):
         if self.current_epoch == 2 and batch_idx == 1:
             raise Interruption
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(ClassificationTask, "training_step", breaks)
+    monkeypatch.setattr(TrainingModule, "training_step", breaks)
     with pytest.raises(Interruption):
         run(tmp_path / "parts", **options)
     folder = tmp_path / "parts" / "runs" / "cska-seed0"
-    assert sorted(p.name for p in folder.iterdir()) == ["epoch00000.ckpt", "epoch00001.ckpt"]
+    assert sorted(p.name for p in folder.glob("*.ckpt")) == ["epoch00000.ckpt", "epoch00001.ckpt"]
     with pytest.raises(OutputError, match=r"the checkpoint is of another configuration or other data"):
         run_on_other_data(tmp_path / "parts", monkeypatch, options)
     steps = []
@@ -208,7 +211,7 @@ def test_interrupted_run_continues_and_ends_in_the_same_bits(tmp_path, monkeypat
         steps.append(self.current_epoch)
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(ClassificationTask, "training_step", counts)
+    monkeypatch.setattr(TrainingModule, "training_step", counts)
     run(tmp_path / "parts", **options)
     assert set(steps) == {2}
     whole, parts = (weights(tmp_path / name, "cska-seed0") for name in ("whole", "parts"))
@@ -218,13 +221,13 @@ def test_interrupted_run_continues_and_ends_in_the_same_bits(tmp_path, monkeypat
 
 
 def test_diverged_run_keeps_its_last_good_checkpoint(tmp_path, monkeypatch):
-    step = ClassificationTask.training_step
+    step = TrainingModule.training_step
 
     def poisoned(self, batch, batch_idx):
         images, labels = batch
         return step(self, (images * (float("nan") if self.current_epoch else 1.0), labels), batch_idx)
 
-    monkeypatch.setattr(ClassificationTask, "training_step", poisoned)
+    monkeypatch.setattr(TrainingModule, "training_step", poisoned)
     with pytest.raises(DivergedError, match="ska seed 0: loss is nan at epoch 2, step 1"):
         run(tmp_path, mixers=("ska",), seeds=(0,))
     assert (tmp_path / "runs" / "ska-seed0" / "epoch00000.ckpt").is_file()
@@ -240,7 +243,7 @@ def test_torn_checkpoint_is_refused_by_name(tmp_path):
 
 def test_same_seed_gives_all_mixers_the_same_start_batches_and_augmentation(tmp_path, monkeypatch):
     starts, batches = {}, {}
-    step, begin = ClassificationTask.training_step, ClassificationTask.on_train_epoch_start
+    step, begin = TrainingModule.training_step, TrainingModule.on_train_epoch_start
 
     def record_batch(self, batch, batch_idx):
         batches.setdefault(type(self.model.blocks[0].attn), []).append([x.clone() for x in batch])
@@ -252,8 +255,8 @@ def test_same_seed_gives_all_mixers_the_same_start_batches_and_augmentation(tmp_
             starts[type(self.model.blocks[0].attn)] = state
         begin(self)
 
-    monkeypatch.setattr(ClassificationTask, "training_step", record_batch)
-    monkeypatch.setattr(ClassificationTask, "on_train_epoch_start", record_start)
+    monkeypatch.setattr(TrainingModule, "training_step", record_batch)
+    monkeypatch.setattr(TrainingModule, "on_train_epoch_start", record_start)
     options = TINY["model_args"] | {"drop_path_rate": 0.3}
     run(tmp_path, mixers=("mhsa", "ska", "cska"), seeds=(5,), crop_padding=1, flip=True, model_args=options)
     first, *others = starts.values()
@@ -282,7 +285,7 @@ def test_holdout_scores_and_own_mixer(tmp_path, monkeypatch):
 WRONG = {
     "mixer": ({"mixers": ("mhsaa",)}, "unknown mixer 'mhsaa'; did you mean mhsa"),
     "twice": ({"mixers": ("ska", "ska")}, "none twice"),
-    "seed": ({"seeds": (-1,)}, "must not be negative"),
+    "seed": ({"seeds": (-1,)}, "seed=-1 must be a whole number from 0"),
     "epochs": ({"epochs": 0}, "epochs=0 must be a positive integer"),
     "model": ({"model": "vit_tinny"}, "unknown model 'vit_tinny'"),
     "data": ({"data": "nowhere", "limit": None}, "data 'nowhere' is neither"),
@@ -323,7 +326,7 @@ def test_mixed_precision_trains(tmp_path):
 def test_one_class_is_refused(tmp_path, monkeypatch):
     part = LabelledImages(torch.zeros(20, 1, 8, 8, dtype=torch.uint8), torch.zeros(20, dtype=torch.long))
     data = ImageData("one", part, part, ("only",), 0, False)
-    monkeypatch.setattr("statickey.tasks.engine.load_images", lambda *args, **kwargs: data)
+    monkeypatch.setattr("statickey.tasks.classification.load_images", lambda *args, **kwargs: data)
     with pytest.raises(StaticKeyError, match="a classifier needs two"):
         run(tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -333,7 +336,7 @@ def test_names_are_escaped_in_the_page(tmp_path, monkeypatch):
     images = torch.randint(0, 256, (40, 1, 8, 8), dtype=torch.uint8)
     part = LabelledImages(images, torch.arange(40) % 2)
     data = ImageData("odd", part, part, ("<b>&", "[red]b"), 0, False, skipped=("<i>bad [x].png</i>",))
-    monkeypatch.setattr("statickey.tasks.engine.load_images", lambda *args, **kwargs: data)
+    monkeypatch.setattr("statickey.tasks.classification.load_images", lambda *args, **kwargs: data)
     _, text = run(tmp_path, mixers=("ska",), seeds=(0,), limit=None)
     page = (tmp_path / "report.html").read_text()
     assert "<b>&</figcaption>" not in page
@@ -352,8 +355,8 @@ def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, monkeypatch):
         if self.current_epoch == 1:
             self.model.head.weight.data[0, 0] = float("nan")
 
-    monkeypatch.setattr(ClassificationTask, "on_train_batch_end", spoil)
-    monkeypatch.setattr(ClassificationTask, "training_step", lambda self, batch, i: self.model(batch[0]).mean())
+    monkeypatch.setattr(TrainingModule, "on_train_batch_end", spoil)
+    monkeypatch.setattr(TrainingModule, "training_step", lambda self, batch, i: self.model(batch[0]).mean())
     with pytest.raises(DivergedError, match=r"pos_embed is not finite after epoch 2"):
         run(tmp_path, mixers=("ska",), seeds=(0,))
     kept = torch.load(tmp_path / "runs" / "ska-seed0" / "epoch00000.ckpt", weights_only=True)

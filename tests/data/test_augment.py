@@ -5,7 +5,8 @@ from PIL import Image
 from timm.data import auto_augment as timm_ops
 from torchvision.transforms.v2 import functional as TF
 
-from statickey.data.augment import OPS, BatchAugment, Draws, parse_policy, shifted_crop
+from statickey.data.augment import BatchAugment, Draws, shifted_crop
+from statickey.data.randaugment import OPS, parse_policy
 from statickey.errors import DataError
 
 POLICY = "rand-m9-n2-mstd0.5-inc1"

@@ -1,3 +1,4 @@
+import os
 import pickle
 import shutil
 import types
@@ -9,8 +10,7 @@ import torch
 import torchvision
 
 from image_folders import make_folder, make_parquet, make_shard, make_shards, picture, png
-from statickey.data import load_images
-from statickey.data import sources as sources_module
+from statickey.data import load_images, tables
 from statickey.data.sources import TORCHVISION_SETS, open_sources
 from statickey.errors import DataError
 
@@ -146,10 +146,132 @@ def test_label_outside_the_classes_is_named(tmp_path):
         load_images(str(tmp_path))
 
 
+NUMBERED = {
+    "of a total": (["train-00000-of-00003", "train-00002-of-00003"], r"lacks train-00001-of-00003.parquet \(1 of 3"),
+    "the last": (["train-00000-of-00002"], "lacks train-00001-of-00002.parquet"),
+    "with hashes": (["train-00001-of-00002-0123abcd"], "lacks train-00000-of-00002.parquet"),
+    "two totals": (["train-00000-of-00001", "train-00001-of-00002"], "lacks train-00000-of-00002.parquet"),
+    "a hole": (["train-0000", "train-0002", "train-0005"], r"lacks train-0001.parquet, .*0003.*0004.* \(3 of 6"),
+    "many": (["train-0", "train-9"], r"lacks train-1.parquet, train-2.parquet, train-3.parquet, ... \(8 of 10"),
+    "from one": (["train_1", "train_3"], r"lacks train_2.parquet \(1 of 3"),
+    "the first": (["train-0003", "train-0004"], "lacks train-0001.parquet, train-0002.parquet"),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERED)
+def test_a_hole_in_a_numbered_set_is_named(tmp_path, case):
+    names, message = NUMBERED[case]
+    content = (make_parquet(tmp_path) / "test.parquet").read_bytes()
+    (tmp_path / "train-00000-of-00001.parquet").unlink()
+    for name in names:
+        (tmp_path / f"{name}.parquet").write_bytes(content)
+    with pytest.raises(DataError, match=message + ".*; add what is missing"):
+        open_sources(str(tmp_path))
+
+
+WHOLE = {
+    "of a total": ["train-00000-of-00002", "train-00001-of-00002"],
+    "with hashes": ["train-00000-of-00002-aa11", "train-00001-of-00002-bb22"],
+    "numbers": ["train-0", "train-1", "train-2"],
+    "from one": ["train-0001", "train-0002"],
+    "past ten": [f"train-{i}" for i in range(11)],
+    "a year": ["train2017"],
+    "years": ["train-2012", "train-2017"],
+    "no number": ["train", "train-more"],
+    "by worker": ["train-05-0000", "train-05-0001", "train-07-0000"],
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_whole_sets_and_numbers_in_names(tmp_path, case):
+    content = (make_parquet(tmp_path) / "test.parquet").read_bytes()
+    (tmp_path / "train-00000-of-00001.parquet").unlink()
+    for name in WHOLE[case]:
+        (tmp_path / f"{name}.parquet").write_bytes(content)
+    assert len(open_sources(str(tmp_path)).train) == 4 * len(WHOLE[case])
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    make_shards(tmp_path)
+    shutil.copy(tmp_path / "train-1.tar", tmp_path / "train-3.tar")
+    with pytest.raises(DataError, match=r"lacks train-2.tar \(1 of 4 files of this set\)"):
+        open_sources(str(tmp_path))
+
+
+@pytest.mark.parametrize("make", [make_parquet, make_shards])
+def test_hidden_files_beside_the_data(tmp_path, make):
+    make(tmp_path)
+    suffix = "parquet" if make is make_parquet else "tar"
+    for name in (f"._train-0.{suffix}", f".train-00000-of-00009.{suffix}", ".DS_Store", "._x.parquet"):
+        (tmp_path / name).write_bytes(b"\0\5\x16\7")
+    assert len(open_sources(str(tmp_path)).train) == 4
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no pipes there")
+@pytest.mark.parametrize("name", ["train.parquet", "train.tar"])
+def test_a_pipe_among_the_data(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=f"{name} is not a regular file; remove or rename it"):
+        open_sources(str(tmp_path))
+
+
+def test_test_folders_in_their_order(tmp_path):
+    make_folder(tmp_path)
+    for name, count in (("test", 1), ("validation", 2)):
+        shutil.copytree(tmp_path / "val", tmp_path / name)
+        for path in sorted((tmp_path / name / "a").iterdir())[count:]:
+            path.unlink()
+    sizes = []
+    for name in ("val", "validation", "test"):
+        sizes.append(len(open_sources(str(tmp_path)).test))
+        shutil.rmtree(tmp_path / name)
+    assert sizes == [6, 5, 4]
+    with pytest.raises(DataError, match="val is missing; an image folder has"):
+        open_sources(str(tmp_path))
+
+
+def test_hidden_files_and_folders_of_an_image_folder(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "train/a/._0.png").write_bytes(b"\0\5\x16\7")
+    (tmp_path / "train/.DS_Store").write_bytes(b"")
+    for hidden in ("train/.ipynb_checkpoints", "train/a/.ipynb_checkpoints", "val/.cache"):
+        (tmp_path / hidden).mkdir()
+        picture(200).save(tmp_path / hidden / "0-checkpoint.png")
+    (tmp_path / "train/b/deeper.png").mkdir()
+    picture(77).save(tmp_path / "train/b/deeper.png/0.PNG")
+    data = load_images(str(tmp_path))
+    assert data.class_names == ("a", "b")
+    assert data.train.images[:, 0, 0, 0].tolist() == [0, 1, 2, 40, 41, 42, 77]
+
+
+def test_a_class_without_a_test_image_is_told(tmp_path):
+    make_folder(tmp_path, train=("a", "b", "c", "d"), val=("a", "c"))
+    with pytest.warns(UserWarning, match=r"has no test image of class 'b' and 1 others; the score says nothing"):
+        sources = open_sources(str(tmp_path))
+    assert list(sources.test.labels) == [0, 0, 0, 2, 2, 2]
+
+
+@pytest.mark.parametrize("name", ["", " ", "/", "a//b", "a/b/", "a/b/c/d"])
+def test_hub_names_that_name_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=rf"data 'hf:{name}' names no data set; write hf:NAME, hf:OWNER/NAME or"):
+        open_sources(f"hf:{name}")
+
+
+@pytest.mark.parametrize("name", ["..", ".", "a:b", "https://x.y"])
+def test_hub_names_that_the_library_refuses(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    (tmp_path / "in").mkdir()
+    monkeypatch.chdir(tmp_path / "in")
+    with pytest.raises(DataError, match=r"hf:") as refusal:
+        open_sources(f"hf:{name}", tmp_path / "cache")
+    assert "\n" not in str(refusal.value)
+
+
 def test_large_parquet_is_mapped_from_disk(tmp_path, monkeypatch):
     root = make_parquet(tmp_path / "data")
     small = open_sources(str(root))
-    monkeypatch.setattr(sources_module, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(tables, "_IN_MEMORY_BYTES", 0)
     large = open_sources(str(root), tmp_path / "cache")
     assert large.train.table.cache_files
     assert large.class_names == small.class_names
@@ -213,7 +335,7 @@ def test_hub_splits_must_agree_on_class_names(hub):
 def test_hub_data_without_labels(hub):
     hub.splits |= {"train": datasets.Dataset.from_dict({"text": ["a"]})}
     with pytest.raises(
-        DataError, match=r"hf:imdb train needs an Image and a ClassLabel column; its columns are.*text"
+        DataError, match=r"hf:imdb train needs one column of images .* and one of labels .*; its columns are.*text"
     ):
         open_sources("hf:imdb")
 

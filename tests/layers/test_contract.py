@@ -50,6 +50,52 @@ def test_constructor_head(name):
     assert parameters["feat_size"].default is inspect.Parameter.empty
 
 
+LOGITS = ["scale", "learned_temperature", "mask_diagonal"]
+OPTIONS = {
+    "mhsa": LOGITS,
+    "ska": [*LOGITS, "query_proj", "off_grid"],
+    "cska": [*LOGITS, "query_proj", "off_grid", "kernel_size"],
+    "fcska": [*LOGITS, "query_proj", "off_grid", "kernel_size"],
+}
+
+
+def test_options_beyond_the_head_are_refused_where_they_mean_nothing(name):
+    assert set(inspect.signature(MIXERS[name]).parameters) == {*HEAD, *OPTIONS.get(name, ())}
+    for option in {*OPTIONS["cska"]} - {*OPTIONS.get(name, ())}:
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{option}'"):
+            make(name, **{option: 1})
+
+
+WRONG = {
+    "num_heads": ({"num_heads": "3"}, "num_heads='3' must be a positive integer"),
+    "head_dim": ({"head_dim": 4.0}, "head_dim=4.0 must be a positive integer"),
+    "num_prefix_tokens": ({"num_prefix_tokens": True}, "num_prefix_tokens=True must be zero or a positive integer"),
+    "feat_size": ({"feat_size": 7}, r"feat_size=7 must be a pair"),
+    "attn_drop": ({"attn_drop": "0.1"}, r"attn_drop='0\.1' must be in"),
+    "proj_drop": ({"proj_drop": float("nan")}, "proj_drop=nan must be in"),
+    "complex dtype": ({"dtype": torch.complex64}, "dtype=torch.complex64 must be a floating-point torch.dtype"),
+    "named dtype": ({"dtype": "float32"}, "dtype='float32' must be a floating-point torch.dtype"),
+    "nan scale": ({"scale": float("nan")}, "scale=nan must be a finite number"),
+    "infinite temperature": ({"scale": float("inf"), "learned_temperature": True}, "scale=inf must be a finite"),
+    "kernel_size": ({"kernel_size": True}, "kernel_size=True must be an odd positive integer"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_constructor_refuses(name, case):
+    arguments, message = WRONG[case]
+    if not arguments.keys() <= {*HEAD, *OPTIONS.get(name, ())}:
+        pytest.skip("has no such option")
+    with pytest.raises(StaticKeyError, match=message):
+        MIXERS[name](**{"dim": 12, "num_heads": 3, "feat_size": (7, 5)} | arguments)
+
+
+@pytest.mark.parametrize("dim", ["12", 12.0, 0])
+def test_width_of_the_wrong_type_is_refused(name, dim):
+    with pytest.raises(StaticKeyError, match=f"dim={dim!r} must be a positive integer"):
+        MIXERS[name](dim, 3, feat_size=(7, 5))
+
+
 def test_tokens_to_tokens(name):
     mixer = make(name)
     assert mixer.layout == ("NCHW" if name in NEEDS_A_GRID_ONLY else "NLC")
@@ -83,6 +129,34 @@ def test_every_parameter_gets_a_gradient(name):
         assert parameter.grad is not None, parameter_name
         if not (name == "mhsa" and parameter_name == "qkv.bias"):
             assert parameter.grad.abs().sum() > 0, parameter_name
+
+
+SECOND_DERIVATIVE_MISSING = {("mhsa", "sdpa"), ("ska", "sdpa"), ("fcska", "sdpa"), ("synthesizer", "sdpa")}
+"""Where torch's fused attention computes, which has none on the CPU."""
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["no mask", "mask"])
+@pytest.mark.parametrize("backend", ["sdpa", "math"])
+def test_second_derivatives(name, backend, masked):
+    """Right or refused; CSKA's are right on every backend, its queries unfolded a tile at a time."""
+    prefix = 0 if name in {"cska", *NEEDS_A_GRID_ONLY} else 1
+    mixer = MIXERS[name](4, 2, feat_size=(2, 2), num_prefix_tokens=prefix, dtype=torch.float64)
+    if (masked and name not in HAS_A_MAP_OF_THE_INPUT) or (backend == "math" and not hasattr(mixer, "backend")):
+        pytest.skip("has no such choice")
+    mixer.backend = backend
+    names, parameters = zip(*mixer.named_parameters(), strict=True) if list(mixer.parameters()) else ((), ())
+    masks = {"attn_mask": torch.randn(prefix + 4, prefix + 4, dtype=torch.float64)} if masked else {}
+
+    def call(x, *values):
+        return torch.func.functional_call(mixer, dict(zip(names, values, strict=True)), (x,), masks)
+
+    inputs = [tokens(mixer).double()[:1].requires_grad_(), *(p.detach().requires_grad_() for p in parameters)]
+    if (name, backend) in SECOND_DERIVATIVE_MISSING:
+        grads = torch.autograd.grad(call(*inputs).sum(), inputs, create_graph=True, allow_unused=True)
+        with pytest.raises(RuntimeError, match="is not implemented"):
+            torch.autograd.grad(sum(grad.sum() for grad in grads if grad is not None), inputs, allow_unused=True)
+        return
+    assert torch.autograd.gradgradcheck(call, inputs, fast_mode=True, atol=1e-4)
 
 
 def test_state_dict_round_trip(name):
@@ -157,6 +231,9 @@ def test_maps_in_either_format(name):
     for wrong in (torch.randn(2, 24, 12), torch.randn(2, 11, 6, 4)):
         with pytest.raises(FeatSizeError, match=r"expected \(B, 12, H, W\)"):
             mixer(wrong)
+        if hasattr(mixer, "attention_weights"):
+            with pytest.raises(FeatSizeError, match=r"expected \(B, 12, H, W\)"):
+                mixer.attention_weights(wrong)
 
 
 @pytest.mark.parametrize("feat_size", [(7, 5), (9, 8)])
@@ -182,6 +259,33 @@ def test_grid_is_saved_beside_the_key(name):
     assert mixer.state_dict()["_extra_state"].tolist() == [7, 5]
     with pytest.raises(FeatSizeError, match=r"feat_size=\(7, 5\), this layer is built for \(5, 7\)"):
         turned.load_state_dict(mixer.state_dict())
+
+
+BROKEN_GRIDS = {
+    "number": (torch.tensor(7), "is 7, but must be a grid"),
+    "three": (torch.tensor([7, 5, 1]), r"is \[7, 5, 1\], but must be"),
+    "many": (torch.zeros(40), r"is \(40,\) of torch.float32, but must be"),
+    "zero": (torch.tensor([0, 5]), r"is \[0, 5\]"),
+    "fraction": (torch.tensor([7.5, 5.0]), r"is \[7\.5, 5\.0\]"),
+    "nan": (torch.tensor([float("nan"), 5.0]), r"is \[nan, 5\.0\]"),
+    "boolean": (torch.tensor([True, True]), r"is \[True, True\]"),
+    "complex": (torch.tensor([7 + 0j, 5]), r"is \[\(7\+0j\), \(5\+0j\)\]"),
+    "text": ("7x5", "is str, but must be a grid"),
+    "pair": ((7, 5), "is tuple, but must be a grid"),
+    "none": (None, "is NoneType"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN_GRIDS)
+def test_a_broken_grid_is_refused_in_one_line(name, case):
+    mixer = make(name)
+    if not mixer.grid_parameters:
+        pytest.skip("saves no grid")
+    state, message = BROKEN_GRIDS[case]
+    with pytest.raises(FeatSizeError, match=message) as caught:
+        mixer.load_state_dict(mixer.state_dict() | {"_extra_state": state})
+    assert "\n" not in str(caught.value)
+    mixer.load_state_dict(mixer.state_dict() | {"_extra_state": torch.tensor([7.0, 5.0]).half()})
 
 
 @pytest.mark.parametrize("grid_only", sorted(NEEDS_A_GRID_ONLY))

@@ -17,9 +17,9 @@ from statickey.errors import FeatSizeError, StaticKeyError
 from statickey.models import checkpoint_filter_fn
 from tolerances import assert_close
 
-NAMES = [name for name in timm.list_models() if name.startswith(("ska", "cska", "fcska", "lsa"))]
+NAMES = [name for name in timm.list_models() if name.startswith(("ska", "cska", "fcska", "lsa", "small"))]
 FORMERS = [name for name in NAMES if "former" in name]
-FAMILIES = [name for name in NAMES if name.endswith(("nano", "vit_tiny_patch16_224", "patch4_32"))]
+FAMILIES = [name for name in NAMES if name.endswith(("nano", "vit_tiny_patch16_224", "patch4_32", "small_vit"))]
 """One name per mixer and host: what does not depend on the size is run on these."""
 
 
@@ -27,7 +27,8 @@ def small(name):
     """Few blocks and a small image, at the widths of the name."""
     if "former" in name:
         return {"depths": (1, 1, 2, 1), "img_size": 64}
-    return {"depth": 2, "img_size": 32 if "lsa" in name else 64}
+    mixer = {"mixer": "ska"} if name == "small_vit" else {}  # it has timm's attention unless told otherwise
+    return {"depth": 2, "img_size": 32 if "lsa" in name else 64, **mixer}
 
 
 def size_of(name):
@@ -37,7 +38,10 @@ def size_of(name):
 
 def create(name, **kwargs):
     torch.manual_seed(0)
-    return timm.create_model(name, **small(name) | {"num_classes": 7} | kwargs)
+    model = timm.create_model(name, **small(name) | {"num_classes": 7} | kwargs)
+    if name == "small_vit" and isinstance(getattr(model, "head", None), torch.nn.Linear):
+        torch.nn.init.normal_(model.head.weight)  # it starts at zero, where all outputs are alike
+    return model
 
 
 @functools.lru_cache(maxsize=1)
@@ -119,7 +123,8 @@ class TestEveryName:
             assert_close("features", feature, taken)
             assert feature.shape[2:] == tuple(size // stride for size in size_of(name))
         assert_close("negative index", negative(x)[0], maps[-1])
-        strides = [4, 8, 16, 32] if name in FORMERS else [4 if "lsa" in name else 16] * 2
+        stride = 4 if "lsa" in name else 8 if name == "small_vit" else 16
+        strides = [4, 8, 16, 32] if name in FORMERS else [stride] * 2
         assert extractor.feature_info.reduction() == strides
         record_property("cell", "/".join(map(str, dict.fromkeys(strides))))
 
@@ -160,7 +165,8 @@ class TestEveryName:
     def test_no_weight_decay_and_layer_decay(self, name):
         model = _shared(name)
         skip = model.no_weight_decay()
-        assert skip - {"dist_token", "reg_token"} <= set(dict(model.named_parameters()))
+        absent = {"dist_token", "reg_token", *(["cls_token"] if name == "small_vit" else [])}
+        assert skip - absent <= set(dict(model.named_parameters()))
         assert any(n.endswith(("static_key", "conv_key")) for n in skip) == (name != "lsa_vit_small_patch4_32")
         groups = create_optimizer_v2(model, "adamw", lr=1e-3, weight_decay=0.1, layer_decay=0.5).param_groups
         assert len({group["lr_scale"] for group in groups}) > 2
@@ -231,7 +237,8 @@ class TestEveryName:
             create(name, widht=3)
 
     def test_no_published_weights(self, name):
-        with pytest.raises(StaticKeyError, match=r"no weights are published for .*pretrained=False.*warm_start"):
+        start = "weights of your own$" if name == "small_vit" else "warm_start"
+        with pytest.raises(StaticKeyError, match=rf"no weights are published for .*pretrained=False.*{start}"):
             timm.create_model(name, pretrained=True)
 
 

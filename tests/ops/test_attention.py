@@ -163,6 +163,108 @@ def test_dropout_drops_whole_weights_and_keeps_the_mean(backend):
     assert abs(out.mean().item() - 1) < 0.05
 
 
+def second_derivatives(call, inputs):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    grads = torch.autograd.grad(call(*leaves).sum(), leaves, create_graph=True)
+    return torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves)
+
+
+ALLOWED = {  # of 3 heads, 5 queries and 6 keys; the second and the last query of a head see nothing
+    "per head": torch.tensor([True, False, True, True, False]).reshape(5, 1) & (torch.rand(3, 5, 6) > 0.3),
+    "per query": torch.tensor([True, False, True, True, False]).reshape(5, 1),
+    "per image": torch.tensor([True, False]).reshape(2, 1, 1, 1) & (torch.arange(6) < 4),
+    "nothing": torch.zeros(1, dtype=torch.bool),
+}
+
+
+@pytest.mark.parametrize("dk", [4, 12], ids=["narrow key", "wide key"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("added", [False, True], ids=["boolean", "added"])
+@pytest.mark.parametrize("case", ALLOWED)
+def test_a_row_in_which_nothing_is_allowed_gives_zeros(case, added, backend, dk):
+    allowed = ALLOWED[case]
+    inputs = tensors(2, 3, 5, 6, dk, 4)
+    if added:
+        inputs.append(torch.randn(allowed.shape, dtype=torch.float64).masked_fill(~allowed, float("-inf")))
+
+    def run(op, **extra):
+        def call(query, key, value, bias, mask=allowed):
+            return op(query, key, value, key_bias=bias, attn_mask=mask, scale=0.7, **extra)
+
+        return call
+
+    assert_same_with_gradients(
+        run(static_key_attention, backend=backend), run(reference.static_key_attention), inputs
+    )
+    empty = ~allowed.expand(2, 3, 5, 6).any(-1)
+    leaves = [x.requires_grad_() for x in inputs]
+    out = run(static_key_attention, backend=backend)(*leaves)
+    assert out[empty].eq(0).all()
+    out.sum().backward()
+    assert leaves[0].grad[empty].eq(0).all()
+    assert all(x.grad.isfinite().all() for x in leaves)
+    if not empty.all():
+        assert leaves[0].grad[~empty].abs().sum() > 0
+    weights = static_key_weights(*leaves[:2], key_bias=leaves[3], attn_mask=leaves[4] if added else allowed)
+    assert_close("rows", weights.sum(-1), (~empty).double())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_and_the_diagonal_may_leave_nothing_together(backend):
+    query, key, value, bias = tensors(2, 3, 6, 6, 12, 4)
+    own = torch.eye(6, dtype=torch.bool)
+    call = {"key_bias": bias, "mask_diagonal": True, "backend": backend}
+    assert static_key_attention(query, key, value, attn_mask=own, **call).eq(0).all()
+    out = static_key_attention(query, key, value, attn_mask=own | (torch.arange(6) < 1), **call)
+    assert out[:, :, 0].eq(0).all()
+    assert_close("the first value", out[:, :, 1:], value[:, :, :1].expand(-1, -1, 5, -1))
+
+
+@pytest.mark.parametrize("transform", ["grad", "hessian", "vectorized", "batched", "functional", "forward"])
+def test_every_way_of_asking_for_derivatives(transform):
+    inputs = tensors(2, 2, 6, 6, 27, 2)
+    inputs[0] = torch.randn(2, 2, 6, 3, dtype=torch.float64)
+    found = {}
+    for backend in BACKENDS:
+
+        def call(query, key, value, bias, backend=backend):
+            return static_key_attention(query, key, value, key_bias=bias, unfold=((3, 2), 3), backend=backend)
+
+        def loss(*inputs, call=call):
+            return call(*inputs).square().sum()
+
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        if transform == "grad":
+            result = second_derivatives(call, inputs)
+        elif transform in ("hessian", "vectorized"):
+            rows = torch.autograd.functional.hessian(loss, tuple(inputs), vectorize=transform == "vectorized")
+            result = [block for row in rows for block in row]
+        elif transform == "batched":
+            out = call(*leaves)
+            result = torch.autograd.grad(out, leaves, torch.stack([out, out.cos()]).detach(), is_grads_batched=True)
+        elif transform == "functional":
+            rows = torch.func.hessian(loss, (0, 1, 2, 3))(*inputs)
+            result = [block for row in rows for block in row]
+        else:
+            with torch.autograd.forward_ad.dual_level():
+                out = call(torch.autograd.forward_ad.make_dual(inputs[0], inputs[0].cos()), *inputs[1:])
+                result = [torch.autograd.forward_ad.unpack_dual(out).tangent]
+        found[backend] = result
+    for actual, expected in zip(*found.values(), strict=True):
+        assert_close(transform, actual, expected)
+
+
+def test_one_input_may_be_made_from_another():
+    query, key, value, _ = tensors(2, 2, 6, 6, 9, 6)
+
+    def by(backend):
+        return lambda q, k, v: static_key_attention(q * k.sum(), k * k, v + q[..., :6], backend=backend)
+
+    actual, expected = (second_derivatives(by(backend), [query, key, value]) for backend in BACKENDS)
+    for left, right in zip(actual, expected, strict=True):
+        assert_close("second derivative", left, right)
+
+
 WRONG = {
     "heads": (lambda q, k, v, b: static_key_attention(q, k[:2], v), "with 2 images, 3 heads"),
     "width": (lambda q, k, v, b: static_key_attention(q[..., :3], k, v), "width 3 the key must be"),
@@ -176,6 +278,34 @@ WRONG = {
     ),
     "dropout": (lambda q, k, v, b: static_key_attention(q, k, v, dropout_p=1.5), "dropout_p=1.5"),
     "scale": (lambda q, k, v, b: static_key_attention(q, k, v, scale=torch.ones(3, 1, 1)), r"scale \(3, 1, 1\)"),
+    "nan scale": (lambda q, k, v, b: static_key_attention(q, k, v, scale=float("nan")), "scale=nan must be a finite"),
+    "infinite scale": (
+        lambda q, k, v, b: static_key_weights(q, k, scale=-float("inf")),
+        "scale=-inf must be a finite",
+    ),
+    "named scale": (lambda q, k, v, b: static_key_attention(q, k, v, scale="auto"), "scale='auto' must be a finite"),
+    "integer scale": (
+        lambda q, k, v, b: static_key_attention(q, k, v, scale=torch.tensor(1)),
+        r"scale \(\) of torch.int64 must be",
+    ),
+    "integer query": (lambda q, k, v, b: static_key_attention(q.long(), k.long(), v.long()), "query is torch.int64;"),
+    "integer value": (lambda q, k, v, b: static_key_attention(q, k, v.long()), "value is torch.int64"),
+    "complex query": (
+        lambda q, k, v, b: static_key_weights(q.to(torch.complex64), k.to(torch.complex64)),
+        "query is torch.complex64; attention needs a floating-point dtype",
+    ),
+    "integer mask": (
+        lambda q, k, v, b: static_key_attention(q, k, v, attn_mask=torch.ones(9, 9, dtype=torch.int64)),
+        "attn_mask is torch.int64; pass bool",
+    ),
+    "complex mask": (
+        lambda q, k, v, b: static_key_weights(q, k, attn_mask=torch.zeros(9, 9, dtype=torch.complex64)),
+        "attn_mask is torch.complex64",
+    ),
+    "mask elsewhere": (
+        lambda q, k, v, b: static_key_attention(q, k, v, attn_mask=torch.zeros(9, 9, device="meta")),
+        "attn_mask is on meta, the query on cpu",
+    ),
     "one key": (
         lambda q, k, v, b: static_key_attention(q[:, :, :1], k[:, :1], v[:, :, :1], mask_diagonal=True),
         "at least 2 keys",

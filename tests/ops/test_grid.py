@@ -96,6 +96,16 @@ def test_windows_merge_back(feat_size, window):
     assert torch.equal(window_merge([part for _, part in groups], feat_size, window), tokens)
 
 
+def test_windows_compile_whole_for_a_map_of_any_size():
+    torch.compiler.reset()
+    compiled = torch.compile(window_partition, fullgraph=True, dynamic=True, backend="eager")
+    tokens = torch.randn(1, 1, 4 * 6, 2)
+    ((shape, windows),) = compiled(tokens, (4, 6), (2, 3))
+    assert shape == (2, 3)
+    assert torch.equal(windows, window_partition(tokens, (4, 6), (2, 3))[0][1])
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("feat_size", [(7, 5), (4, 6), (2, 2), (3, 3)], ids=str)
 @pytest.mark.parametrize("kernel_size", [3, 5])
 def test_windows_with_a_border_have_the_neighbourhoods_of_the_map(feat_size, kernel_size):

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from statickey import ConvStaticKeyAttention
 from statickey.errors import BackendError
+from statickey.layers import HeadMix, SelfAttention
 from statickey.ops import kernel, static_key_attention
 from tolerances import assert_close, assert_same_with_gradients
 
@@ -149,10 +150,17 @@ def test_a_bias_may_hide_a_whole_block_of_keys():
 
 
 @interpreted
-def test_a_query_without_numbers_takes_the_way_of_sdpa():
-    inputs = [x.to("meta") for x in tensors(2, 3, 9, 9, 4, 4)]
-    assert attend("triton")(*inputs).shape == (2, 3, 9, 4)
-    assert attend("triton")(inputs[0].double(), inputs[1].double().expand(2, -1, -1, -1), inputs[2].double()).is_meta
+@pytest.mark.parametrize("options", [{}, {"unfold": ((5, 3), 3)}], ids=["plain", "3x3"])
+def test_second_derivatives(options):
+    inputs = [*tensors(2, 2, 15, 15, 3, 2, **options), torch.tensor(0.4)]
+    found = []
+    for backend in ("triton", "math"):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        out = attend(backend, mask_diagonal=True, **options)(*leaves)
+        grads = torch.autograd.grad(out.sum(), leaves, create_graph=True)
+        found.append(torch.autograd.grad(sum(grad.square().sum() for grad in grads), leaves))
+    for i, (grad, expected) in enumerate(zip(*found, strict=True)):
+        assert_close(f"second derivative of input {i}", grad, expected)
 
 
 @interpreted
@@ -172,39 +180,74 @@ def test_layer(num_prefix_tokens):
         assert_close(name, found[0][name], expected)
 
 
-OTHERWISE = {
-    "mask": {"attn_mask": torch.eye(9).bool()},
-    "dynamic key": {},
-    "dropout": {"dropout_p": 0.5},
+@interpreted
+def test_layer_in_windows():
+    layer = ConvStaticKeyAttention(12, 2, feat_size=(3, 4), num_prefix_tokens=1, off_grid="window")
+    x = torch.randn(2, 1 + 4 * 7, 12)
+    outs = []
+    for layer.backend in ("triton", "math"):
+        outs.append(layer(x, (4, 7)))
+    assert_close("output", *outs)
+
+
+CANNOT = {
+    "mask": ({"attn_mask": torch.eye(9).bool()}, "takes no attn_mask; use backend='sdpa'"),
+    "dynamic key": ({}, "takes no dynamic key"),
+    "dropout": ({"dropout_p": 0.5}, r"has no dropout, but dropout_p=0\.5 .* use backend='sdpa'"),
+    "no numbers": ({}, "needs CUDA, but the query is on meta; use backend='sdpa'"),
 }
 
 
 @interpreted
-@pytest.mark.parametrize("case", OTHERWISE)
-def test_what_the_kernel_cannot_do_takes_the_way_of_sdpa(case, monkeypatch):
-    monkeypatch.setattr(kernel, "fused_attention", lambda *args: pytest.fail("not the kernel's"))
-    query, key, value, _ = tensors(2, 3, 9, 9, 4, 4)
+@pytest.mark.parametrize("case", CANNOT)
+def test_what_the_kernel_cannot_do_is_refused(case):
+    options, message = CANNOT[case]
+    query, key, value, _ = tensors(2, 3, 9, 9, 4, 4, device="meta" if case == "no numbers" else "cpu")
     key = key.expand(2, -1, -1, -1) if case == "dynamic key" else key
-    outs = []
-    for backend in ("triton", "sdpa"):
-        torch.manual_seed(0)
-        outs.append(attend(backend, **OTHERWISE[case])(query, key, value))
-    assert torch.equal(*outs)
+    with pytest.raises(BackendError, match=message):
+        attend("triton", **options)(query, key, value)
 
 
 @interpreted
-def test_function_transforms_still_work():
-    query, key, value, _ = tensors(2, 3, 9, 9, 12, 4)
-    out = torch.func.vmap(lambda q, v: attend("triton")(q[None], key, v[None])[0])(query, value)
-    assert_close("output", out, attend("math")(query, key, value))
+def test_layers_refuse_what_the_kernel_cannot_do():
+    layer = ConvStaticKeyAttention(12, 2, feat_size=(5, 3), attn_drop=0.5)
+    layer.backend = "triton"
+    x = torch.randn(1, 15, 12)
+    with pytest.raises(BackendError, match=r"dropout_p=0\.5 \(attn_drop of a layer in training\)"):
+        layer(x)
+    layer.eval()
+    assert layer(x).isfinite().all()
+    layer.head_mix = HeadMix(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    with pytest.raises(BackendError, match="talking heads"):
+        layer(x)
+    dynamic = SelfAttention(12, 2, feat_size=(5, 3))
+    dynamic.backend = "triton"
+    with pytest.raises(BackendError, match="which self-attention has"):
+        dynamic(x)
 
 
-@interpreted
-def test_compiles():
-    inputs = tensors(2, 3, 9, 9, 4, 4)
-    compiled = torch.compile(attend("triton"), fullgraph=True, backend="eager")
-    assert_close("output", compiled(*inputs), attend("math")(*inputs))
+def _transformed(call, query, key, value):
+    return torch.func.vmap(lambda q, v: call(q[None], key, v[None])[0])(query, value)
+
+
+def _exported(call, *inputs):
+    class Module(torch.nn.Module):
+        def forward(self, *inputs):
+            return call(*inputs)
+
+    return torch.export.export(Module(), inputs)
+
+
+def _compiled(call, *inputs):
     torch.compiler.reset()
+    return torch.compile(call, backend="eager")(*inputs)
+
+
+@interpreted
+@pytest.mark.parametrize("run", [_transformed, _exported, _compiled])
+def test_does_not_run_under(run):
+    with pytest.raises(BackendError, match="traced, exported, compiled or transformed"):
+        run(attend("triton"), *tensors(2, 3, 9, 9, 4, 4)[:3])
 
 
 WRONG = {

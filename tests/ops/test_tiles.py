@@ -43,8 +43,8 @@ def attend(backend):
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("split", SPLITS)
 def test_tiles_are_the_whole_map(split, mask, kept, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", SPLITS[split])
-    monkeypatch.setattr(tiles, "KEPT", 10**6 if kept else 0)
+    monkeypatch.setattr(tiles, "TILE_NUMEL", SPLITS[split])
+    monkeypatch.setattr(tiles, "KEPT_NUMEL", 10**6 if kept else 0)
     inputs = tensors()
     if MASKS[mask] is not None:
         inputs.append(torch.randn(MASKS[mask], dtype=torch.float64))
@@ -53,7 +53,7 @@ def test_tiles_are_the_whole_map(split, mask, kept, monkeypatch):
 
 @pytest.mark.parametrize("kept", [False, True], ids=["made again", "kept"])
 def test_frozen_inputs_get_no_gradient(kept, monkeypatch):
-    monkeypatch.setattr(tiles, "KEPT", 10**6 if kept else 0)
+    monkeypatch.setattr(tiles, "KEPT_NUMEL", 10**6 if kept else 0)
     for frozen in range(4):
         inputs = [x.requires_grad_(i != frozen) for i, x in enumerate(tensors())]
         attend("sdpa")(*inputs).sum().backward()
@@ -75,9 +75,9 @@ class Sizes(TorchDispatchMode):
 
 
 def test_a_large_map_is_never_whole(monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", 100)
+    monkeypatch.setattr(tiles, "TILE_NUMEL", 100)
     for kept, whole in ((0, False), (10**6, True)):
-        monkeypatch.setattr(tiles, "KEPT", kept)
+        monkeypatch.setattr(tiles, "KEPT_NUMEL", kept)
         query, key, value, _ = (torch.randn(shape) for shape in ((2, 2, 50, 6), (2, 50, 6), (2, 2, 50, 2), (1,)))
         query.requires_grad_()
         with Sizes() as sizes:
@@ -89,8 +89,8 @@ def test_a_large_map_is_never_whole(monkeypatch):
 @pytest.mark.parametrize("kept", [False, True], ids=["made again", "kept"])
 @pytest.mark.parametrize("split", [1, 80, 15 * 33, 2 * 15 * 33, 3 * 15 * 33, 2 * 3 * 15 * 33, 10**6])
 def test_unfolding_tile_by_tile_is_unfolding(split, kept, num_tokens, monkeypatch):
-    monkeypatch.setattr(tiles, "TILE", split)
-    monkeypatch.setattr(tiles, "KEPT", 10**6 if kept else 0)
+    monkeypatch.setattr(tiles, "TILE_NUMEL", split)
+    monkeypatch.setattr(tiles, "KEPT_NUMEL", 10**6 if kept else 0)
     shapes = ((3, 4, num_tokens, 2), (4, 15, 18), (3, 4, 15, 3), (4, 15))
     inputs = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
     options = {"unfold": ((5, 3), 3), "scale": 0.4}

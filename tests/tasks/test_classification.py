@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import nn
 
-from statickey.data import ImageData, ImageDataModule, LabelledImages
+from statickey.data import ImageData, LabelledImages
 from statickey.errors import DivergedError, OutputError
 from statickey.models import build_model
-from statickey.tasks import AtomicCheckpointIO, ClassificationTask, Recipe
+from statickey.tasks import AtomicCheckpointIO, Classification, ClassificationRecipe, TrainingModule
 
 
 def images(count):
@@ -16,14 +16,22 @@ def images(count):
     return LabelledImages(pixels.to(torch.uint8), torch.arange(count) % 4)
 
 
+DATA = ImageData("noise", images(60), images(20), tuple("abcd"), 1, True)
+
+
 def module():
-    return ImageDataModule(ImageData("noise", images(60), images(20), tuple("abcd"), 1, True), batch_size=16)
+    return Classification().data_module(ClassificationRecipe(batch_size=16), DATA, 0)
 
 
 def task(seed=0, **recipe):
     args = {"embed_dim": 16, "depth": 2, "num_heads": 2, "drop_path_rate": 0.5}
     model = build_model("small_vit", "ska", img_size=8, in_chans=1, num_classes=4, model_args=args)
-    return ClassificationTask(model, Recipe(**recipe), num_classes=4, seed=seed)
+    return training(model, seed=seed, **recipe)
+
+
+def training(model, seed=0, **recipe):
+    learns = Classification()
+    return TrainingModule(model, learns, learns.settled(ClassificationRecipe(**recipe), DATA), DATA, seed=seed)
 
 
 def trainer(tmp_path, epochs, **kwargs):
@@ -105,7 +113,7 @@ class Diverging(nn.Module):
 
 
 def test_loss_that_is_not_finite_names_epoch_and_step(tmp_path):
-    made = ClassificationTask(Diverging(), Recipe(lr=0.1), num_classes=4)
+    made = training(Diverging(), lr=0.1)
     with pytest.raises(DivergedError, match=r"loss is nan at epoch 2, step 2 \(seed 0\); .* lower --lr \(now 0.1\)"):
         trainer(tmp_path, 3).fit(made, module())
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from image_folders import make_folder, make_parquet
 from statickey.errors import DataError, OutputError, StaticKeyError
 from statickey.models import build_model
-from statickey.tasks import Machine, Recipe, evaluate, load_model, predict, train
-from statickey.tasks.evaluate import Scores
+from statickey.tasks import ClassificationRecipe, Machine, evaluate, load_model, predict, train
+from statickey.tasks.classification_report import ClassificationScores
 from statickey.tasks.predict import _layer
 
 QUIET = {"accelerator": "cpu"}
@@ -27,14 +27,14 @@ def silent():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained") / "run"
-    recipe = Recipe(limit=400, epochs=8, model_args={"embed_dim": 32, "depth": 2, "num_heads": 2})
+    recipe = ClassificationRecipe(limit=400, epochs=8, model_args={"embed_dim": 32, "depth": 2, "num_heads": 2})
     train(recipe, mixer="ska", out=str(out), machine=Machine(accelerator="cpu"), console=silent())
     return out
 
 
 def test_metrics_of_known_logits():
     logits = torch.log(torch.tensor([[0.8, 0.2, 1e-9], [0.6, 0.4, 1e-9], [0.1, 0.9, 1e-9], [0.3, 0.1, 0.6]]))
-    found = Scores(logits, torch.tensor([0, 1, 1, 2])).metrics()
+    found = ClassificationScores(logits, torch.tensor([0, 1, 1, 2]), tuple("abc")).to_json()
     assert found["top1"] == 75.0
     assert found["top5"] == 100.0
     assert [row["accuracy"] for row in found["per_class"]] == [100.0, 50.0, 100.0]
@@ -46,7 +46,7 @@ def test_metrics_of_known_logits():
 
 
 def test_a_class_without_images_has_no_accuracy():
-    found = Scores(torch.eye(3)[:2], torch.tensor([0, 1])).metrics()
+    found = ClassificationScores(torch.eye(3)[:2], torch.tensor([0, 1]), tuple("abc")).to_json()
     assert found["per_class"][2]["accuracy"] is None
     assert found["mean_per_class"] == 100.0
 
@@ -104,7 +104,9 @@ def test_a_size_that_patches_do_not_divide_is_refused(trained, scans):
 def test_streamed_and_folder_runs(tmp_path):
     data = make_folder(tmp_path / "data", per_class=8, size=(40, 32))
     args = {"embed_dim": 16, "depth": 1, "num_heads": 2}
-    recipe = Recipe(data=str(data), stream=True, img_size=32, holdout=0.2, epochs=1, batch_size=4, model_args=args)
+    recipe = ClassificationRecipe(
+        data=str(data), stream=True, img_size=32, holdout=0.2, epochs=1, batch_size=4, model_args=args
+    )
     made = train(recipe, mixer="ska", out=str(tmp_path / "run"), machine=Machine(accelerator="cpu"), console=silent())
     found = evaluate(str(tmp_path / "run"), console=silent(), **QUIET)
     assert found["top1"] == pytest.approx(made["accuracy"])

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -23,7 +24,16 @@ from image_folders import make_folder
 from statickey.data import ImageData, LabelledImages
 from statickey.errors import DataError, OutputError, StaticKeyError
 from statickey.models import build_model
-from statickey.tasks import AtomicCheckpointIO, ClassificationTask, Machine, Recipe, evaluate, load_model, train
+from statickey.tasks import (
+    AtomicCheckpointIO,
+    Classification,
+    ClassificationRecipe,
+    Machine,
+    TrainingModule,
+    evaluate,
+    load_model,
+    train,
+)
 from statickey.tasks.checkpoint import check_whole
 
 TINY = {
@@ -39,7 +49,7 @@ CPU = Machine(accelerator="cpu")
 def run(out, *, mixer="ska", machine=CPU, seed=0, score_on="test", resume="auto", **recipe):
     text = io.StringIO()
     result = train(
-        Recipe(**TINY | recipe),
+        ClassificationRecipe(**TINY | recipe),
         mixer=mixer,
         seed=seed,
         out=str(out),
@@ -167,14 +177,14 @@ def test_weights_to_start_from(tmp_path):
 
 def test_layer_decay_slows_the_lower_layers(tmp_path, monkeypatch):
     made = {}
-    configure = ClassificationTask.configure_optimizers
+    configure = TrainingModule.configure_optimizers
 
     def spy(self):
         out = configure(self)
         made.update(rates={group["initial_lr"] for group in out["optimizer"].param_groups})
         return out
 
-    monkeypatch.setattr(ClassificationTask, "configure_optimizers", spy)
+    monkeypatch.setattr(TrainingModule, "configure_optimizers", spy)
     run(tmp_path, epochs=1, layer_decay=0.5, lr=1e-3)
     assert max(made["rates"]) == pytest.approx(1e-3)
     assert min(made["rates"]) == pytest.approx(1e-3 * 0.5 ** (len(made["rates"]) - 1))
@@ -195,7 +205,7 @@ WRONG = {
     "policy": ({"auto_augment": "rand-x"}, "rand-x"),
     "mean": ({"mean": (0.5, 0.5, 0.5), "std": (1.0, 1.0, 1.0)}, "has 3 numbers for images of 1 channels"),
     "accumulation": ({"grad_accum_steps": 5}, "grad_accum_steps=5 does not divide batch_size=32"),
-    "accelerator": ({"machine": Machine(accelerator="cuda")}, "accelerator='cuda' .* is not to be had here"),
+    "accelerator": ({"machine": Machine(accelerator="cuda")}, "accelerator='cuda' .* is not available here"),
     "strategy": ({"machine": {"strategy": "deepspeed"}}, "strategy='deepspeed' must be 'auto', 'ddp' or 'fsdp'"),
     "channels_last shards": (
         {"machine": {"strategy": "fsdp", "channels_last": True}},
@@ -207,7 +217,7 @@ WRONG = {
     "precision": ({"precision": "bf16-true"}, "precision='bf16-true' must be one of auto, 32-true"),
     "warm-up": ({"warmup_epochs": 4.0}, "warmup_epochs=4.0 must not exceed epochs=3"),
     "stream": ({"stream": True, "limit": None}, "digits are small and in memory; leave out --stream"),
-    "seed": ({"seed": -1}, "seed=-1 must not be negative"),
+    "seed": ({"seed": -1}, "seed=-1 must be a whole number from 0"),
     "layer decay": ({"layer_decay": 1.5}, r"layer_decay=1.5 must be in \(0, 1\]"),
 }
 
@@ -259,7 +269,7 @@ def test_a_loader_worker_that_dies_is_named(tmp_path, monkeypatch):
     images = torch.zeros(40, 1, 8, 8, dtype=torch.uint8)
     part = LabelledImages(images, torch.arange(40) % 2)
     data = ImageData("dead", part, part, ("a", "b"), 0, False)
-    monkeypatch.setattr("statickey.tasks.engine.load_images", lambda *args, **kwargs: data)
+    monkeypatch.setattr("statickey.tasks.classification.load_images", lambda *args, **kwargs: data)
     monkeypatch.setattr("statickey.data.module.MemoryImages.__getitem__", _dies)
     with pytest.raises(
         DataError, match=r"^DataLoader worker .*; out of memory\? .* the same command goes on where it stopped$"
@@ -325,7 +335,7 @@ class Interruption(Exception):
 
 
 def interrupted(tmp_path, monkeypatch, epoch, **recipe):
-    step = ClassificationTask.training_step
+    step = TrainingModule.training_step
 
     def breaks(self, batch, batch_idx):
         if self.current_epoch == epoch:
@@ -333,7 +343,7 @@ def interrupted(tmp_path, monkeypatch, epoch, **recipe):
         return step(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ClassificationTask, "training_step", breaks)
+        patch.setattr(TrainingModule, "training_step", breaks)
         with pytest.raises(Interruption):
             run(tmp_path, **recipe)
 
@@ -436,14 +446,14 @@ def _train_as_rank(out, rank, port, strategy, stop_at):
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     os.environ.update({k: str(v) for k, v in (ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items()})
     os.environ["TORCHELASTIC_RUN_ID"] = "test"
-    step = ClassificationTask.training_step
+    step = TrainingModule.training_step
 
     def stops(self, batch, batch_idx):
         if self.current_epoch == stop_at:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, batch, batch_idx)
 
-    ClassificationTask.training_step = stops
+    TrainingModule.training_step = stops
     run(out, machine=Machine(accelerator="cpu", devices=2, strategy=strategy), **SHARED)
 
 
@@ -511,7 +521,7 @@ def test_shards_are_shards():
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         model = build_model("small_vit", "ska", img_size=8, num_classes=3, in_chans=1)
-        task = ClassificationTask(model, num_classes=3)
+        task = TrainingModule(model, Classification(), ClassificationRecipe(), SimpleNamespace(class_names="abc"))
         task._device_mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("data_parallel", "tensor_parallel"))
         task.configure_model()
         units = [name for name, module in task.named_modules() if isinstance(module, FSDPModule)]

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._typing import Backend, Size2
 from ..layers import MIXERS, AttentionMixer, ConvStaticKeyAttention, TokenMixer
-from ..layers.mixer import AttendOp
+from ..layers.attention import AttendOp
 from ..models import build_model, count_macs
 from ..ops import reference
 

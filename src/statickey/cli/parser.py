@@ -11,15 +11,13 @@ from typing import Any, get_args
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
-from statickey_cli import COMMANDS, EVERYWHERE, option_name
+from statickey_cli import COMMANDS, EVERYWHERE, TRAINING, option_name
 
 from .._checks import check_mapping, check_name, type_in_words
 from .._plugins import load_plugins, loaded_plugins
 from ..errors import StaticKeyError
 
-_TRAINING = ("compare", "train")
-"""Commands that recipes are for."""
-
+DEFAULT_TASK = "classify"
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -40,12 +38,13 @@ def run(command: str, args: Sequence[str]) -> int:
     configs = {path: _content(path) for path in (_config_file(command, word) for word in taken["config"])}
     named = [_plugins_of(path, values) for path, values in configs.items()]
     load_plugins([source for sources in (*named, taken["plugin"]) for source in sources])
-    parser = new_parser(command)
+    tasks = [str(values["task"]) for values in configs.values() if "task" in values] + taken["task"]
+    parser = new_parser(command, tasks[-1] if tasks else DEFAULT_TASK)
     actions = {action.dest: action for action in parser._actions if action.dest not in EVERYWHERE}
     given: dict[str, Any] = {}
     places: dict[str, Path] = {}
     for path, values in configs.items():
-        given |= _checked(path, values, actions)
+        given |= _checked(path, {k: v for k, v in values.items() if k != "task"}, actions)
         places |= dict.fromkeys(values, path)
     for word in words:
         places.pop(option_name(word) or "", None)
@@ -57,16 +56,20 @@ def run(command: str, args: Sequence[str]) -> int:
     return import_module(f"{__package__}.{command}").run(options) or 0
 
 
-def new_parser(command: str) -> ArgumentParser:
-    """The parser of a command, whose options are those of its function."""
+def new_parser(command: str, task: str = DEFAULT_TASK) -> ArgumentParser:
+    """The parser of a command, whose options are those of its function, and of the recipe of a task."""
     parser = ArgumentParser(
         prog=f"statickey {command}",
         description=COMMANDS[command],
         exit_on_error=False,
         allow_abbrev=False,
     )
-    import_module(f"{__package__}.{command}").add_options(parser)
-    choice = f", or a recipe of the package: {', '.join(recipes())}" if command in _TRAINING else ""
+    module = import_module(f"{__package__}.{command}")
+    if command in TRAINING:
+        module.add_options(parser, task)
+    else:
+        module.add_options(parser)
+    choice = f", or a recipe of the package: {', '.join(recipes())}" if command in TRAINING else ""
     parser.add_argument(
         "--config",
         action=ActionConfigFile,
@@ -90,13 +93,13 @@ def recipes() -> list[str]:
 
 
 def _taken(args: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
-    """The arguments without ``--config`` and ``--plugin``, names with underscores; and what those were given.
+    """The arguments without those that are read first, names with underscores; and what these were given.
 
     Raises:
         StaticKeyError: One of them was given nothing.
     """
     rest: list[str] = []
-    taken: dict[str, list[str]] = {"config": [], "plugin": []}
+    taken: dict[str, list[str]] = {"config": [], "plugin": [], "task": []}
     words = iter(args)
     for word in words:
         if word == "--":
@@ -123,7 +126,7 @@ def _config_file(command: str, word: str) -> Path:
         StaticKeyError: There is neither.
     """
     path = Path(word)
-    named = recipes() if command in _TRAINING else []
+    named = recipes() if command in TRAINING else []
     if path.exists() and not path.is_dir():
         return path
     if word in named:

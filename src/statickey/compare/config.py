@@ -1,65 +1,90 @@
 """What a comparison is: a recipe, and which mixers and seeds run it."""
 
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
-from .._checks import check_name
-from .._files import write_text
+from .._checks import check_choice, check_seed
+from .._files import read_yaml, write_text
+from .._plugins import loaded_plugins
 from ..errors import OutputError, StaticKeyError
-from ..layers import MIXERS
-from ..tasks import Machine, Recipe, difference
+from ..models import Swap
+from ..tasks import Machine, Recipe, ScoreOn, Task, difference, identities, task_of
 
 CONFIG_FILE = "config.yaml"
-_MERGED = ("mixers", "seeds")
-_FREE = ("data", "data_dir", "mixers", "seeds", "out", *(field.name for field in fields(Machine)))
+_MAY_DIFFER = ("data", "data_dir", "mixers", "seeds", "out", "plugin", *(field.name for field in fields(Machine)))
 """Options that may differ between calls into one folder; data count by their content."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """The arguments of ``compare``; see there."""
+    """The arguments of ``compare``; see there. Mixers are kept as text."""
 
     recipe: Recipe
     machine: Machine
     mixers: tuple[str, ...]
     seeds: tuple[int, ...]
-    score_on: Literal["test", "holdout"]
+    score_on: ScoreOn
     out: str
 
     def __post_init__(self) -> None:
-        for mixer in self.mixers:
-            check_name("mixer", mixer, MIXERS)
-        for name in _MERGED:
+        for name in ("mixers", "seeds"):
             values = getattr(self, name)
             if not values or len(set(values)) != len(values):
                 raise StaticKeyError(f"{name}={list(values)} must name at least one, none twice")
-        if min(self.seeds) < 0:
-            raise StaticKeyError(f"seeds={list(self.seeds)} must not be negative")
-        if self.score_on not in ("test", "holdout"):
-            raise StaticKeyError(f"score_on={self.score_on!r} must be 'test' or 'holdout'")
-        if self.recipe.stream:
+        for seed in self.seeds:
+            check_seed(seed)
+        check_choice(score_on=(self.score_on, ("test", "holdout")))
+        if getattr(self.recipe, "stream", False):
             raise StaticKeyError("stream=True: a comparison keeps its images in memory; leave out --stream")
-        if self.machine.devices * self.machine.num_nodes > 1:
+        if self.machine.processes > 1:
             raise StaticKeyError(
-                f"devices={self.machine.devices}, num_nodes={self.machine.num_nodes}: a comparison trains one run at "
-                "a time on one device; start one per device, each with its own --seeds and --out"
+                f"devices={self.machine.devices}, num_nodes={self.machine.num_nodes}: a comparison's run is on one "
+                "device; start the same command once per device, and the processes share the runs of one --out"
             )
+
+    @classmethod
+    def of(
+        cls,
+        recipe: Recipe,
+        machine: Machine,
+        mixers: Sequence[str | Swap],
+        seeds: Sequence[int],
+        score_on: ScoreOn,
+        out: str,
+    ) -> "CompareConfig":
+        """The configuration of a call, its mixers and precision settled."""
+        for name, values in (("mixers", mixers), ("seeds", seeds)):
+            if isinstance(values, str) or not isinstance(values, Sequence):
+                raise StaticKeyError(f"{name}={values!r} must be a list")
+        return cls(
+            recipe=recipe.on(machine),
+            machine=machine,
+            mixers=tuple(str(Swap.parse(mixer)) for mixer in mixers),
+            seeds=tuple(seeds),
+            score_on=score_on,
+            out=out,
+        )
+
+    @property
+    def task(self) -> Task:
+        """What is learned."""
+        return task_of(self.recipe)
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments as plain values, as ``--config`` reads them."""
+        plugins = {"plugin": list(loaded_plugins())} if loaded_plugins() else {}
         which = {"mixers": list(self.mixers), "seeds": list(self.seeds), "score_on": self.score_on}
-        return self.recipe.to_dict() | which | asdict(self.machine) | {"out": self.out}
+        task = {"task": self.task.name}
+        return plugins | task | self.recipe.to_dict() | which | asdict(self.machine) | {"out": self.out}
 
-    def protocol(self) -> dict[str, Any]:
-        """What every run of the comparison shares."""
-        return {k: v for k, v in self.to_dict().items() if k not in _FREE}
-
-    def hash(self, data_fingerprint: str) -> str:
-        """Identity of a run's circumstances: the protocol and the data it saw."""
-        return self.recipe.hash(data_fingerprint, score_on=self.score_on)
+    def ids(self, data_fingerprint: str) -> tuple[str, ...]:
+        """Identities of all its runs' circumstances: the protocol and the data they see."""
+        return identities(self.recipe, self.task.name, data_fingerprint, {"score_on": self.score_on})
 
     def joined(self, out: Path) -> "CompareConfig":
         """Check that this comparison belongs into ``out``, and join it with what is there.
@@ -73,18 +98,19 @@ class CompareConfig:
         path = out / CONFIG_FILE
         if not path.is_file():
             return self
-        try:
-            earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
-            before = {k: v for k, v in earlier.items() if k not in _FREE}
-            kept = {name: tuple(dict.fromkeys([*earlier[name], *getattr(self, name)])) for name in _MERGED}
-        except (yaml.YAMLError, AttributeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise OutputError(f"{path} is not a comparison's configuration; choose another --out") from error
-        if before != self.protocol():
+        earlier = read_yaml(path, "choose another --out")
+        differs = difference(earlier, self.to_dict(), {"task": "classify"} | self.recipe.defaults(), _MAY_DIFFER)
+        if differs:
             raise OutputError(
-                f"{out} holds a comparison under another configuration "
-                f"({difference(before, self.protocol())}); choose another --out, or repeat the earlier options"
+                f"{out} holds a comparison under another configuration ({differs}); choose another --out, or repeat "
+                "the earlier options"
             )
-        return replace(self, mixers=kept["mixers"], seeds=kept["seeds"])
+        try:
+            mixers = dict.fromkeys([*map(str, earlier["mixers"]), *self.mixers])
+            seeds = dict.fromkeys([*map(int, earlier["seeds"]), *self.seeds])
+        except (KeyError, TypeError, ValueError) as error:
+            raise OutputError(f"{path} is not a comparison's configuration; choose another --out") from error
+        return replace(self, mixers=tuple(mixers), seeds=tuple(seeds))
 
     def write(self, out: Path) -> None:
         """Write the configuration, which ``--config`` reads.
@@ -93,3 +119,8 @@ class CompareConfig:
             OutputError: It cannot be written.
         """
         write_text(out / CONFIG_FILE, yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+
+def run_name(mixer: str, seed: int) -> str:
+    """The name of a run's folder, of letters that any file system takes."""
+    return f"{re.sub(r'[^A-Za-z0-9_.,=@+-]', '_', mixer)}-seed{seed}"

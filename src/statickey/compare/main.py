@@ -1,22 +1,38 @@
 """The main job: train one network with different token mixers, and say how sure the difference is."""
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
 from .._checks import check_folder
-from .._files import write_text
-from ..data import ImageData
+from .._files import read_json, write_text
 from ..errors import StaticKeyError
-from ..tasks import Display, Machine, Recipe, Run, locked, new_trainer, read_data, train_run
-from .config import CompareConfig
-from .report import write_report
-from .results import read_runs, summarize, write_results
+from ..models import Swap
+from ..tasks import (
+    ClassificationRecipe,
+    Display,
+    Machine,
+    Recipe,
+    Run,
+    RunsDisplay,
+    ScoreOn,
+    counted,
+    free,
+    locked,
+    new_trainer,
+    train_run,
+)
+from .config import CompareConfig, run_name
+from .report import REPORT_FILE, write_report
+from .results import SUMMARY_FILE, read_runs, summarize, write_results
 from .table import results_table
 
+_POLL, _PATIENCE = 2.0, 60.0
+"""Seconds between looks at what other processes have finished, and to wait for one that writes results."""
 README = """Results of `statickey compare`.
 config.yaml   reruns or continues it: statickey compare --config config.yaml
 report.html   the results as a page
@@ -28,22 +44,26 @@ runs/         one folder a run: run.json, predictions.npz, weights for statickey
 def compare(
     recipe: Recipe | None = None,
     *,
-    mixers: Sequence[str] = ("mhsa", "ska", "cska", "fcska"),
+    mixers: Sequence[str | Swap] = ("mhsa", "ska", "cska", "fcska"),
     seeds: Sequence[int] = (0, 1, 2),
     out: str = "statickey-compare",
-    score_on: Literal["test", "holdout"] = "test",
+    score_on: ScoreOn = "test",
     machine: Machine | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
-    """Train one network with several token mixers and seeds under one recipe, and compare test accuracies.
+    """Train one network with several token mixers and seeds under one recipe, and compare their scores.
 
     At one seed all mixers get bit-identical shared weights, batches and augmentations. Finished runs in
     ``out`` are reused, an interrupted run continues at its last finished epoch, and more mixers or seeds may
     be added later. The test images are read once per run, after its last epoch.
 
+    The same call made by several processes, one a device, shares the runs of one ``out``: each takes the next that
+    nobody has, a killed one's run is taken up by another, and who finishes last writes the report.
+
     Args:
-        recipe: Data, network, optimisation and augmentation; default 14 epochs of the built-in digits.
-        mixers: Names of token mixers; the differences are to ``mhsa`` if it is among them, else to the first.
+        recipe: What is learned and how; default a ``ClassificationRecipe``, 14 epochs of the built-in digits.
+        mixers: Token mixers, with their arguments and layers if need be, as ``cska:kernel_size=5`` or
+            ``ska@-3,-2,-1``; the differences are to ``mhsa`` if it is among them, else to the first.
         seeds: One run per mixer and seed.
         out: Folder of the results.
         score_on: Score the test images, or the held-out ones while tuning.
@@ -59,70 +79,113 @@ def compare(
     """
     check_folder(out=str(out))
     machine = Machine() if machine is None else machine
-    config = CompareConfig(
-        recipe=(Recipe() if recipe is None else recipe).on(machine),
-        machine=machine,
-        mixers=tuple(mixers),
-        seeds=tuple(seeds),
-        score_on=score_on,
-        out=str(out),
-    )
+    recipe = ClassificationRecipe() if recipe is None else recipe
+    config = CompareConfig.of(recipe, machine, mixers, seeds, score_on, str(out))
     display = Display(console)
     with display.busy("reading images"):
-        images = read_data(config.recipe)
-    assert isinstance(images, ImageData)
-    display.skipped(images.skipped)
+        data = config.task.read_data(config.recipe)
+    display.skipped(data.skipped)
     root = Path(config.out)
-    config_hash = config.hash(images.fingerprint())
-    runs = [_run(config, images, mixer, seed, config_hash) for seed in config.seeds for mixer in config.mixers]
+    ids = config.ids(data.fingerprint())
+    runs = [_run(config, data, mixer, seed, ids) for seed in config.seeds for mixer in config.mixers]
     _check_before_writing(config, runs)
-    with locked(root):
+    with locked(root, wait=_PATIENCE):
         merged = config.joined(root)
-        read_runs(root, config_hash)  # refuses runs from other data before hours are spent beside them
+        read_runs(config.task, root, ids)  # refuses runs from other data before hours are spent beside them
         merged.write(root)
         write_text(root / "README.txt", README)
-        _train_missing(config, runs, display)
-        finished = read_runs(root, config_hash)
-        summary = summarize(merged, images, finished)
-        write_results(root, summary, finished)
-        with display.busy("drawing the report"):
-            report = write_report(root, merged, images, summary, finished)
+    waited = _train_missing(config, runs, display)
+    with locked(root, wait=_PATIENCE):
+        merged = config.joined(root)
+        summary = _summary_of_another(root, runs) if waited else None
+        if summary is None:
+            finished = read_runs(config.task, root, ids)
+            summary = summarize(merged, data, finished)
+            write_results(root, summary, finished)
+            with display.busy("drawing the report"):
+                write_report(root, merged, data, summary, finished)
     display.console.print(results_table(summary, display.console.width))
-    display.say(f"report: {escape(str(report))}")
+    display.say(f"report: {escape(str(root / REPORT_FILE))}")
     return summary
 
 
-def _run(config: CompareConfig, images: ImageData, mixer: str, seed: int, config_hash: str) -> Run:
-    path = Path(config.out) / "runs" / f"{mixer}-seed{seed}"
-    return Run(config.recipe, config.machine, images, mixer, seed, path, config_hash, config.score_on)
+def _run(config: CompareConfig, data: Any, mixer: str, seed: int, ids: tuple[str, ...]) -> Run:
+    return Run(
+        task=config.task,
+        recipe=config.recipe,
+        machine=config.machine,
+        data=data,
+        mixer=mixer,
+        seed=seed,
+        path=Path(config.out) / "runs" / run_name(mixer, seed),
+        ids=ids,
+        score_on=config.score_on,
+    )
 
 
 def _check_before_writing(config: CompareConfig, runs: Sequence[Run]) -> None:
     """Build everything once, so that a refusal comes before the first file."""
+    config.task.settled(config.recipe, runs[0].data)
     for run in runs[: len(config.mixers)]:
         run.new_model()
     runs[0].data_module().train_dataloader()
     new_trainer(config.recipe, config.machine)
 
 
-def _train_missing(config: CompareConfig, runs: Sequence[Run], display: Display) -> None:
+def _train_missing(config: CompareConfig, runs: Sequence[Run], display: Display) -> bool:
+    """Train what no process has trained yet, one run after the other, and wait for those that others train.
+
+    A process that is killed loses its locks, so another takes its run up at the last finished epoch.
+
+    Returns:
+        Whether a process other than this one may have finished last.
+    """
     missing = [run for run in runs if not run.finished]
     if len(missing) < len(runs):
         display.say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already: reused")
     if not missing:
-        return
+        return False
+    waited = False
     with display.runs(len(missing)) as bars:
-        for run in missing:
-            label = f"{run.mixer} seed {run.seed}"
-            progress = bars.start(label, config.recipe.total_epochs)
-            try:
-                result = train_run(run, [progress])
-            except StaticKeyError as error:
-                raise type(error)(f"{label}: {error}") from error
-            finally:
-                progress.close()
-            assert result is not None
-            bars.finish(
-                f"{label}: {result['accuracy']:.2f} % of {result['scored_images']} {config.score_on} images, "
-                f"{result['train_seconds']:.0f} s"
-            )
+        while missing:
+            for run in list(missing):
+                trained = False
+                if not run.finished:
+                    with free(run.path) as ours:
+                        if ours and not run.finished:
+                            _train(config, run, bars)
+                            trained = True
+                if run.finished:
+                    missing.remove(run)
+                    waited = not trained
+                    if not trained:
+                        bars.finish(f"{run.mixer} seed {run.seed}: by another process")
+            if missing:
+                bars.wait(f"other processes train the last {counted(len(missing), 'run')}")
+                time.sleep(_POLL)
+    return waited
+
+
+def _train(config: CompareConfig, run: Run, bars: RunsDisplay) -> None:
+    label, metric = f"{run.mixer} seed {run.seed}", config.task.metric
+    progress = bars.start(label, config.recipe.total_epochs, metric)
+    try:
+        result = train_run(run, [progress])
+    except StaticKeyError as error:
+        raise type(error)(f"{label}: {error}") from error
+    finally:
+        progress.close()
+    assert result is not None
+    bars.finish(
+        f"{label}: {metric.text(result[metric.name])} of {result['scored_images']} {config.score_on} images, "
+        f"{result['train_seconds']:.0f} s"
+    )
+
+
+def _summary_of_another(root: Path, runs: Sequence[Run]) -> dict[str, Any] | None:
+    """What the process that finished last wrote, where it has written already."""
+    place = root / SUMMARY_FILE
+    newest = max(run.result.stat().st_mtime_ns for run in runs)
+    if not place.is_file() or place.stat().st_mtime_ns < newest or not (root / REPORT_FILE).is_file():
+        return None
+    return dict(read_json(place, "delete it to write it anew"))

@@ -1,43 +1,37 @@
 """The page of a comparison: one HTML file that needs nothing else."""
 
-import base64
-import html
-import io
 import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import torch
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from .._files import write_text
-from ..data import ImageData, normalize
+from ..errors import StaticKeyError
 from ..layers import ConvStaticKeyAttention, StaticKeyAttention, TokenMixer
-from ..tasks import data_module, load_model, new_model
+from ..tasks import Metric, Run, load_model
 from ..viz import (
     attention_of_token,
     capture_attention,
     differences,
     key_colours,
     learning_curves,
+    page,
     static_keys,
 )
 from .config import CompareConfig
 from .results import FinishedRun
-from .table import column_heads, row_cells
+from .table import column_heads, difference_unit, row_cells
 
 REPORT_FILE = "report.html"
 NUM_IMAGES = 3
 
 
 def write_report(
-    root: Path, config: CompareConfig, data: ImageData, summary: dict[str, Any], runs: Sequence[FinishedRun]
+    root: Path, config: CompareConfig, data: Any, summary: dict[str, Any], runs: Sequence[FinishedRun]
 ) -> Path:
-    """Draw the comparison and write ``report.html``.
+    """Draw the comparison and write ``report.html``; a picture that cannot be drawn leaves its reason there.
 
     Args:
         root: Folder of the comparison.
@@ -50,160 +44,169 @@ def write_report(
         Path of the page.
 
     Raises:
-        OutputError: The page cannot be written, or a run's weights cannot be read.
+        OutputError: The page cannot be written.
     """
     names = [row["mixer"] for row in summary["mixers"]]
     of = {name: [run for run in runs if run.mixer == name] for name in names}
-    models = {name: load_model(of[name][0].path)[0] for name in names}
-    baseline = summary["baseline"]
+    firsts = {name: of_name[0] for name, of_name in of.items()}
     sections = [
-        _section("", _verdicts(summary) + _table(summary)),
-        _section(
-            "Difference to the baseline",
-            _svg(differences(summary["mixers"], baseline, _per_seed(of, baseline)))
-            + "<p class=note>Dot: mean. Ticks: seeds. Thin line: 95 % over seeds (Student's t). "
-            "Wide band: 95 % over images (paired bootstrap, seeds fixed).</p>"
-            if len(names) > 1
-            else "",
+        page.section("", _verdicts(summary), _table(summary)),
+        page.section("Difference to the baseline", *(_differences(summary, of) if len(names) > 1 else ())),
+        page.section("Learning curves", page.drawn("This picture", lambda: _curves(Metric(**summary["metric"]), of))),
+        page.section(
+            "Where a token looks",
+            page.drawn("This picture", lambda: _attention(config, data, firsts)),
         ),
-        _section(
-            "Learning curves",
-            "<div class=row>"
-            + "".join(map(_svg, learning_curves({n: [run.result["curve"] for run in of[n]] for n in names})))
-            + "</div><p class=note>Line: mean over seeds. Band: lowest to highest seed. The held-out images are a "
-            "part of the training images; the test images are read once, after the last epoch.</p>",
-        ),
-        _section("Where a token looks", _attention(config, data, models, of)),
-        _section("What the static keys learned", _keys(config, data, models, of)),
-        _section("How it was made", _making(config, summary, runs)),
+        page.section("What the static keys learned", _keys(config, data, firsts)),
+        page.section("How it was made", _making(config, summary, runs)),
     ]
-    title = html.escape(summary["title"])
-    page = "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-    page += f"<title>{title}</title><style>{_CSS}</style><main><h1>{title}</h1>{''.join(sections)}</main></html>\n"
-    write_text(root / REPORT_FILE, page)
+    page.write_page(root / REPORT_FILE, summary["title"], sections)
     return root / REPORT_FILE
 
 
-def verdict(row: Mapping[str, Any], baseline: str) -> str:
+def verdict(row: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     """What a row says about its mixer, in one sentence."""
-    difference = row["difference"]
+    difference, baseline, metric = row["difference"], summary["baseline"], Metric(**summary["metric"])
     if difference is None:
         return f"no seed in common with {baseline}."
-    size = f"{difference['mean']:+.2f} points against {baseline}"
+    size = f"{difference['mean']:+.2f} {difference_unit(metric)} against {baseline}"
+    if len(difference["seeds"]) == 1:
+        return f"{size}; one seed: nothing is said about other seeds."
     if difference["decided"] is None:
-        return f"{size}; one seed or no spread, so nothing is said about other seeds."
+        return f"{size}; its seeds do not differ: nothing is said about other seeds."
     if not difference["decided"]:
-        return f"{size}; not decided by this data: an interval includes zero."
-    side = "above" if difference["mean"] > 0 else "below"
-    return f"{size}; {side} it by both intervals."
+        return f"{size}; not decided by this data, over seeds and images together."
+    better = (difference["mean"] > 0) == metric.higher_is_better
+    return f"{size}; {'better' if better else 'worse'}, over seeds and images together."
 
 
 def _verdicts(summary: Mapping[str, Any]) -> str:
-    baseline = summary["baseline"]
-    lines = [
-        f"<li><b>{html.escape(row['mixer'])}</b> {html.escape(verdict(row, baseline))}"
-        for row in summary["mixers"]
-        if row["mixer"] != baseline
-    ]
-    return f"<ul class=verdict>{''.join(lines)}</ul>"
+    rows = (row for row in summary["mixers"] if row["mixer"] != summary["baseline"])
+    return page.points((row["mixer"], verdict(row, summary)) for row in rows)
 
 
-def _table(summary: Mapping[str, Any]) -> str:
-    baseline = summary["baseline"]
-    head = "".join(f"<th>{html.escape(name)}" for name in column_heads(baseline))
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}" for cell in row_cells(row, baseline)) for row in summary["mixers"]
-    )
-    note = html.escape(summary["reading"].replace("\n", " "))
-    return f"<div class=wide><table><tr>{head}{body}</table></div><p class=note>{note}.</p>"
+def _table(summary: dict[str, Any]) -> str:
+    rows = [row_cells(row, summary) for row in summary["mixers"]]
+    return page.table(column_heads(summary), rows) + page.note(summary["reading"].replace("\n", " ") + ".")
 
 
-def _per_seed(of: Mapping[str, Sequence[FinishedRun]], baseline: str) -> dict[str, list[float]]:
-    base = {run.seed: run.result["accuracy"] for run in of[baseline]}
-    return {
-        name: [run.result["accuracy"] - base[run.seed] for run in runs if run.seed in base]
+def _differences(summary: Mapping[str, Any], of: Mapping[str, Sequence[FinishedRun]]) -> tuple[str, str]:
+    metric, baseline = Metric(**summary["metric"]), summary["baseline"]
+    base = {run.seed: run.result[metric.name] for run in of[baseline]}
+    per_seed = {
+        name: [run.result[metric.name] - base[run.seed] for run in runs if run.seed in base]
         for name, runs in of.items()
     }
+    label = f"{metric.label} minus {baseline}, {difference_unit(metric)}"
+    return (
+        page.drawn("This picture", lambda: page.svg(differences(summary["mixers"], per_seed, label))),
+        page.note(
+            "Dot: mean. Ticks: seeds. Thin line: 95 % over seeds and images together. "
+            "Wide band: 95 % over images alone (paired bootstrap, seeds fixed)."
+        ),
+    )
 
 
-def _attention(
-    config: CompareConfig,
-    data: ImageData,
-    models: Mapping[str, nn.Module],
-    of: Mapping[str, Sequence[FinishedRun]],
-) -> str:
-    module = data_module(config.recipe, data, config.seeds[0])
-    part = data.test if config.score_on == "test" else module.val_part
-    picks = _one_per_class(part.labels)
-    images = normalize(part.images[picks], module.mean, module.std)
-    maps_of = {name: capture_attention(model, images) for name, model in models.items()}
-    # maps of whole images only, and all on one grid: the first that attends, where stages differ
-    whole = [
-        (name, _grid_of(models[name], layer), weights)
-        for name, maps in maps_of.items()
-        for layer, weights in maps.items()
-        if len(weights) == len(images)
-    ]
-    if not whole:
-        return "<p>None of these mixers has an attention map of whole images."
-    feat_size = whole[0][1]
-    captured: dict[str, list[Tensor]] = {}
-    for mixer, grid, weights in whole:
-        if grid == feat_size:
-            captured.setdefault(mixer, []).append(weights)
+def _curves(metric: Metric, of: Mapping[str, Sequence[FinishedRun]]) -> str:
+    unit = f", {metric.unit}" if metric.unit else ""
+    shown = {f"holdout_{metric.name}": f"held-out {metric.label}{unit}", "train_loss": "training loss"}
+    figures = learning_curves({name: [run.result["curve"] for run in runs] for name, runs in of.items()}, shown)
+    return page.row(*map(page.svg, figures)) + page.note(
+        "Line: mean over seeds. Band: lowest to highest seed. The held-out images are a part of the training images; "
+        "the test images are read once, after the last epoch."
+    )
+
+
+def _attention(config: CompareConfig, data: Any, firsts: Mapping[str, FinishedRun]) -> str:
+    module = config.task.data_module(config.recipe, data, config.seeds[0])
+    pixels, images, captions = config.task.examples(data, module, config.score_on, NUM_IMAGES)
+    found: dict[str, list[tuple[tuple[int, int], Tensor]]] = {}
+    left_out = []
+    for name, run in firsts.items():
+        try:
+            found[name] = _maps(load_model(run.path)[0], images)
+        except Exception as error:  # a user's mixer may raise anything
+            left_out.append(f"{name} is left out: {' '.join(str(error).split())}.")
+    # all on one grid: the first that attends, where stages differ
+    grids = [grid for of_name in found.values() for grid, _ in of_name]
+    if not grids:
+        nothing = "None of these mixers has an attention map of whole images."
+        return page.text(nothing) + "".join(map(page.note, left_out))
+    feat_size = grids[0]
+    captured = {name: [maps for grid, maps in of_name if grid == feat_size] for name, of_name in found.items()}
+    left_out += [f"{name} has no map." for name, maps in captured.items() if not maps]
+    captured = {name: maps for name, maps in captured.items() if maps}
     token = (feat_size[0] // 2, feat_size[1] // 2)
-    figures = []
-    for i, pick in enumerate(picks):
-        image = part.images[pick].permute(1, 2, 0).numpy() / 255
-        figure = attention_of_token(
-            image, {name: [layer[i] for layer in maps] for name, maps in captured.items()}, feat_size, token
-        )
-        name = html.escape(data.class_names[int(part.labels[pick])])
-        figures.append(f"<figure>{_png(figure)}<figcaption>{name}</figcaption></figure>")
-    left_out = [name for name in models if name not in captured]
-    note = f" {', '.join(left_out)} has no map." if left_out else ""
-    seeds = {runs[0].seed for runs in of.values()}
-    return (
-        f"<div class=row>{''.join(figures)}</div><p class=note>Attention of the framed token, mean over heads, "
-        f"each map on its own scale from zero; seed {', '.join(map(str, sorted(seeds)))}.{html.escape(note)}</p>"
+    pictures = []
+    for i, (image, caption) in enumerate(zip(pixels, captions, strict=True)):
+        maps = {name: [layer[i] for layer in layers] for name, layers in captured.items()}
+        figure = attention_of_token(image.permute(1, 2, 0).numpy() / 255, maps, feat_size, token)
+        pictures.append(page.picture(figure, caption))
+    seeds = ", ".join(map(str, sorted({run.seed for run in firsts.values()})))
+    explained = f"Attention of the framed token, mean over heads, each map on its own scale from zero; seed {seeds}."
+    return page.row(*pictures) + page.note(" ".join([explained, *left_out]))
+
+
+def _maps(model: nn.Module, images: Tensor) -> list[tuple[tuple[int, int], Tensor]]:
+    """The grid and the map, (B, heads, tokens, tokens), of each layer that has one of whole images.
+
+    Raises:
+        StaticKeyError: A map is not one of tokens by tokens.
+    """
+    maps = []
+    for layer, weights in capture_attention(model, images).items():
+        mixer = model.get_submodule(layer)
+        assert isinstance(mixer, TokenMixer)
+        if len(weights) != len(images):  # of windows
+            continue
+        tokens = mixer.num_prefix_tokens + mixer.feat_size[0] * mixer.feat_size[1]
+        if weights.ndim != 4 or weights.shape[2:] != (tokens, tokens):
+            raise StaticKeyError(
+                f"the map of {layer}, {tuple(weights.shape)}, is not (B, heads, N, N) with N={tokens} tokens"
+            )
+        maps.append((mixer.feat_size, weights))
+    return maps
+
+
+def _keys(config: CompareConfig, data: Any, firsts: Mapping[str, FinishedRun]) -> str:
+    drawn = [page.drawn(name, lambda run=run: _keys_of(config, data, run)) for name, run in firsts.items()]  # type: ignore[misc]
+    drawn = [part for part in drawn if part]
+    if not drawn:
+        return page.text("None of these mixers has a static key.")
+    return page.row(*drawn) + page.note(
+        "What training added to each key: one picture a layer and head, one cell a token position. Red, green and "
+        "blue are the first three principal components of the rows' change: positions of like colour changed alike; "
+        "grey is the average change. (Where a key starts large, its start would hide this.)"
     )
 
 
-def _grid_of(model: nn.Module, layer: str) -> tuple[int, int]:
-    mixer = model.get_submodule(layer)
-    assert isinstance(mixer, TokenMixer)
-    return mixer.feat_size
+def _keys_of(config: CompareConfig, data: Any, run: FinishedRun) -> str:
+    """A picture of what training added to the keys of a run, or nothing where there is no key."""
+    model = load_model(run.path)[0]
+    if not any(isinstance(mixer, StaticKeyAttention) for mixer in model.modules()):
+        return ""
+    start = _start(config, data, run)
+    layers = [
+        key_colours(_key(mixer) - _key(before), mixer.num_prefix_tokens, mixer.feat_size).numpy()
+        for mixer, before in zip(model.modules(), start.modules(), strict=True)
+        if isinstance(mixer, StaticKeyAttention)
+    ]
+    return page.picture(static_keys(layers, f"{run.mixer}, seed {run.seed}"))
 
 
-def _one_per_class(labels: Tensor) -> list[int]:
-    firsts = [int((labels == c).nonzero()[0]) for c in torch.unique(labels)]
-    return firsts[:NUM_IMAGES]
-
-
-def _keys(
-    config: CompareConfig,
-    data: ImageData,
-    models: Mapping[str, nn.Module],
-    of: Mapping[str, Sequence[FinishedRun]],
-) -> str:
-    figures = []
-    for name, model in models.items():
-        fresh = new_model(config.recipe, data, name, of[name][0].seed)
-        layers = [
-            key_colours(_key(mixer) - _key(start), mixer.num_prefix_tokens, mixer.feat_size).numpy()
-            for mixer, start in zip(model.modules(), fresh.modules(), strict=True)
-            if isinstance(mixer, StaticKeyAttention)
-        ]
-        if layers:
-            figures.append(f"<figure>{_png(static_keys(layers, f'{name}, seed {of[name][0].seed}'))}</figure>")
-    if not figures:
-        return "<p>None of these mixers has a static key."
-    return (
-        f"<div class=row>{''.join(figures)}</div><p class=note>What training added to each key: one picture a layer "
-        "and head, one cell a token position. Red, green and blue are the first three principal components of the "
-        "rows' change: positions of like colour changed alike; grey is the average change. (Where a key starts "
-        "large, its random start would hide this.)</p>"
+def _start(config: CompareConfig, data: Any, run: FinishedRun) -> nn.Module:
+    """The network that the run began with, pretrained weights included."""
+    run_here = Run(
+        task=config.task,
+        recipe=config.recipe,
+        machine=config.machine,
+        data=data,
+        mixer=run.mixer,
+        seed=run.seed,
+        path=run.path,
+        ids=(),
     )
+    return run_here.new_model()
 
 
 def _key(mixer: nn.Module) -> Tensor:
@@ -213,7 +216,7 @@ def _key(mixer: nn.Module) -> Tensor:
 
 def _making(config: CompareConfig, summary: Mapping[str, Any], runs: Sequence[FinishedRun]) -> str:
     images = summary["data"]
-    facts = {
+    lines = {
         "command": command_line(config),
         "training images": f"{images['train_images']:,}, {config.recipe.holdout:.0%} of them held out",
         "scored images": f"{images['scored_images']:,} of {images['img_size']} pixels",
@@ -221,15 +224,13 @@ def _making(config: CompareConfig, summary: Mapping[str, Any], runs: Sequence[Fi
         "configuration hash": summary["config_hash"],
     }
     if images["skipped"]:
-        facts["unreadable images left out"] = f"{len(images['skipped'])}: {'; '.join(images['skipped'][:5])}"
+        lines["unreadable images left out"] = f"{len(images['skipped'])}: {'; '.join(images['skipped'][:5])}"
     if len(summary["environments"]) > 1:
-        facts["note"] = "the runs were made in different environments: do not compare their images/s"
+        lines["note"] = "the runs were made in different environments: do not compare their images/s"
     for number, env in enumerate(summary["environments"], start=1):
         name = "environment" if len(summary["environments"]) == 1 else f"environment {number}"
-        facts[name] = ", ".join(f"{key} {value}" for key, value in env.items())
-    lines = "".join(f"<tr><th>{html.escape(k)}<td>{html.escape(str(v))}" for k, v in facts.items())
-    dump = html.escape(json.dumps(summary["config"], indent=2))
-    return f"<table class=facts>{lines}</table><details><summary>configuration</summary><pre>{dump}</pre></details>"
+        lines[name] = ", ".join(f"{key} {value}" for key, value in env.items())
+    return page.facts(lines) + page.details("configuration", json.dumps(summary["config"], indent=2))
 
 
 def command_line(config: CompareConfig) -> str:
@@ -244,43 +245,3 @@ def command_line(config: CompareConfig) -> str:
         else:
             words += [option, json.dumps(value) if isinstance(value, dict | bool) else str(value)]
     return shlex.join(words)
-
-
-def _section(title: str, body: str) -> str:
-    if not body:
-        return ""
-    return f"<section>{f'<h2>{html.escape(title)}</h2>' if title else ''}{body}</section>"
-
-
-def _svg(figure: Figure) -> str:
-    text = io.StringIO()
-    with mpl.rc_context({"svg.hashsalt": "statickey", "svg.fonttype": "path"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return f"<div class=plot>{text.getvalue()[text.getvalue().index('<svg') :]}</div>"
-
-
-def _png(figure: Figure) -> str:
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=144)
-    width = figure.get_figwidth() * 96
-    data = base64.b64encode(file.getvalue()).decode()
-    return f"<img width={width:.0f} src='data:image/png;base64,{data}' alt=''>"
-
-
-_CSS = """
-body{margin:0;background:#f5f7fa;color:#1f2933;font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1080px;margin:0 auto;padding:32px 20px 60px}
-h1{font-size:26px;margin:0 0 18px;letter-spacing:-.01em}h2{font-size:17px;margin:0 0 12px}
-section{background:#fff;border:1px solid #e4e7eb;border-radius:10px;padding:20px 22px;margin:0 0 18px}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
-td,th{padding:7px 10px;text-align:right;border-bottom:1px solid #e4e7eb;white-space:nowrap}
-th{font-weight:600;color:#616e7c;font-size:13px}td:first-child,th:first-child{text-align:left}
-td:first-child{font-weight:600}tr:last-child td{border-bottom:0}
-.wide{overflow-x:auto;font-size:14px}.wide td,.wide th{padding:7px 6px}.wide th{white-space:normal}
-.note{color:#616e7c;font-size:13px;margin:10px 0 0}
-.verdict{margin:0 0 16px;padding-left:18px}.plot svg{max-width:100%;height:auto}
-.row{display:flex;flex-wrap:wrap;gap:18px}.row img{max-width:100%;height:auto}
-figure{margin:0}figcaption{text-align:center;color:#616e7c;font-size:13px}
-.facts th{width:190px;vertical-align:top}.facts td,.facts td:first-child{text-align:left;white-space:normal;
-font-weight:400;overflow-wrap:anywhere}details{margin-top:12px}pre{overflow-x:auto;font-size:12px}
-"""

@@ -8,6 +8,7 @@ from .host import (
     attention_classes,
     check_shapes,
     register_host_rule,
+    saved_grid,
     token_mixers,
 )
 from .metaformers import stage_grids
@@ -28,6 +29,7 @@ __all__ = [
     "convert",
     "metaformers",
     "register_host_rule",
+    "saved_grid",
     "stage_grids",
     "token_mixers",
     "transformers",

@@ -87,7 +87,7 @@ class EvaMixer(nn.Module):
     ) -> Tensor:
         """(B, N, dim) to the same."""
         assert rope is None
-        return self.mixer(x, attn_mask=attn_mask, is_causal=is_causal)  # type: ignore[no-any-return]
+        return self.mixer(x, attn_mask=attn_mask, is_causal=is_causal)
 
 
 class BeitMixer(nn.Module):
@@ -103,7 +103,7 @@ class BeitMixer(nn.Module):
         bias = shared_rel_pos_bias
         if self.rel_pos is not None:
             bias = self.rel_pos.get_bias() if bias is None else bias + self.rel_pos.get_bias()
-        return self.mixer(x, attn_mask=bias)  # type: ignore[no-any-return]
+        return self.mixer(x, attn_mask=bias)
 
     def set_window_size(self, window_size: Size2) -> None:
         """Rebuild key and bias for another grid."""

@@ -40,7 +40,7 @@ class WindowMixer(nn.Module):
         bias = self.rel_pos.get_bias()  # type: ignore[operator]
         if mask is not None:
             bias = (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
-        return self.mixer(x, attn_mask=bias)  # type: ignore[no-any-return]
+        return self.mixer(x, attn_mask=bias)
 
     def set_window_size(self, window_size: Size2) -> None:
         """Rebuild key and bias for another window."""

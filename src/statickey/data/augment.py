@@ -1,63 +1,58 @@
-"""Augmentation of whole batches in uint8, different for every image, on the device that holds them."""
+"""What happens to the images of a training batch: what is asked for, what is drawn, and its application.
 
-import math
-import re
-from collections.abc import Callable
+Everything is drawn on the CPU from the seed of the whole batch, and what happens to an image depends on its place in
+that batch alone. So a process, or a part of an accumulated batch, does to its images what one process would do.
+"""
+
+import random
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 
+from .._checks import check_not_negative, check_probability, check_rate
 from ..errors import DataError
-
-FILL = 128  # grey comes in where rotating, shearing and shifting uncover the frame, as in timm
-POLICY_FORM = "rand-mM[-nN][-mstdS][-inc1], such as rand-m9-n2-mstd0.5-inc1"
-_APPLY_PROB = 0.5
+from .plan import mix_seed, seeded
+from .randaugment import apply_ops, draw_ops, parse_policy
 
 
-class RandPolicy(NamedTuple):
-    """RandAugment's numbers: strength of the operations, how many an image gets, and the spread of the strength."""
-
-    magnitude: int
-    num_ops: int = 2
-    magnitude_std: float = 0.0
-
-    def __str__(self) -> str:
-        return f"rand-m{self.magnitude}-n{self.num_ops}-mstd{self.magnitude_std:g}-inc1"
-
-
-def parse_policy(policy: str | None) -> RandPolicy | None:
-    """Read timm's notation of RandAugment.
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """What is done to training images.
 
     Args:
-        policy: ``rand``, then in any order ``mM`` (magnitude, 0 to 10), ``nN`` (operations per image, default 2),
-            ``mstdS`` (standard deviation of the magnitude, default 0) and ``inc1``, joined by dashes. Severity
-            always grows with the magnitude, which timm calls ``inc1``: a policy without it means the same here,
-            and ``inc0`` is refused. None and ``"none"`` mean no policy.
+        label_smoothing: Mass moved from the label to all classes.
+        crop_padding: Padding of the random crop in pixels; default an eighth of the image, none for digits.
+        flip: Mirror images at random; default yes, except for digits.
+        auto_augment: RandAugment in timm's words, such as rand-m9-n2-mstd0.5, different for every image.
+        random_erasing: Probability of erasing a rectangle.
+        mixup: Alpha of mixup; 0 for none.
+        cutmix: Alpha of cutmix; 0 for none.
 
     Raises:
-        DataError: The text is not of this form.
+        StaticKeyError: A value outside its range.
     """
-    if policy is None or policy == "none":
-        return None
-    head, *sections = str(policy).split("-")
-    values: dict[str, str] = {}
-    for section in sections:
-        match = re.fullmatch(r"(mstd|m|n|inc)(\d+(?:\.\d+)?)", section)
-        if match is None or match[1] in values:
-            raise DataError(f"policy {policy!r} has {section!r}; write {POLICY_FORM}, or none")
-        values[match[1]] = match[2]
-    if head != "rand" or "m" not in values:
-        raise DataError(f"policy {policy!r} is not known; write {POLICY_FORM}, or none")
-    if values.get("inc", "1") != "1":
-        raise DataError(f"policy {policy!r} has 'inc{values['inc']}', but severity grows with m here; write inc1")
-    whole = [values["m"], values.get("n", "2")]
-    if not all(value.isdecimal() for value in whole) or int(whole[0]) > 10 or int(whole[1]) < 1:
-        raise DataError(f"policy {policy!r}: m must be a whole number from 0 to 10 and n one from 1; {POLICY_FORM}")
-    return RandPolicy(int(whole[0]), int(whole[1]), float(values.get("mstd", "0")))
+
+    label_smoothing: float = 0.1
+    crop_padding: int | None = None
+    flip: bool | None = None
+    auto_augment: str | None = None
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_rate(label_smoothing=self.label_smoothing)
+        check_probability(random_erasing=self.random_erasing)
+        check_not_negative(mixup=self.mixup, cutmix=self.cutmix)
+        if self.crop_padding is not None:
+            _check_padding(self.crop_padding)
+        if self.flip is not None and not isinstance(self.flip, bool):
+            raise DataError(f"flip={self.flip!r} must be true or false; or leave it out")
+        parse_policy(self.auto_augment)
 
 
 @dataclass(frozen=True)
@@ -82,14 +77,8 @@ class Draws:
 class BatchAugment:
     """Random crop, mirroring and RandAugment for a batch of images in uint8.
 
-    Drawing is apart from applying, and what happens to an image depends on its own draws alone: in training on
-    several devices each draws for the whole batch and applies its rows. Nothing is drawn on the device, so none
-    waits for it.
-
-    RandAugment is timm's: every image gets ``n`` operations out of ``OPS``, drawn uniformly and with replacement,
-    and each is carried out with probability 0.5. At magnitude 10 they rotate by 30 degrees, shear by 0.3, shift by
-    0.45 of the side, scale colour, contrast, brightness and sharpness by 0.1 or 1.9, invert every value (solarize)
-    and keep 4 of 8 bits (posterize; timm's keeps none, a black image). Geometry is bilinear.
+    Drawing is apart from applying: in training on several devices each draws for the whole batch and applies its
+    rows. Nothing is drawn on the device, so none waits for it.
 
     Args:
         crop_padding: Zero padding of the random crop in pixels; 0 for no crop.
@@ -97,15 +86,11 @@ class BatchAugment:
         policy: RandAugment in timm's notation, see ``parse_policy``.
 
     Raises:
-        DataError: A negative padding, or a policy of another form.
-
-    Source:
-        Cubuk et al., RandAugment, arXiv:1909.13719; levels as in ``timm.data.auto_augment``.
+        DataError: A padding that is no whole number from 0, or a policy of another form.
     """
 
     def __init__(self, *, crop_padding: int = 0, flip: bool = False, policy: str | None = None) -> None:
-        if crop_padding < 0:
-            raise DataError(f"crop_padding={crop_padding} must not be negative; 0 switches the crop off")
+        _check_padding(crop_padding)
         self.crop_padding, self.flip = crop_padding, flip
         self.policy = parse_policy(policy)
 
@@ -121,14 +106,7 @@ class BatchAugment:
         if self.flip:
             mirrored = torch.rand(num_images, generator=generator) < 0.5
         if self.policy is not None:
-            shape = (num_images, self.policy.num_ops)
-            ops = torch.randint(0, len(OPS), shape, generator=generator)
-            ops[torch.rand(shape, generator=generator) >= _APPLY_PROB] = -1
-            magnitude = torch.full(shape, float(self.policy.magnitude))
-            if self.policy.magnitude_std:
-                magnitude += self.policy.magnitude_std * torch.randn(shape, generator=generator)
-            sign = torch.where(torch.rand(shape, generator=generator) < 0.5, -1.0, 1.0)
-            strengths = sign * magnitude.clamp(0, 10) / 10
+            ops, strengths = draw_ops(self.policy, num_images, generator)
         return Draws(offsets, mirrored, ops, strengths)
 
     def __call__(self, images: Tensor, draws: Draws) -> Tensor:
@@ -150,7 +128,7 @@ class BatchAugment:
         if draws.ops is not None and draws.strengths is not None:
             images = images.clone(memory_format=torch.contiguous_format)
             for ops, strengths in zip(draws.ops.unbind(1), draws.strengths.unbind(1), strict=True):
-                _apply_ops(images, ops, strengths)
+                apply_ops(images, ops, strengths)
         return images
 
 
@@ -162,127 +140,49 @@ def shifted_crop(images: Tensor, offsets: Tensor, padding: int) -> Tensor:
     return windows[torch.arange(len(images), device=images.device), :, row, col]
 
 
-def _apply_ops(images: Tensor, ops: Tensor, strengths: Tensor) -> None:
-    """Carry out one operation per image, in place: the images of one operation at a time, the geometric as one."""
-    order = torch.argsort(ops, stable=True)
-    ops, strengths = ops[order], strengths[order]
-    idle, *counts, geometric = torch.bincount(
-        ops.clamp_max(len(_PIXEL_OPS)) + 1, minlength=len(_PIXEL_OPS) + 2
-    ).tolist()
-    index = order.to(images.device, non_blocking=True)
-    own_strengths = strengths.to(images.device, non_blocking=True).view(-1, 1, 1, 1)
-    start = idle
-    for operate, count in zip(_PIXEL_OPS.values(), counts, strict=True):
-        if count:
-            chosen = index[start : start + count]
-            images[chosen] = operate(images[chosen], own_strengths[start : start + count])
-            start += count
-    if geometric:
-        chosen = index[start:]
-        matrices = _matrices(ops[start:], strengths[start:], images.shape[2], images.shape[3])
-        images[chosen] = _warp(images[chosen], matrices.to(images.device, non_blocking=True))
+def erase_rectangles(images: Tensor, probability: float, seed: int, first: int) -> None:
+    """Fill a random rectangle of some images with normal noise, in place: timm's ``RandomErasing``.
+
+    Args:
+        images: Normalised images (B, C, H, W).
+        probability: Share of the images that lose a rectangle.
+        seed: Seed of the whole batch.
+        first: Place of the first image in the whole batch.
+    """
+    # noise of the CPU: a device's generator is the model's too, and mixers differ in what they draw
+    erasing = RandomErasing(probability, mode="pixel", device="cpu")
+    with seeded(seed):
+        for place, image in enumerate(images, first):
+            own_seed = mix_seed(seed, place, 1)
+            random.seed(own_seed)
+            torch.default_generator.manual_seed(own_seed)
+            erasing(image)
 
 
-def _auto_contrast(images: Tensor, strengths: Tensor) -> Tensor:
-    stretched: Tensor = TF.autocontrast(images)
-    return stretched
+def mix_pairs(images: Tensor, labels: Tensor, mixup: Mixup, seed: int) -> tuple[Tensor, Tensor]:
+    """Mix each image with its neighbour, the first with the second and so on: timm's mixup and cutmix.
+
+    All images of a batch are mixed alike, and neighbours stay together in every part of even size.
+
+    Args:
+        images: Normalised images (B, C, H, W), B even.
+        labels: Their classes (B,).
+        mixup: timm's, in the mode of batches.
+        seed: Seed of the whole batch.
+
+    Returns:
+        Images (B, C, H, W) and shares of the classes (B, num_classes).
+    """
+    order = torch.arange(len(images), device=images.device)
+    mirrored_pairs = torch.cat([order[0::2], order[1::2].flip(0)])  # timm mixes the first with the last
+    with seeded(mix_seed(seed, -1)):
+        images, labels = mixup(images[mirrored_pairs], labels[mirrored_pairs])
+    back = mirrored_pairs.argsort()
+    return images[back], labels[back]
 
 
-def _equalize(images: Tensor, strengths: Tensor) -> Tensor:
-    equalized: Tensor = TF.equalize(images)
-    return equalized
-
-
-def _invert(images: Tensor, strengths: Tensor) -> Tensor:
-    return ~images
-
-
-def _posterize(images: Tensor, strengths: Tensor) -> Tensor:
-    dropped = (strengths.abs() * 4).round().to(torch.uint8)
-    return images >> dropped << dropped
-
-
-def _solarize(images: Tensor, strengths: Tensor) -> Tensor:
-    threshold = 256 - (strengths.abs() * 256).to(torch.int16)
-    bright = (images >= threshold.clamp_max(255).to(torch.uint8)) & (threshold < 256)
-    return torch.where(bright, ~images, images)
-
-
-def _color(images: Tensor, strengths: Tensor) -> Tensor:
-    return images if images.shape[1] == 1 else _enhance(images, _gray(images), strengths)
-
-
-def _contrast(images: Tensor, strengths: Tensor) -> Tensor:
-    gray = _gray(images)
-    pixels = gray.shape[2] * gray.shape[3]
-    mean = gray.sum((2, 3), keepdim=True).mul(2).add(pixels).div(2 * pixels, rounding_mode="floor")
-    return _enhance(images, mean, strengths)
-
-
-def _brightness(images: Tensor, strengths: Tensor) -> Tensor:
-    return _enhance(images, torch.zeros_like(images[:, :1, :1, :1]), strengths)
-
-
-def _sharpness(images: Tensor, strengths: Tensor) -> Tensor:
-    if min(images.shape[2:]) < 3:
-        return images
-    values = images.float()
-    rows = values[:, :, :-2] + values[:, :, 1:-1] + values[:, :, 2:]
-    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * values[:, :, 1:-1, 1:-1]
-    values[:, :, 1:-1, 1:-1] = total.div(13).round()
-    return _enhance(images, values, strengths)
-
-
-def _gray(images: Tensor) -> Tensor:
-    """Luminance (B, 1, H, W) of images with 1 or 3 channels, in whole numbers as Pillow counts it."""
-    if images.shape[1] == 1:
-        return images.int()
-    red, green, blue = (images[:, i : i + 1].int() for i in range(3))
-    return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
-
-
-def _enhance(images: Tensor, degenerate: Tensor, strengths: Tensor) -> Tensor:
-    """Move images away from their degenerate versions, or towards them where the strength is negative."""
-    factors = (1 + 0.9 * strengths).clamp_min(0.1)
-    base = degenerate.float()
-    return (base + (images - base) * factors).clamp(0, 255).to(torch.uint8)
-
-
-_PIXEL_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "AutoContrast": _auto_contrast,
-    "Equalize": _equalize,
-    "Invert": _invert,
-    "Posterize": _posterize,
-    "Solarize": _solarize,
-    "Color": _color,
-    "Contrast": _contrast,
-    "Brightness": _brightness,
-    "Sharpness": _sharpness,
-}
-_GEOMETRIC_OPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
-OPS = (*_PIXEL_OPS, *_GEOMETRIC_OPS)
-
-
-def _matrices(ops: Tensor, strengths: Tensor, height: int, width: int) -> Tensor:
-    """Rows (a, b, c, d, e, f), (B, 6): the value at (x, y) comes from (a x + b y + c, d x + e y + f)."""
-    rotate, shear_x, shear_y, shift_x, shift_y = (strengths.double() * (ops == OPS.index(n)) for n in _GEOMETRIC_OPS)
-    cos, sin = torch.cos(rotate * -math.radians(30)), torch.sin(rotate * -math.radians(30))
-    c = (1 - cos) * (width / 2) - sin * (height / 2) + 0.45 * width * shift_x
-    f = sin * (width / 2) + (1 - cos) * (height / 2) + 0.45 * height * shift_y
-    return torch.stack([cos, sin + 0.3 * shear_x, c, 0.3 * shear_y - sin, cos, f], dim=1).float()
-
-
-def _warp(images: Tensor, matrices: Tensor) -> Tensor:
-    """Sample images (B, C, H, W) bilinearly where their matrices (B, 6) point, grey outside."""
-    height, width = images.shape[2:]
-    a, b, c, d, e, f = matrices.view(-1, 6, 1, 1).unbind(1)
-    x = torch.arange(width, device=images.device).add(0.5).view(1, 1, -1)
-    y = torch.arange(height, device=images.device).add(0.5).view(1, -1, 1)
-    # products and sums one by one: a matrix product or a fused sum may round differently in another batch
-    from_x, from_y = a * x + b * y + c, d * x + e * y + f
-    outside = (from_x < 0) | (from_x >= width) | (from_y < 0) | (from_y >= height)
-    grid = torch.empty(*outside.shape, 2, device=images.device)
-    grid[..., 0] = from_x * (2 / width) - 1
-    grid[..., 1] = from_y * (2 / height) - 1
-    values = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
-    return values.round_().to(torch.uint8).masked_fill_(outside.unsqueeze(1), FILL)
+def _check_padding(crop_padding: int) -> None:
+    if not isinstance(crop_padding, int) or isinstance(crop_padding, bool):
+        raise DataError(f"crop_padding={crop_padding!r} must be a whole number of pixels")
+    if crop_padding < 0:
+        raise DataError(f"crop_padding={crop_padding} must not be negative; 0 switches the crop off")

@@ -4,7 +4,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -13,9 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import DataError
-from .sources import UNREADABLE, Source, open_sources
+from .pixels import check_side, square
+from .source import OnBadImage, Source, check_on_bad_image, read_rgb
+from .sources import open_sources
 
-OnBadImage = Literal["fail", "skip"]
 _LIMIT_BYTES = 4 * 2**30
 
 
@@ -87,36 +87,28 @@ def load_images(
     Raises:
         DataError: The data is missing, empty, inconsistent or unreadable; the message names the place.
     """
-    for name, value in (("limit", limit), ("img_size", img_size)):
-        if value is not None and value < 1:
-            raise DataError(f"{name}={value} must be a positive number; or leave it out")
-    if on_bad_image not in ("fail", "skip"):
-        raise DataError(f"on_bad_image={on_bad_image!r} must be 'fail' or 'skip'")
+    if limit is not None and limit < 1:
+        raise DataError(f"limit={limit} must be a positive number; or leave it out")
+    check_side(img_size)
+    check_on_bad_image(on_bad_image)
     if data == "digits":
         return _digits(img_size, limit)
     sources = open_sources(data, data_dir)
     train, test, names = sources.train, sources.test, sources.class_names
     skipped: list[str] = []
-    train_part = _read(train, _chosen(len(train.labels), limit), img_size, len(names), on_bad_image, skipped)
-    test_part = _read(
-        test,
-        range(len(test.labels)),
-        train_part.images.shape[-1],
-        len(names),
-        on_bad_image,
-        skipped,
-    )
+    train_part = _read(train, _draw_indices(len(train), limit), img_size, len(names), on_bad_image, skipped)
+    side = train_part.images.shape[-1]
+    test_part = _read(test, range(len(test)), side, len(names), on_bad_image, skipped)
     absent = set(test_part.labels.tolist()) - set(train_part.labels.tolist())
     if absent:
         raise DataError(
             f"class {names[min(absent)]!r} has test images but no training image is left of {data} "
             f"(limit={limit}, {len(skipped)} unreadable); raise --limit or mend the data"
         )
-    pad = train_part.images.shape[-1] // 8
-    return ImageData(data, train_part, test_part, names, pad, sources.flip, tuple(skipped))
+    return ImageData(data, train_part, test_part, names, side // 8, sources.flip, tuple(skipped))
 
 
-def _chosen(total: int, limit: int | None) -> Sequence[int]:
+def _draw_indices(total: int, limit: int | None) -> Sequence[int]:
     if limit is None or limit >= total:
         return range(total)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
@@ -130,11 +122,12 @@ def _digits(img_size: int | None, limit: int | None) -> ImageData:
     raw = load_digits()
     scans = np.rint(raw.images * (255 / 16)).astype(np.uint8)
     if img_size is not None:
+        _check_memory(len(scans), img_size, 1)
         scans = np.stack([np.asarray(square(Image.fromarray(scan), img_size)) for scan in scans])
     images = torch.from_numpy(scans).unsqueeze(1)
     labels = torch.from_numpy(raw.target.astype(np.int64))
     train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=raw.target, random_state=0)
-    train = train[np.asarray(_chosen(len(train), limit))]
+    train = train[np.asarray(_draw_indices(len(train), limit))]
     train_part, test_part = (LabelledImages(images[index], labels[index]) for index in (train, test))
     return ImageData("digits", train_part, test_part, tuple("0123456789"), 0, False)
 
@@ -147,21 +140,17 @@ def _read(
     on_bad_image: OnBadImage,
     skipped: list[str],
 ) -> LabelledImages:
+    if img_size is not None:
+        _check_memory(len(indices), img_size, 3)
     pixels = np.empty((0, 0, 0, 3), np.uint8)
     labels: list[int] = []
     for i in indices:
         label = source.label(i, num_classes)
-        try:
-            with source.open(i) as image:
-                array = np.asarray(square(image.convert("RGB"), img_size))
-        except UNREADABLE as error:
-            reason = f"{source.describe(i)}: {error}"
-            if on_bad_image == "fail":
-                raise DataError(
-                    f"cannot read image {reason}; mend or remove it, or pass --on-bad-image skip"
-                ) from error
-            skipped.append(reason)
+        image = read_rgb(source, i, on_bad_image)
+        if isinstance(image, str):
+            skipped.append(image)
             continue
+        array = np.asarray(square(image, img_size))
         if not labels:
             pixels = _allocate(array, len(indices), source.describe(i))
         if array.shape != pixels.shape[1:]:
@@ -182,24 +171,14 @@ def _allocate(first: NDArray[np.uint8], count: int, name: str) -> NDArray[np.uin
         raise DataError(
             f"{name} is {first.shape[1]}x{first.shape[0]} pixels, not square; pass --img-size to crop all to squares"
         )
-    size = first.nbytes * count
-    if size > _LIMIT_BYTES:
-        raise DataError(
-            f"{count} images of {first.shape[0]} pixels need {size / 2**30:.1f} GiB in memory, more than "
-            f"{_LIMIT_BYTES / 2**30:.0f}; use a smaller --img-size or --limit"
-        )
+    _check_memory(count, first.shape[0], first.shape[2])
     return np.empty((count, *first.shape), np.uint8)
 
 
-def square(image: Image.Image, img_size: int | None) -> Image.Image:
-    """Resize the shorter side and crop the centre; as it is when no size is asked for."""
-    if img_size is None or image.size == (img_size, img_size):
-        return image
-    width, height = image.size
-    factor = img_size / min(width, height)
-    image = image.resize(
-        (max(round(width * factor), img_size), max(round(height * factor), img_size)),
-        Image.Resampling.BICUBIC,
-    )
-    left, top = (image.width - img_size) // 2, (image.height - img_size) // 2
-    return image.crop((left, top, left + img_size, top + img_size))
+def _check_memory(count: int, img_size: int, in_chans: int) -> None:
+    size = count * img_size**2 * in_chans
+    if size > _LIMIT_BYTES:
+        raise DataError(
+            f"{count} images of {img_size} pixels need {size / 2**30:.1f} GiB in memory, more than "
+            f"{_LIMIT_BYTES / 2**30:.0f}; use a smaller --img-size or --limit, or --stream"
+        )

@@ -1,12 +1,19 @@
-"""The index of a webdataset shard: where its images lie and what they show."""
+"""Images in webdataset shards: where they lie and what they show."""
 
+import io
+import re
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from PIL import Image
+
 from ..errors import DataError
+from .source import Source, Sources, check_numbered, data_files
 
 SHARD_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+_TEST_STEMS = ("test", "val")
 
 
 class ShardImage(NamedTuple):
@@ -66,3 +73,52 @@ def _class_number(path: Path, key: str, text: bytes | None) -> int:
         raise DataError(
             f"{path} sample {key} has {text[:20]!r} in its .cls; write the number of its class"
         ) from error
+
+
+class _ShardSource(Source):
+    """Images in tar files, read where they lie: the number of the file and the place in it of each."""
+
+    def __init__(self, shards: Sequence[Path], places: Sequence[tuple[int, ShardImage]]) -> None:
+        self.shards, self.places = shards, places
+        self.labels: list[int] = [image.label for _, image in places]
+
+    def open(self, i: int) -> Image.Image:
+        shard, image = self.places[i]
+        with self.shards[shard].open("rb") as file:
+            file.seek(image.offset)
+            return Image.open(io.BytesIO(file.read(image.size)))
+
+    def describe(self, i: int) -> str:
+        shard, image = self.places[i]
+        return f"{self.shards[shard]} sample {image.key}"
+
+
+def shard_files(root: Path) -> list[Path]:
+    """The shards of a folder."""
+    return data_files(root, "*.tar")
+
+
+def shard_sources(root: Path) -> Sources:
+    """The shards of train and of test, or else val; classes of ``classes.txt``, or all up to the highest number."""
+    train, test = _shard_source(root, ("train",)), _shard_source(root, _TEST_STEMS)
+    listing = root / "classes.txt"
+    if listing.is_file():
+        names = listing.read_text(encoding="utf-8").split("\n")
+        return Sources(train, test, tuple(name.strip() for name in names if name.strip()))
+    highest = max([*train.labels, *test.labels], default=-1)
+    return Sources(train, test, tuple(map(str, range(highest + 1))))
+
+
+def _shard_source(root: Path, stems: Sequence[str]) -> _ShardSource:
+    found = shard_files(root)
+    # the name may have the data set's own before: imagenet1k-train-0000.tar
+    by_stem = ([path for path in found if re.search(rf"(^|[-_.]){stem}", path.name)] for stem in stems)
+    shards = next(filter(None, by_stem), [])
+    if not shards:
+        names = ", ".join(path.name for path in found[:6])
+        raise DataError(f"no {' or '.join(f'{s}*.tar' for s in stems)} under {root} (found {names})")
+    check_numbered(shards)
+    places: list[tuple[int, ShardImage]] = []
+    for number, path in enumerate(shards):
+        places.extend((number, image) for image in index_shard(path))
+    return _ShardSource(shards, places)

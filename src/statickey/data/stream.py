@@ -1,7 +1,10 @@
 """Images that are decoded and augmented as they are needed, for data that do not fit into memory."""
 
+import hashlib
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +15,61 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError
-from .augment import parse_policy
-from .images import OnBadImage
+from .pixels import check_side
 from .plan import BatchPlan, mix_seed, seeded
-from .sources import UNREADABLE, Source
+from .randaugment import parse_policy
+from .source import OnBadImage, Source, Sources, check_on_bad_image, read_rgb
+from .sources import open_sources
+
+
+@dataclass(frozen=True)
+class StreamedImages:
+    """A data set that is decoded as it is needed; in place of an ``ImageData``."""
+
+    name: str
+    sources: Sources
+    img_size: int
+    on_bad_image: OnBadImage = "fail"
+    in_chans: int = field(default=3, init=False)
+    skipped: tuple[str, ...] = field(default=(), init=False)
+
+    @property
+    def flip(self) -> bool:
+        """Whether the default augmentation mirrors images."""
+        return self.sources.flip
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.sources.class_names
+
+    def fingerprint(self) -> str:
+        """A hash of all labels, in their order; pixels are not read."""
+        digest = hashlib.sha256(repr(self.class_names).encode())
+        for part in (self.sources.train, self.sources.test):
+            digest.update(repr(list(part.labels)).encode())
+        return digest.hexdigest()
+
+
+def open_stream(
+    data: str, *, data_dir: Path | None = None, img_size: int | None = None, on_bad_image: OnBadImage = "fail"
+) -> StreamedImages:
+    """A data set to decode while training.
+
+    Args:
+        data: As in ``load_images``, but for ``digits``.
+        data_dir: Where downloads are kept.
+        img_size: Side of the images in pixels; default 224.
+        on_bad_image: Stop at an unreadable image, or take the next one in its place.
+
+    Raises:
+        DataError: The data is missing, empty or inconsistent.
+    """
+    if data == "digits":
+        raise DataError("digits are small and in memory; leave out --stream")
+    check_side(img_size)
+    check_on_bad_image(on_bad_image)
+    return StreamedImages(data, open_sources(data, data_dir), 224 if img_size is None else img_size, on_bad_image)
 
 
 class ImageStream(Dataset[tuple[Tensor, Tensor]]):
@@ -47,8 +101,7 @@ class ImageStream(Dataset[tuple[Tensor, Tensor]]):
         *,
         substitute: bool = True,
     ) -> None:
-        if on_bad_image not in ("fail", "skip"):
-            raise DataError(f"on_bad_image={on_bad_image!r} must be 'fail' or 'skip'")
+        check_on_bad_image(on_bad_image)
         self.source, self.transform = source, transform
         self.on_bad_image, self.substitute = on_bad_image, substitute
         self.labels = torch.tensor([source.label(i, num_classes) for i in range(len(source))], dtype=torch.int64)
@@ -76,15 +129,11 @@ class ImageStream(Dataset[tuple[Tensor, Tensor]]):
         """The image wanted, or the next one that can be decoded, with its index; None where none may stand in."""
         for step in range(len(self) if self.substitute else 1):
             i = (wanted + step) % len(self)
-            try:
-                with self.source.open(i) as image:
-                    return i, image.convert("RGB")
-            except UNREADABLE as error:
-                reason = f"cannot read image {self.source.describe(i)}: {error}"
-                if self.on_bad_image == "fail":
-                    raise DataError(f"{reason}; mend or remove it, or pass --on-bad-image skip") from error
-                instead = "the next one takes its place" if self.substitute else "left out"
-                warnings.warn(f"{reason}; {instead}", stacklevel=2)
+            image = read_rgb(self.source, i, self.on_bad_image)
+            if not isinstance(image, str):
+                return i, image
+            instead = "the next one takes its place" if self.substitute else "left out"
+            warnings.warn(f"cannot read image {image}; {instead}", stacklevel=2)
         if not self.substitute:
             return None
         raise DataError(f"no readable image left; the last bad one is {self.source.describe(i)}; mend the data")
@@ -115,8 +164,7 @@ def stream_transforms(
     Raises:
         DataError: An argument outside its range, or a policy of another form.
     """
-    if img_size < 1:
-        raise DataError(f"img_size={img_size} must be a positive number")
+    check_side(img_size)
     for name, value in (("min_scale", min_scale), ("crop_pct", crop_pct)):
         if not 0 < value <= 1:
             raise DataError(f"{name}={value} must be in (0, 1]")

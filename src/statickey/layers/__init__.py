@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from .attention import AttentionMixer
 from .baselines import (
     ConstantAttention,
     IdentityMixer,
@@ -11,7 +12,7 @@ from .baselines import (
     SepConvMixer,
     SynthesizerAttention,
 )
-from .mixer import AttentionMixer, TokenMixer
+from .mixer import TokenMixer
 from .parts import GridState, HeadMix, TokenGrids
 from .static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention, StaticKeyAttention
 

@@ -1,8 +1,4 @@
-"""What static keys are compared with: self-attention, and controls that take more and more away from it.
-
-All share one constructor head, so that a swap can build any of them from the attention it replaces; an
-option that a mixer has no use for (a bias where there is no projection) is accepted and documented as unused.
-"""
+"""What static keys are compared with: self-attention, and controls that take more and more away from it."""
 
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal
@@ -12,10 +8,11 @@ import torch.nn.functional as F
 from timm.models.metaformer import StarReLU
 from torch import Tensor, fx, nn
 
-from .._checks import check_map, check_no_mask, check_not_causal, check_rate
+from .._checks import check_map, check_no_mask, check_not_causal
 from .._typing import Size2
 from ..errors import StaticKeyError
-from .mixer import AttendOp, AttentionMixer, TokenMixer
+from .attention import AttendOp, AttentionMixer
+from .mixer import TokenMixer
 from .parts import GridState
 
 
@@ -24,21 +21,12 @@ class SelfAttention(AttentionMixer):
 
     Attributes: ``qkv``, ``proj``, ``log_temperature`` when it is learned, and ``k_norm`` beside ``q_norm``.
 
+    Other arguments are those of ``TokenMixer``; attention itself runs on any grid.
+
     Args:
-        dim: Channels of the tokens.
-        num_heads: Number of heads h.
-        feat_size: The token grid (H, W); attention itself runs on any.
-        num_prefix_tokens: Class and register tokens before the grid.
-        head_dim: Width d of one head; default ``dim // num_heads``.
-        qkv_bias: Whether the projections have a bias.
-        proj_bias: Whether the output projection has a bias.
-        attn_drop: Dropout rate on the attention weights.
-        proj_drop: Dropout rate on the output.
         scale: Factor on the logits; default ``head_dim ** -0.5``.
         learned_temperature: Learn the factor, starting from ``scale``.
         mask_diagonal: Tokens do not attend to themselves.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -65,19 +53,19 @@ class SelfAttention(AttentionMixer):
             feat_size=feat_size,
             num_prefix_tokens=num_prefix_tokens,
             head_dim=head_dim,
+            qkv_bias=qkv_bias,
             proj_bias=proj_bias,
             attn_drop=attn_drop,
             proj_drop=proj_drop,
-            scale=scale,
-            learned_temperature=learned_temperature,
-            mask_diagonal=mask_diagonal,
             device=device,
             dtype=dtype,
         )
-        inner = self.num_heads * self.head_dim
-        self.qkv = nn.Linear(dim, 3 * inner, bias=qkv_bias, device=device, dtype=dtype)
+        self._set_logits(scale, learned_temperature, mask_diagonal, {"device": device, "dtype": dtype})
+
+    def _build(self, qkv_bias: bool, proj_bias: bool, factory: dict[str, Any]) -> None:
+        super()._build(qkv_bias, proj_bias, factory)
+        self.qkv = nn.Linear(self.dim, 3 * self.num_heads * self.head_dim, bias=qkv_bias, **factory)
         self.k_norm: nn.Module = nn.Identity()
-        self.reset_parameters()
 
     def macs(self, feat_size: Size2 | None = None) -> int:
         """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""
@@ -94,59 +82,19 @@ class SynthesizerAttention(GridState, AttentionMixer):
 
     ``softmax(relu(q(x)) @ static_key^T + key_bias) @ v(x)``: a static key behind a non-linear query.
 
-    Args:
-        dim: Channels of the tokens.
-        num_heads: Number of heads h.
-        feat_size: The token grid (H, W) it is built for; it resamples to others.
-        num_prefix_tokens: Class and register tokens before the grid.
-        head_dim: Width d of one head; default ``dim // num_heads``.
-        qkv_bias: Whether the query and value projections have a bias.
-        proj_bias: Whether the output projection has a bias.
-        attn_drop: Dropout rate on the attention weights.
-        proj_drop: Dropout rate on the output.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
-
     Source:
         Tay et al., Synthesizer: Rethinking Self-Attention in Transformer Models, arXiv 2005.00743.
     """
 
     grid_parameters: ClassVar[tuple[str, ...]] = ("static_key", "key_bias")
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        *,
-        feat_size: Size2,
-        num_prefix_tokens: int = 0,
-        head_dim: int | None = None,
-        qkv_bias: bool = False,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(
-            dim,
-            num_heads,
-            feat_size=feat_size,
-            num_prefix_tokens=num_prefix_tokens,
-            head_dim=head_dim,
-            proj_bias=proj_bias,
-            attn_drop=attn_drop,
-            proj_drop=proj_drop,
-            scale=1.0,
-            device=device,
-            dtype=dtype,
-        )
-        inner = self.num_heads * self.head_dim
-        self.qv = nn.Linear(dim, 2 * inner, bias=qkv_bias, device=device, dtype=dtype)
-        rows = (self.num_heads, self.num_tokens)
-        self.static_key = nn.Parameter(torch.empty(*rows, self.head_dim, device=device, dtype=dtype))
-        self.key_bias = nn.Parameter(torch.empty(rows, device=device, dtype=dtype))
-        self.reset_parameters()
+    def _build(self, qkv_bias: bool, proj_bias: bool, factory: dict[str, Any]) -> None:
+        super()._build(qkv_bias, proj_bias, factory)
+        self.scale = 1.0
+        heads, tokens, width = self.num_heads, self.num_tokens, self.head_dim
+        self.qv = nn.Linear(self.dim, 2 * heads * width, bias=qkv_bias, **factory)
+        self.static_key = nn.Parameter(torch.empty(heads, tokens, width, **factory))
+        self.key_bias = nn.Parameter(torch.empty(heads, tokens, **factory))
 
     def reset_parameters(self) -> None:
         """Initialise the second layer of the perceptron as torch does a Linear's weight, its bias at zero."""
@@ -171,19 +119,6 @@ class SynthesizerAttention(GridState, AttentionMixer):
 class ConstantAttention(GridState, TokenMixer):
     """A learned map per head that does not see the input at all: ``softmax(logits) @ v(x)``.
 
-    Args:
-        dim: Channels of the tokens.
-        num_heads: Number of heads h.
-        feat_size: The token grid (H, W) it is built for; it resamples to others.
-        num_prefix_tokens: Class and register tokens before the grid.
-        head_dim: Width d of one head; default ``dim // num_heads``.
-        qkv_bias: Whether the value projection has a bias.
-        proj_bias: Whether the output projection has a bias.
-        attn_drop: Dropout rate on the attention weights.
-        proj_drop: Dropout rate on the output.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
-
     Source:
         The Random Synthesizer of arXiv 2005.00743, trained and fixed.
     """
@@ -191,34 +126,15 @@ class ConstantAttention(GridState, TokenMixer):
     grid_parameters: ClassVar[tuple[str, ...]] = ("logits",)
     trainable: ClassVar[bool] = True
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        *,
-        feat_size: Size2,
-        num_prefix_tokens: int = 0,
-        head_dim: int | None = None,
-        qkv_bias: bool = False,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(dim, num_heads, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, head_dim=head_dim)
-        check_rate(attn_drop=attn_drop, proj_drop=proj_drop)
+    def _build(self, qkv_bias: bool, proj_bias: bool, factory: dict[str, Any]) -> None:
         inner = self.num_heads * self.head_dim
-        self.v = nn.Linear(dim, inner, bias=qkv_bias, device=device, dtype=dtype)
-        logits = torch.empty(self.num_heads, self.num_tokens, self.num_tokens, device=device, dtype=dtype)
+        self.v = nn.Linear(self.dim, inner, bias=qkv_bias, **factory)
+        logits = torch.empty(self.num_heads, self.num_tokens, self.num_tokens, **factory)
         if self.trainable:
             self.logits = nn.Parameter(logits)
         else:
             self.register_buffer("logits", logits)
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.proj = nn.Linear(inner, dim, bias=proj_bias, device=device, dtype=dtype)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.reset_parameters()
+        self.proj = nn.Linear(inner, self.dim, bias=proj_bias, **factory)
 
     def reset_parameters(self) -> None:
         """Learned maps start near uniform (std 0.02); frozen ones are drawn unit normal."""
@@ -234,10 +150,7 @@ class ConstantAttention(GridState, TokenMixer):
     ) -> Tensor:
         """The map of every head, the same for every image, (B, h, N, N); a mask is refused."""
         check_no_mask(type(self).__name__, attn_mask)
-        if self.input_fmt == "NLC":
-            feat_size = self._check_grid(x, feat_size)
-        else:
-            feat_size = (x.shape[1], x.shape[2]) if self.input_fmt == "NHWC" else (x.shape[2], x.shape[3])
+        x, feat_size = self._tokens(x, feat_size)
         weights = self._resample(self.logits, feat_size).softmax(dim=-1)
         return weights.expand(x.shape[0], -1, -1, -1)
 
@@ -266,41 +179,7 @@ class RandomAttention(ConstantAttention):
     trainable: ClassVar[bool] = False
 
 
-class _FreeMixer(TokenMixer):
-    """Shared constructor of the mixers without heads; num_heads, head_dim and attn_drop are unused."""
-
-    mixes_prefix: ClassVar[bool] = True
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        *,
-        feat_size: Size2,
-        num_prefix_tokens: int = 0,
-        head_dim: int | None = None,
-        qkv_bias: bool = False,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(dim, num_heads, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, head_dim=head_dim)
-        check_rate(attn_drop=attn_drop, proj_drop=proj_drop)
-        if num_prefix_tokens and not self.mixes_prefix:
-            raise StaticKeyError(
-                f"{type(self).__name__} mixes a grid and has no way to reach num_prefix_tokens="
-                f"{num_prefix_tokens}; build the host without them (class_token=False, global_pool='avg')"
-            )
-        self._build(qkv_bias, proj_bias, device, dtype)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def _build(self, qkv_bias: bool, proj_bias: bool, device: Any, dtype: Any) -> None:
-        """Make the parameters, if any."""
-
-
-class IdentityMixer(_FreeMixer):
+class IdentityMixer(TokenMixer):
     """No mixing: tokens pass through. What the rest of the network does alone."""
 
     def macs(self, feat_size: Size2 | None = None) -> int:
@@ -312,11 +191,17 @@ class IdentityMixer(_FreeMixer):
         return x
 
 
-class _MapMixer(_FreeMixer):
+class _MapMixer(TokenMixer):
     """A mixer of maps (B, dim, H, W), without a place for prefix tokens."""
 
     layout: ClassVar[Literal["NLC", "NCHW"]] = "NCHW"
-    mixes_prefix: ClassVar[bool] = False
+
+    def _build(self, qkv_bias: bool, proj_bias: bool, factory: dict[str, Any]) -> None:
+        if self.num_prefix_tokens:
+            raise StaticKeyError(
+                f"{type(self).__name__} mixes a grid and has no way to reach num_prefix_tokens="
+                f"{self.num_prefix_tokens}; build the host without them (class_token=False, global_pool='avg')"
+            )
 
     def forward(
         self,
@@ -367,12 +252,13 @@ class SepConvMixer(_MapMixer):
         Yu et al., MetaFormer Baselines for Vision, arXiv 2210.13452.
     """
 
-    def _build(self, qkv_bias: bool, proj_bias: bool, device: Any, dtype: Any) -> None:
+    def _build(self, qkv_bias: bool, proj_bias: bool, factory: dict[str, Any]) -> None:
+        super()._build(qkv_bias, proj_bias, factory)
         hidden = 2 * self.dim
-        self.pwconv1 = nn.Conv2d(self.dim, hidden, 1, bias=qkv_bias, device=device, dtype=dtype)
-        self.act1 = StarReLU(device=device, dtype=dtype)
-        self.dwconv = nn.Conv2d(hidden, hidden, 7, padding=3, groups=hidden, bias=False, device=device, dtype=dtype)
-        self.pwconv2 = nn.Conv2d(hidden, self.dim, 1, bias=proj_bias, device=device, dtype=dtype)
+        self.pwconv1 = nn.Conv2d(self.dim, hidden, 1, bias=qkv_bias, **factory)
+        self.act1 = StarReLU(**factory)
+        self.dwconv = nn.Conv2d(hidden, hidden, 7, padding=3, groups=hidden, bias=False, **factory)
+        self.pwconv2 = nn.Conv2d(hidden, self.dim, 1, bias=proj_bias, **factory)
 
     def macs(self, feat_size: Size2 | None = None) -> int:
         """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""

@@ -1,29 +1,23 @@
 """What every token mixer is: a module from tokens, or a map of them, to the same, that knows its grid."""
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from functools import partial
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from .._checks import (
+    check_dtype,
     check_feat_size,
     check_head_dim,
     check_map,
     check_not_causal,
+    check_num_prefix_tokens,
     check_rate,
     check_tokens,
 )
-from .._typing import Backend, InputFmt, Size2
-from ..errors import FeatSizeError, StaticKeyError
-from ..ops import resample_static_key, static_key_attention, static_key_weights, unfold_queries
-from .parts import HeadMix, TokenGrids
-
-AttendOp = Callable[..., Tensor]
+from .._typing import InputFmt, Size2
+from ..ops import resample_static_key
+from .parts import TokenGrids
 
 
 class TokenMixer(nn.Module, ABC):
@@ -35,12 +29,22 @@ class TokenMixer(nn.Module, ABC):
     ``"NCHW"``, whose shape tells the grid (set where a host works on maps); ``grids``, what a host with a
     dynamic input size noted about its token counts, else None.
 
+    All mixers share this head of a constructor, so that a swap can build any of them from the attention it
+    replaces. What a mixer has no use for (heads or a bias where there is no projection) is accepted and unused.
+    A subclass makes its parameters in ``_build`` and fills those that torch does not in ``reset_parameters``.
+
     Args:
         dim: Channels of the tokens.
-        num_heads: Number of heads.
+        num_heads: Number of heads h.
         feat_size: The token grid (H, W) the mixer is built for.
-        num_prefix_tokens: Class and register tokens before the grid.
-        head_dim: Width of one head; default ``dim // num_heads``.
+        num_prefix_tokens: P, class and register tokens before the grid.
+        head_dim: Width d of one head; default ``dim // num_heads``.
+        qkv_bias: Whether the projections of queries, keys and values that there are have a bias.
+        proj_bias: Whether the output projection has a bias.
+        attn_drop: Dropout rate on the attention weights.
+        proj_drop: Dropout rate on the output.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
 
     Raises:
         StaticKeyError: An argument is out of range, or ``num_heads`` does not divide ``dim``.
@@ -60,17 +64,46 @@ class TokenMixer(nn.Module, ABC):
         feat_size: Size2,
         num_prefix_tokens: int = 0,
         head_dim: int | None = None,
+        qkv_bias: bool = False,
+        proj_bias: bool = True,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
     ) -> None:
         super().__init__()
         self.head_dim = check_head_dim(dim, num_heads, head_dim)
+        check_num_prefix_tokens(num_prefix_tokens)
+        check_rate(attn_drop=attn_drop, proj_drop=proj_drop)
+        check_dtype(dtype)
         self.dim = dim
         self.num_heads = num_heads
         self.feat_size = check_feat_size(feat_size)
-        if not isinstance(num_prefix_tokens, int) or num_prefix_tokens < 0:
-            raise StaticKeyError(f"num_prefix_tokens={num_prefix_tokens!r} must be zero or a positive integer")
         self.num_prefix_tokens = num_prefix_tokens
         self.input_fmt: InputFmt = "NLC"
         self.grids: TokenGrids | None = None
+        self.attn_drop = nn.Dropout(attn_drop)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self._build(qkv_bias, proj_bias, {"device": device, "dtype": dtype})
+        self.reset_parameters()
+
+    def _build(self, qkv_bias: bool, proj_bias: bool, factory: dict[str, Any]) -> None:
+        """Make the parameters, if any; ``factory`` holds their device and dtype."""
+
+    def reset_parameters(self) -> None:
+        """Initialise what this class owns; projections initialise themselves."""
+
+    if TYPE_CHECKING:
+
+        def __call__(
+            self,
+            x: Tensor,
+            feat_size: Size2 | None = None,
+            *,
+            attn_mask: Tensor | None = None,
+            is_causal: bool = False,
+        ) -> Tensor:
+            """Mix tokens; see ``forward``."""
 
     @property
     def num_tokens(self) -> int:
@@ -100,17 +133,27 @@ class TokenMixer(nn.Module, ABC):
         Raises:
             FeatSizeError: The tokens do not fill the grid.
             StaticKeyError: Causal attention, or a mask for a mixer without attention, is asked for.
+            BackendError: The mixer's ``backend`` cannot run here: ``"triton"`` with a mask, with ``attn_drop`` in
+                training, for self-attention, or while the mixer is compiled, exported or transformed.
         """
         if isinstance(x, fx.Proxy):
             return self._traced(x, feat_size, attn_mask)
         check_not_causal(is_causal)
+        tokens, feat_size = self._tokens(x, feat_size)
+        out = self._mix(tokens, feat_size, attn_mask)
         if self.input_fmt == "NLC":
-            return self._mix(x, self._check_grid(x, feat_size), attn_mask)
+            return out
+        maps = out.reshape(out.shape[0], *feat_size, self.dim)
+        return maps.permute(0, 3, 1, 2) if self.input_fmt == "NCHW" else maps
+
+    def _tokens(self, x: Tensor, feat_size: Size2 | None) -> tuple[Tensor, Size2]:
+        """The input as tokens (B, N, dim), checked, and their grid."""
+        if self.input_fmt == "NLC":
+            return x, self._check_grid(x, feat_size)
         channels_first = self.input_fmt == "NCHW"
         check_map(x, self.dim, self.num_prefix_tokens, channels_first=channels_first)
         maps = x.permute(0, 2, 3, 1) if channels_first else x
-        out = self._mix(maps.flatten(1, 2), (maps.shape[1], maps.shape[2]), attn_mask).reshape(maps.shape)
-        return out.permute(0, 3, 1, 2) if channels_first else out
+        return maps.flatten(1, 2), (maps.shape[1], maps.shape[2])
 
     def _traced(self, x: fx.Proxy, feat_size: Size2 | None, attn_mask: Tensor | None) -> Any:
         """A leaf of a symbolic trace: the grid is known when the mixer runs, not before."""
@@ -208,193 +251,3 @@ class TokenMixer(nn.Module, ABC):
             f"{self.dim}, {self.num_heads}, feat_size={self.feat_size}, "
             f"num_prefix_tokens={self.num_prefix_tokens}, head_dim={self.head_dim}"
         )
-
-
-class AttentionMixer(TokenMixer):
-    """A mixer that weighs values by ``softmax(scale * query . key)``; subclasses bring the key.
-
-    Attributes: ``backend``, the op's backend; ``q_norm``, applied to each head's query, ``out_norm``, applied
-    before ``proj``, and ``head_mix`` (a ``HeadMix``, else None): what a host had around its attention, kept by
-    ``convert``.
-
-    Args:
-        dim: Channels of the tokens.
-        num_heads: Number of heads.
-        feat_size: The token grid (H, W) the mixer is built for.
-        num_prefix_tokens: Class and register tokens before the grid.
-        head_dim: Width of one head; default ``dim // num_heads``.
-        proj_bias: Whether the output projection has a bias.
-        attn_drop: Dropout rate on the attention weights.
-        proj_drop: Dropout rate on the output.
-        scale: Factor on the logits; default ``head_dim ** -0.5``.
-        learned_temperature: Learn the factor, as ``log_temperature``, starting from ``scale``.
-        mask_diagonal: Tokens do not attend to themselves.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        *,
-        feat_size: Size2,
-        num_prefix_tokens: int = 0,
-        head_dim: int | None = None,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        scale: float | None = None,
-        learned_temperature: bool = False,
-        mask_diagonal: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__(dim, num_heads, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, head_dim=head_dim)
-        check_rate(attn_drop=attn_drop, proj_drop=proj_drop)
-        if mask_diagonal and self.num_tokens < 2:
-            raise StaticKeyError(f"mask_diagonal=True leaves nothing to attend to on {self.num_tokens} token")
-        self.scale = self.head_dim**-0.5 if scale is None else scale
-        if learned_temperature and self.scale <= 0:
-            raise StaticKeyError(f"learned_temperature=True needs a positive scale, got scale={scale}")
-        self.mask_diagonal = mask_diagonal
-        self.backend: Backend = "sdpa"
-        self.log_temperature = (
-            nn.Parameter(torch.empty((), device=device, dtype=dtype)) if learned_temperature else None
-        )
-        self.q_norm: nn.Module = nn.Identity()
-        self.head_mix: HeadMix | None = None
-        self.attn_drop = nn.Dropout(attn_drop)
-        self.out_norm: nn.Module = nn.Identity()
-        self.proj = nn.Linear(self.num_heads * self.head_dim, dim, bias=proj_bias, device=device, dtype=dtype)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def reset_parameters(self) -> None:
-        """Initialise what this class owns; projections initialise themselves."""
-        if self.log_temperature is not None:
-            nn.init.constant_(self.log_temperature, math.log(self.scale))
-
-    def attention_weights(
-        self, x: Tensor, feat_size: Size2 | None = None, *, attn_mask: Tensor | None = None
-    ) -> Tensor:
-        """The attention map of every head, always computed and stored in full.
-
-        Args:
-            x: As in ``forward``.
-            feat_size: As in ``forward``.
-            attn_mask: As in ``forward``.
-
-        Returns:
-            (B, h, N, N), rows sum to one (unless heads are mixed after the softmax).
-        """
-        if self.input_fmt == "NLC":
-            feat_size = self._check_grid(x, feat_size)
-        else:
-            maps = x.permute(0, 2, 3, 1) if self.input_fmt == "NCHW" else x
-            feat_size, x = (maps.shape[1], maps.shape[2]), maps.flatten(1, 2)
-        if self._tiles(feat_size):
-            raise FeatSizeError(
-                f"off_grid='window' has no single attention map on feat_size={feat_size}; "
-                f"ask for it on feat_size={self.feat_size}"
-            )
-        return self._attend(x, feat_size, partial(self._weights_op, attn_mask=attn_mask))
-
-    def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:
-        if attn_mask is not None and self._tiles(feat_size):
-            raise FeatSizeError(
-                f"attn_mask needs one map of all tokens, off_grid='window' tiles feat_size={feat_size}"
-            )
-        op = partial(self._attention_op, attn_mask=attn_mask)
-        out = self._attend(x, feat_size, op).transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(self.out_norm(out)))  # type: ignore[no-any-return]
-
-    def _tiles(self, feat_size: Size2) -> bool:
-        """Whether attention on this grid is split into windows."""
-        return False
-
-    def _attention_macs(self, num_tokens: int, num_logits: int, key_width: int, num_projections: int) -> int:
-        """Projections, logits against keys of one width, head mixing, values and output projection."""
-        inner = self.num_heads * self.head_dim
-        mixing = 0 if self.head_mix is None else 2 * self.num_heads**2 * num_logits
-        products = self.num_heads * num_logits * (key_width + self.head_dim)
-        return (num_projections + 1) * self.dim * inner * num_tokens + products + mixing
-
-    @abstractmethod
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
-        """Project and call ``op(query, key, value, key_bias=, query_offset=)``; (B, h, N, ...)."""
-
-    def _logit_scale(self) -> float | Tensor:
-        return self.scale if self.log_temperature is None else self.log_temperature.exp()
-
-    def _attention_op(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        key_bias: Tensor | None = None,
-        query_offset: int = 0,
-        unfold: tuple[Size2, int] | None = None,
-        attn_mask: Tensor | None = None,
-    ) -> Tensor:
-        dropout_p = self.attn_drop.p if self.training else 0.0
-        if self.head_mix is not None:  # the whole map is needed: no fused kernel mixes heads
-            weights = self._weights_op(
-                query,
-                key,
-                value,
-                key_bias=key_bias,
-                query_offset=query_offset,
-                unfold=unfold,
-                attn_mask=attn_mask,
-            )
-            return F.dropout(weights, dropout_p) @ value
-        return static_key_attention(
-            query,
-            key,
-            value,
-            key_bias=key_bias,
-            scale=self._logit_scale(),
-            mask_diagonal=self.mask_diagonal,
-            query_offset=query_offset,
-            attn_mask=_rows_of(attn_mask, query_offset, query.shape[2]),
-            dropout_p=dropout_p,
-            unfold=unfold,
-            backend=self.backend,
-        )
-
-    def _weights_op(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        key_bias: Tensor | None = None,
-        query_offset: int = 0,
-        unfold: tuple[Size2, int] | None = None,
-        attn_mask: Tensor | None = None,
-    ) -> Tensor:
-        weights = static_key_weights(
-            query if unfold is None else unfold_queries(query, *unfold),
-            key,
-            key_bias=key_bias,
-            scale=self._logit_scale(),
-            mask_diagonal=self.mask_diagonal,
-            query_offset=query_offset,
-            attn_mask=_rows_of(attn_mask, query_offset, query.shape[2]),
-            head_mix=None if self.head_mix is None else self.head_mix.logits,
-        )
-        return weights if self.head_mix is None else self.head_mix.weights(weights)
-
-    def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
-        """(B, N, parts*h*d) to ``parts`` tensors (B, h, N, d)."""
-        batch, tokens, _ = x.shape
-        heads = x.reshape(batch, tokens, parts, self.num_heads, self.head_dim)
-        return heads.permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _rows_of(attn_mask: Tensor | None, first_token: int, num_queries: int) -> Tensor | None:
-    """The rows of a mask that belong to consecutive queries."""
-    if attn_mask is None or attn_mask.ndim < 2 or attn_mask.shape[-2] in (1, num_queries):
-        return attn_mask
-    return attn_mask[..., first_token : first_token + num_queries, :]

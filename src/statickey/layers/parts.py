@@ -1,8 +1,11 @@
 """Parts of mixers: what a checkpoint keeps beside a key, and heads that talk."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_saved_grid
 from .._typing import Size2
 from ..errors import FeatSizeError
 
@@ -16,15 +19,15 @@ class GridState(nn.Module):
         """The grid, as a tensor that any checkpoint format can hold, (2,)."""
         return torch.tensor(self.feat_size, device="cpu")
 
-    def set_extra_state(self, state: Tensor) -> None:
+    def set_extra_state(self, state: Any) -> None:
         """Refuse a key that was saved on another grid.
 
         Raises:
-            FeatSizeError: The checkpoint was saved on another grid.
+            FeatSizeError: The checkpoint was saved on another grid, or what it holds is no grid.
         """
-        if not isinstance(state, Tensor) or state.is_meta:  # torch's distributed loader passes a placeholder
-            return
-        saved = tuple(int(size) for size in state)
+        if type(state).__module__.startswith("torch.distributed") or getattr(state, "is_meta", False):
+            return  # a placeholder, on the ranks to which another one sends the checkpoint
+        saved = check_saved_grid(state)
         if saved != self.feat_size:
             raise FeatSizeError(
                 f"the checkpoint's key belongs to feat_size={saved}, this layer is built for {self.feat_size}; build "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .._checks import check_mapping
 from .._typing import Size2
-from ..convert import token_mixers
+from ..convert import saved_grid, token_mixers
 from ..convert.metaformers import HEAD_DIM
 from ..errors import StaticKeyError
 from ..layers import AttentionMixer, TokenMixer
@@ -53,24 +53,26 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         Names and tensors for ``model.load_state_dict``.
 
     Raises:
-        StaticKeyError: Not a mapping, or a reference checkpoint whose heads are not the model's.
+        StaticKeyError: Not a mapping, an entry of another kind than the model's, or a reference checkpoint whose
+            heads are not the model's.
         FeatSizeError: A key has another number of rows than the grid saved beside it.
     """
     out = dict(accept_reference_layout(check_mapping("state_dict", state_dict), model))
-    saved_grid = None
+    _check_kinds(out, model)
+    patch_grid = None
     for prefix, mixer in token_mixers(model).items():
-        extra = out.get(f"{prefix}._extra_state")
-        if extra is None:
+        extra = f"{prefix}._extra_state"
+        if extra not in out:
             continue
-        saved_grid = grid = (int(extra[0]), int(extra[1]))
+        patch_grid = grid = saved_grid(extra, out[extra])
         if grid != mixer.feat_size:
             names = [name for name in mixer.grid_parameters if f"{prefix}.{name}" in out]
             resampled = mixer.resample_state({name: out[f"{prefix}.{name}"] for name in names}, grid)
             out |= {f"{prefix}.{name}": tensor for name, tensor in resampled.items()}
-            out[f"{prefix}._extra_state"] = torch.tensor(mixer.feat_size)
+            out[extra] = torch.tensor(mixer.feat_size)
             _fit_position_bias(out, model, prefix.removesuffix(".mixer"), grid, mixer.feat_size)
     if hasattr(model, "patch_embed"):
-        _fit_patches(out, model, saved_grid)
+        _fit_patches(out, model, patch_grid)
     return out
 
 
@@ -105,6 +107,8 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
             continue
         if name.rpartition(".")[0].rpartition(".")[0] in foreign:
             continue
+        if rows is not None and given[source].ndim == 0:
+            continue
         tensor = given[source] if rows is None else torch.cat([given[source].chunk(3)[row] for row in rows])
         if same_but_for_ones(tensor, target):
             taken[name] = tensor.reshape(target.shape)
@@ -118,6 +122,24 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
     fresh = [name for name in own if name not in taken and not name.endswith("_extra_state")]
     unused = [name for name in given if name not in used]
     return LoadReport(tuple(taken), tuple(fresh), tuple(unused))
+
+
+def _check_kinds(state: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse what cannot be brought to the model's tensor of that name, whatever the grids."""
+    tied = {f"{prefix}.{name}" for prefix, mixer in token_mixers(model).items() for name in mixer.grid_parameters}
+    for name, own in model.state_dict(keep_vars=True).items():
+        if name not in state or not isinstance(own, Tensor) or name.endswith("_extra_state"):
+            continue
+        other = state[name]
+        if not isinstance(other, Tensor):
+            raise StaticKeyError(f"{name} is a {type(other).__name__} in the checkpoint, it must be a tensor")
+        if own.is_floating_point() and not other.is_floating_point():
+            raise StaticKeyError(f"{name} is {other.dtype} in the checkpoint, the model has {own.dtype}; cast it")
+        if own.ndim != other.ndim and (name in tied or name == "pos_embed"):
+            raise StaticKeyError(
+                f"{name} is {tuple(other.shape)} in the checkpoint, which is not {tuple(own.shape)} on another grid; "
+                "give weights of this model"
+            )
 
 
 def _source(name: str, given: Mapping[str, Any]) -> tuple[str | None, tuple[int, ...] | None]:
@@ -144,38 +166,43 @@ def _same_heads(prefix: str, mixer: TokenMixer, given: Mapping[str, Any], model:
 
 
 def _fit_position_bias(
-    state: dict[str, Any], model: nn.Module, prefix: str, saved_grid: Size2, feat_size: Size2
+    state: dict[str, Any], model: nn.Module, prefix: str, old_grid: Size2, feat_size: Size2
 ) -> None:
     """Resample the bias table beside a key, in the layout of Swin and BEiT."""
     name = f"{prefix}.rel_pos.relative_position_bias_table"
-    if name in state:
+    if name not in state:
+        return
+    own, given = model.get_parameter(name), state[name]
+    added = len(own) - _num_distances(feat_size)  # of the class token
+    if given.shape == (_num_distances(old_grid) + added, own.shape[1]):
         state[name] = resize_rel_pos_bias_table(
-            state[name],
-            new_window_size=feat_size,
-            new_bias_shape=tuple(model.get_parameter(name).shape),
-            old_window_size=saved_grid,
+            given, new_window_size=feat_size, new_bias_shape=tuple(own.shape), old_window_size=old_grid
         )
 
 
-def _fit_patches(state: dict[str, Any], model: Any, saved_grid: Size2 | None) -> None:
+def _num_distances(grid: Size2) -> int:
+    return (2 * grid[0] - 1) * (2 * grid[1] - 1)
+
+
+def _fit_patches(state: dict[str, Any], model: Any, patch_grid: Size2 | None) -> None:
     weight = state.get("patch_embed.proj.weight")
     pos_embed = state.get("pos_embed")
     if pos_embed is not None and getattr(model, "pos_embed", None) is not None:
         # the difference to the patches is the prefix, wherever a host keeps its class token
         num_prefix = model.pos_embed.shape[1] - model.patch_embed.num_patches
-        if saved_grid is None:
+        if patch_grid is None:
             kernel = weight if weight is not None and weight.ndim == 4 else torch.empty(model.patch_embed.patch_size)
             kernel = kernel.reshape(-1, 1, *kernel.shape[-2:])  # only its extent is read
-            saved_grid = get_pretrained_grid_size(model, kernel, pos_embed.shape[1] - num_prefix)
+            patch_grid = get_pretrained_grid_size(model, kernel, pos_embed.shape[1] - num_prefix)
         side = math.isqrt(max(pos_embed.shape[1] - num_prefix, 0))
-        if saved_grid is None and side * side == pos_embed.shape[1] - num_prefix:
-            saved_grid = (side, side)  # as timm assumes of position embeddings; keys carry their grid
-        fits = saved_grid is not None and pos_embed.shape[1] == num_prefix + saved_grid[0] * saved_grid[1]
-        if fits and saved_grid != tuple(model.patch_embed.grid_size):
+        if patch_grid is None and side * side == pos_embed.shape[1] - num_prefix:
+            patch_grid = (side, side)  # as timm assumes of position embeddings; keys carry their grid
+        fits = patch_grid is not None and pos_embed.shape[1] == num_prefix + patch_grid[0] * patch_grid[1]
+        if fits and patch_grid != tuple(model.patch_embed.grid_size):
             state["pos_embed"] = resample_abs_pos_embed(
                 pos_embed,
                 new_size=model.patch_embed.grid_size,
-                old_size=saved_grid,
+                old_size=patch_grid,
                 num_prefix_tokens=num_prefix,
             )
     if weight is None:
@@ -198,6 +225,8 @@ def _fit_shifted_patches(state: dict[str, Any], patch_embed: Any) -> None:
     adapted = adapt_input_conv(patch_embed.in_chans, patches).permute(0, 2, 3, 1)
     state["patch_embed.proj.weight"] = adapted.reshape(weight.shape[0], -1)
     for name in ("patch_embed.norm.weight", "patch_embed.norm.bias"):
+        if name not in state or state[name].shape != weight.shape[1:]:
+            continue
         mean = state[name].reshape(area * copies, -1).mean(dim=1, keepdim=True)
         state[name] = mean.expand(-1, patch_embed.in_chans).reshape(-1)
 

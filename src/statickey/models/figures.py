@@ -15,7 +15,7 @@ from .._checks import check_name
 from ..convert import attention_classes, convert, token_mixers
 from ..errors import StaticKeyError, UnsupportedHostError
 from ..layers import AttentionMixer, TokenMixer
-from .build import OUR_MODULES, count_macs
+from .build import count_macs, is_ours
 
 SAME = 0.05
 """Published MACs within this fraction of ours count as the same; parameters, printed in millions, within one."""
@@ -114,7 +114,7 @@ def model_figures(name: str, *, img_size: int | None = None, mixers: Sequence[st
     params = sum(p.numel() for p in model.parameters())
     closed, attention, key_macs = _closed_form(model, input_size)
     macs = count_macs(model, input_size)
-    ours = timm.models.is_model_in_modules(name, OUR_MODULES)  # others may have products we know nothing of
+    ours = is_ours(name)  # others may have products we know nothing of
     if ours and macs != closed:
         raise StaticKeyError(f"{name}: {closed:,} MACs in closed form, {macs:,} counted; please report this")
     activations = _Activations()  # type: ignore[no-untyped-call]

@@ -116,6 +116,8 @@ def from_reference(state_dict: Mapping[str, Any], model: nn.Module) -> dict[str,
     mixers = token_mixers(model)
     out: dict[str, Any] = {}
     for name, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            raise StaticKeyError(f"{name} is a {type(tensor).__name__} in the checkpoint, it must be a tensor")
         for pattern, replacement in (_VIT_NAMES if vit else _FORMER_NAMES) + _MIXER_NAMES:
             name = re.sub(pattern, replacement, name)
         target = own.get(name)

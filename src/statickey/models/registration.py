@@ -19,7 +19,7 @@ def register(
     *,
     cfg: dict[str, Any],
     feature_cfg: dict[str, Any],
-    host: Callable[[str], str],
+    host: Callable[[str], str] | None = None,
 ) -> list[str]:
     """Make timm entry points, as attributes of the calling module.
 
@@ -28,7 +28,7 @@ def register(
         names: For each model its builder and the arguments that make it that model; a user's replace them.
         cfg: The pretrained configuration, without weights.
         feature_cfg: How ``features_only=True`` reads features.
-        host: A name to the name of a timm model whose published weights may start it.
+        host: A name to the name of a timm model whose published weights may start it; None where there is none.
 
     Returns:
         The names.
@@ -36,22 +36,25 @@ def register(
     module = sys.modules[module_name]
     module.default_cfgs = generate_default_cfgs(dict.fromkeys(names, cfg))  # type: ignore[attr-defined]
     for name, (builder, defaults) in names.items():
-        entry = _entry_point(name, builder, defaults, feature_cfg, host(name))
+        entry = _entry_point(name, builder, defaults, feature_cfg, None if host is None else host(name))
         entry.__module__ = module_name
         setattr(module, name, register_model(entry))
     return list(names)
 
 
 def _entry_point(
-    name: str, builder: Builder, defaults: dict[str, Any], feature_cfg: dict[str, Any], host: str
+    name: str, builder: Builder, defaults: dict[str, Any], feature_cfg: dict[str, Any], host: str | None
 ) -> Callable[..., nn.Module]:
     def entry(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         source = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if pretrained and not (source.has_weights or source.state_dict):
+            start = (
+                ", or start from a timm model: statickey.models.warm_start(model, "
+                f"timm.create_model({host!r}, pretrained=True).state_dict())"
+            )
             raise StaticKeyError(
                 f"pretrained=True, but no weights are published for {name}: pass pretrained=False (in smp "
-                "encoder_weights=None), or checkpoint_path= with weights of your own, or start from a timm model: "
-                f"statickey.models.warm_start(model, timm.create_model({host!r}, pretrained=True).state_dict())"
+                "encoder_weights=None), or checkpoint_path= with weights of your own" + (start if host else "")
             )
         features = dict(feature_cfg)
         if "out_indices" in kwargs and not kwargs.get("features_only"):

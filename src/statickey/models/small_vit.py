@@ -1,33 +1,34 @@
-"""The built-in small vision transformer, sized for runs of minutes on a CPU."""
+"""The small vision transformer for runs of minutes on a CPU: ``small_vit``."""
 
-import timm
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+from timm.models._input import update_model_args
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
-from .._checks import check_head_dim, check_positive, nearest_divisors
+from .._checks import check_head_dim, check_img_size, check_mapping, check_positive, nearest_divisors
+from ..convert import convert
 from ..errors import StaticKeyError
+from .lsa_vit import CIFAR10_MEAN, CIFAR10_STD
+from .registration import register
 
 POS_EMBED_STD = 0.3
 
 
-def small_vit_sizes(img_size: int) -> dict[str, int]:
-    """The arguments of ``small_vit`` whose defaults follow the image size; a trained network keeps its own."""
-    tiny = img_size <= 16
-    return {"patch_size": max(img_size // (4 if tiny else 8), 1), "embed_dim": 64 if tiny else 96}
-
-
-def small_vit(
-    img_size: int,
+def small_transformer(
     *,
-    num_classes: int,
-    in_chans: int = 3,
+    mixer: str | None = None,
+    mixer_args: Mapping[str, Any] | None = None,
+    img_size: int | tuple[int, int] = 32,
     patch_size: int | None = None,
     embed_dim: int | None = None,
     depth: int = 4,
     num_heads: int = 4,
     mlp_ratio: float = 2.0,
-    drop_path_rate: float = 0.0,
-) -> nn.Module:
+    **host_args: Any,
+) -> VisionTransformer:
     """A small ViT without class token, mean-pooled, whose defaults train well from scratch with mhsa.
 
     timm's 224-pixel defaults starve self-attention on small images: weights of std 0.02 leave narrow layers
@@ -35,47 +36,71 @@ def small_vit(
     embedding has std ``POS_EMBED_STD``.
 
     Args:
-        img_size: Side of the square input in pixels.
-        num_classes: Classes of the head.
-        in_chans: Channels of the input.
+        mixer: A name in ``MIXERS``; None keeps timm's self-attention.
+        mixer_args: Further constructor arguments of the mixer.
+        img_size: Pixels, one side or (height, width).
         patch_size: Side of a patch in pixels; default a quarter of images up to 16 pixels, else an eighth.
         embed_dim: Width; default 64 for images up to 16 pixels, else 96.
         depth: Number of blocks.
         num_heads: Number of heads.
         mlp_ratio: Hidden width of the perceptrons over ``embed_dim``.
-        drop_path_rate: Stochastic depth rate of the last block.
-
-    Returns:
-        A timm ``VisionTransformer``.
+        host_args: Constructor arguments of timm's ``VisionTransformer``.
 
     Raises:
         StaticKeyError: The patch size does not divide the image, or an argument is out of range.
     """
-    sizes = small_vit_sizes(img_size)
-    patch_size = sizes["patch_size"] if patch_size is None else patch_size
-    embed_dim = sizes["embed_dim"] if embed_dim is None else embed_dim
-    check_positive(img_size=img_size, patch_size=patch_size, depth=depth)
+    size = check_img_size(img_size)
+    side = min(size)
+    if patch_size is None:
+        patch_size = max(side // (4 if side <= 16 else 8), 1)
+    if embed_dim is None:
+        embed_dim = 64 if side <= 16 else 96
+    check_positive(patch_size=patch_size, depth=depth)
     check_head_dim(embed_dim, num_heads, None)
-    if img_size % patch_size:
-        raise StaticKeyError(
-            f"patch_size={patch_size} does not divide img_size={img_size}; "
-            f"use one of {nearest_divisors(img_size, patch_size)}, "
-            f"or img_size={img_size - img_size % patch_size or patch_size}"
-        )
-    model = timm.models.VisionTransformer(
-        img_size=img_size,
+    for extent in size:
+        if extent % patch_size:
+            raise StaticKeyError(
+                f"patch_size={patch_size} does not divide img_size={img_size}; "
+                f"use one of {nearest_divisors(extent, patch_size)}, "
+                f"or img_size={extent - extent % patch_size or patch_size}"
+            )
+    defaults = {"class_token": False, "global_pool": "avg", "weight_init": "jax"}
+    model = VisionTransformer(
+        img_size=size,
         patch_size=patch_size,
-        in_chans=in_chans,
-        num_classes=num_classes,
         embed_dim=embed_dim,
         depth=depth,
         num_heads=num_heads,
         mlp_ratio=mlp_ratio,
-        drop_path_rate=drop_path_rate,
-        class_token=False,
-        global_pool="avg",
-        weight_init="jax",
+        **defaults | host_args,
     )
-    with torch.no_grad():
-        nn.init.trunc_normal_(model.pos_embed, std=POS_EMBED_STD)
-    return model  # type: ignore[no-any-return]
+    if model.pos_embed is not None:
+        with torch.no_grad():
+            nn.init.trunc_normal_(model.pos_embed, std=POS_EMBED_STD)
+    args = check_mapping("mixer_args", mixer_args)
+    if mixer is not None:
+        convert(model, mixer, mixer_args=args)
+    elif args:
+        raise StaticKeyError(f"mixer_args={args} without a mixer; name one of MIXERS, such as mixer='ska'")
+    # a trained network keeps its own at every image size
+    update_model_args(model, patch_size=patch_size, embed_dim=embed_dim)
+    return model
+
+
+NAMES = register(
+    __name__,
+    {"small_vit": (small_transformer, {})},
+    cfg={
+        "num_classes": 10,
+        "input_size": (3, 32, 32),
+        "fixed_input_size": True,
+        "pool_size": None,
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": CIFAR10_MEAN,
+        "std": CIFAR10_STD,
+        "first_conv": "patch_embed.proj",
+        "classifier": "head",
+    },
+    feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+)

@@ -1,6 +1,5 @@
 """Reading weights from files, without running code, with refusals in one line."""
 
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +10,31 @@ from torch import Tensor, nn
 from ..errors import OutputError, StaticKeyError
 from .checkpoint import LoadReport, checkpoint_filter_fn, warm_start
 
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+"""What a folder that timm's ``local-dir:`` takes holds."""
+
 
 def read_weights(path: str | Path) -> dict[str, Any]:
     """The state dict in a file, safetensors or a timm checkpoint; code in it is never run.
 
     Raises:
-        OutputError: There is no such file, or it holds no weights.
+        OutputError: There is no such file, or it holds no weights, or NaN.
     """
     if not Path(path).is_file():
         raise OutputError(f"no weights file {str(path)!r}; give a .safetensors file or a timm checkpoint")
     try:
-        return dict(load_state_dict(str(path), weights_only=True))
-    except (
-        *(OSError, RuntimeError, EOFError, ValueError, TypeError, AttributeError, KeyError),
-        *(pickle.UnpicklingError, safetensors.SafetensorError),
-    ) as error:
+        state = dict(load_state_dict(str(path), weights_only=True))
+    except Exception as error:  # foreign bytes make the unpickler fail in any way
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         if isinstance(error, safetensors.SafetensorError):
             reason = f"not a safetensors file ({reason})"
         raise OutputError(
             f"cannot read weights from {path}: {reason}; give a .safetensors file or a timm checkpoint"
         ) from error
+    for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.float().isnan().any():
+            raise OutputError(f"{path}: {name} holds NaN; the run behind it diverged, give weights from before that")
+    return state
 
 
 def start_from(model: nn.Module, path: str | Path) -> LoadReport:
@@ -51,7 +54,7 @@ def load_exactly(model: nn.Module, path: str | Path) -> None:
     except StaticKeyError as error:
         raise OutputError(f"{path}: {error}") from error
     own = model.state_dict()
-    missing = [name for name in own if name not in given and not name.endswith("_extra_state")]
+    missing = [name for name in own if name not in given]
     foreign = [name for name in given if name not in own]
     if missing or foreign:
         raise OutputError(
@@ -60,7 +63,11 @@ def load_exactly(model: nn.Module, path: str | Path) -> None:
             + f" ({len(missing)} missing, {len(foreign)} foreign tensors); give --model and --mixer it was made with"
         )
     for name, tensor in own.items():
-        if isinstance(tensor, Tensor) and tensor.shape != given[name].shape:
+        if not isinstance(tensor, Tensor) or name.endswith("_extra_state"):
+            continue
+        if tensor.is_floating_point() and not given[name].isfinite().all():
+            raise OutputError(f"{path}: {name} holds values that are not finite; give weights that are")
+        if tensor.shape != given[name].shape:
             what = "number of classes" if tensor.shape[1:] == given[name].shape[1:] else "shape"
             raise OutputError(
                 f"{path} is of another model: {name} is {tuple(given[name].shape)} there, {tuple(tensor.shape)} "

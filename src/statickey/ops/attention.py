@@ -43,22 +43,24 @@ def static_key_attention(
         mask_diagonal: If true, query i does not attend to key ``i + query_offset``.
         query_offset: Index of the first query among the keys' tokens; only used by ``mask_diagonal``.
         attn_mask: Added to the logits after scaling, or, if boolean, true where attention is allowed; broadcasts
-            to (B, h, N, M). A position bias that is learned, for example.
+            to (B, h, N, M). A position bias that is learned, for example. A row in which it allows nothing gives
+            zeros, and gets a gradient of zero, whatever the backend.
         dropout_p: Dropout rate on the attention weights.
         unfold: ``(feat_size, kernel_size)`` to attend with ``unfold_queries(query, feat_size, kernel_size)``, which
             is then not stored where the backend can do without; N is the number of unfolded queries.
         backend: ``"sdpa"`` runs torch's fused attention, or on the CPU, where the static key is wider than the
             value, products for the whole batch a tile of the map at a time; neither stores a large N x M map
-            (but with dropout on the CPU). ``"math"`` always stores it. ``"triton"``, on CUDA in float32, bfloat16 or
-            float16, runs a kernel that stores neither the map nor the unfolded query; backward makes both again,
-            whole, as ``"math"`` does, and has no second derivative. Its speed is not measured. With a dynamic key,
-            ``attn_mask`` or dropout, and where the call is traced, compiled or transformed, it is ``"sdpa"``.
+            (except with dropout on the CPU). ``"math"`` always stores it. ``"triton"``, on CUDA in float32, bfloat16
+            or float16, runs a kernel that stores neither the map nor the unfolded query; backward recomputes both,
+            whole, as ``"math"`` does. Its speed is not measured. It takes no dynamic key, no ``attn_mask`` and no
+            dropout, and does not run under ``torch.compile``, ``torch.export`` or ``torch.func``. All have second
+            derivatives except torch's fused attention, which raises where it has none.
 
     Returns:
         (B, h, N, dv), in the dtype of the inputs.
 
     Raises:
-        StaticKeyError: Shapes or dtypes do not fit together.
+        StaticKeyError: Shapes, dtypes or devices do not fit together, or the scale is not finite.
         BackendError: The backend does not exist, or cannot run on these inputs.
 
     Source:
@@ -75,25 +77,25 @@ def static_key_attention(
         query, static_key, value, key_bias, scale, mask_diagonal, query_offset, attn_mask, shape
     )
     scale = static_key.shape[-1] ** -0.5 if scale is None else scale
-    plain = static_key.ndim == 3 and dropout_p == 0 and not _is_traced(query)
-    if backend == "triton" and plain and attn_mask is None:
-        from . import kernel  # a triton that does not load shall fail only those who ask for it
+    if backend == "triton":
+        from . import kernel  # imported late: a triton that fails to load must not break the other backends
 
-        check_triton(query, kernel.INSTALLED, kernel.INTERPRETED)
+        traced = _is_traced(query)
+        check_triton(query, static_key, attn_mask, dropout_p, traced, kernel.INSTALLED, kernel.INTERPRETED)
         own = query_offset if mask_diagonal else None
         hidden: dict[str, Any] = {"mask_diagonal": mask_diagonal, "query_offset": query_offset}
-        again = partial(static_key_attention, **hidden, unfold=unfold, backend="math")
-        return kernel.fused_attention(query, static_key, value, key_bias, scale, own, unfold, again)
-    backend = "sdpa" if backend == "triton" else backend
-    mask = _mask(query, shape[2], static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
-    if backend == "sdpa" and static_key.ndim == 3 and query.device.type == "cpu":
-        wide = static_key.shape[-1] > value.shape[-1]
-        if wide and plain:
-            return _tiled(query, static_key, value, key_bias, scale, mask, unfold)
-        backend = "math" if wide else backend
-    if unfold is not None:
-        query = unfold_queries(query, *unfold)
-    return _BACKENDS[backend](query, static_key, value, key_bias, scale, mask, dropout_p)
+        recompute = partial(static_key_attention, **hidden, unfold=unfold, backend="math")
+        return kernel.fused_attention(query, static_key, value, key_bias, scale, own, unfold, recompute)
+    mask, empty = _mask(query, shape[2], static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
+    wide_key = static_key.ndim == 3 and static_key.shape[-1] > value.shape[-1] and query.device.type == "cpu"
+    if backend == "sdpa" and wide_key and dropout_p == 0 and not _is_traced(query):
+        out = _tiled(query, static_key, value, key_bias, scale, mask, unfold)
+    else:
+        if unfold is not None:
+            query = unfold_queries(query, *unfold)
+        attend = _math if wide_key else _BACKENDS[backend]
+        out = attend(query, static_key, value, key_bias, scale, mask, dropout_p)
+    return out if empty is None else out.masked_fill(empty, 0.0)
 
 
 def static_key_weights(
@@ -121,15 +123,17 @@ def static_key_weights(
         head_mix: A function of the scaled logits, (B, h, N, M) to the same, before mask and softmax.
 
     Returns:
-        Weights that sum to one over the last axis, (B, h, N, M), in the dtype of the query.
+        Weights that sum to one over the last axis, or are all zero where the mask allows nothing, (B, h, N, M), in
+        the dtype of the query.
 
     Raises:
-        StaticKeyError: Shapes or dtypes do not fit together.
+        StaticKeyError: Shapes, dtypes or devices do not fit together, or the scale is not finite.
     """
     check_static_key_attention(query, static_key, None, key_bias, scale, mask_diagonal, query_offset, attn_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    mask = _mask(query, query.shape[2], static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
-    return _weights(query, static_key, key_bias, scale, mask, head_mix)
+    mask, empty = _mask(query, query.shape[2], static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
+    weights = _weights(query, static_key, key_bias, scale, mask, head_mix)
+    return weights if empty is None else weights.masked_fill(empty, 0.0)
 
 
 def _mask(
@@ -139,19 +143,24 @@ def _mask(
     mask_diagonal: bool,
     query_offset: int,
     attn_mask: Tensor | None,
-) -> Tensor | None:
-    """What is added to the logits, in the dtype of the query."""
-    if attn_mask is not None:
-        attn_mask = attn_mask.reshape((1,) * (2 - attn_mask.ndim) + attn_mask.shape)  # fused attention wants two axes
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        zeros = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
-        attn_mask = zeros.masked_fill(~attn_mask, float("-inf"))
-    elif attn_mask is not None:
-        attn_mask = attn_mask.to(query.dtype)
-    if not mask_diagonal:
-        return attn_mask
-    diagonal = _diagonal_mask(query, num_queries, num_keys, query_offset)
-    return diagonal if attn_mask is None else diagonal + attn_mask
+) -> tuple[Tensor | None, Tensor | None]:
+    """What is added to the logits, in the dtype of the query, and where a row is empty, (..., N, 1).
+
+    Empty rows, in which nothing is allowed, have no softmax: they are opened here, and zeroed in the result.
+    """
+    diagonal = _diagonal_mask(query, num_queries, num_keys, query_offset) if mask_diagonal else None
+    if attn_mask is None:
+        return diagonal, None  # the diagonal alone leaves a key to every query
+    mask = attn_mask.reshape((1,) * (2 - attn_mask.ndim) + attn_mask.shape)  # fused attention wants two axes
+    if mask.dtype == torch.bool:
+        zeros = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+        mask = zeros.masked_fill(~mask, float("-inf"))
+    else:
+        mask = mask.to(query.dtype)
+    if diagonal is not None:
+        mask = diagonal + mask
+    empty = (mask == float("-inf")).all(dim=-1, keepdim=True)
+    return mask.masked_fill(empty, 0.0), empty
 
 
 def _diagonal_mask(query: Tensor, num_queries: int, num_keys: int, query_offset: int) -> Tensor:
@@ -191,8 +200,9 @@ def _sdpa(
 
 
 def _is_traced(query: Tensor) -> bool:
-    """Whether something other than numbers is asked for, which neither a loop over tiles nor a kernel would serve."""
-    tracing = torch._C._get_tracing_state() is not None or query.is_meta
+    """Whether a call is traced, compiled or transformed, which neither a loop over tiles nor a kernel supports."""
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    tracing = torch._C._get_tracing_state() is not None or query.is_meta or forward_mode
     return tracing or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 

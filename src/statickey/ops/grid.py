@@ -207,11 +207,12 @@ _Band = tuple[int, int, int]
 def _bands(feat_size: Size2, window_size: Size2) -> list[tuple[_Band, _Band]]:
     """Row and column bands of equal windows: (first token, window extent, number of windows)."""
     window_height, window_width = check_feat_size(window_size)
-    return [(row, col) for row in _split(feat_size[0], window_height) for col in _split(feat_size[1], window_width)]
+    rows, cols = _axis_bands(feat_size[0], window_height), _axis_bands(feat_size[1], window_width)
+    return [(row, col) for row in rows for col in cols]
 
 
-def _split(extent: int, window: int) -> list[_Band]:
-    """The bands along one axis; no closure, which torch.compile would not enter."""
-    whole, rest = divmod(extent, window)
+def _axis_bands(extent: int, window: int) -> list[_Band]:
+    """The bands along one axis; neither a closure nor divmod, which torch.compile would not enter."""
+    whole, rest = extent // window, extent % window
     bands = [(0, window, whole)] if whole else []
     return bands + ([(whole * window, rest, 1)] if rest else [])

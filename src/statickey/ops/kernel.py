@@ -1,20 +1,20 @@
-"""Attention on a static key in one Triton kernel, for CUDA. Its speed is not measured: nothing takes it unasked."""
+"""Attention on a static key in one Triton kernel, for CUDA. Its speed is not measured, so no default uses it."""
 
-from __future__ import annotations  # the kernel's name triton's types, which may be missing
+from __future__ import annotations  # annotations name triton's types, which may be missing
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .._typing import Size2
+from .recompute import recomputed_gradients
 
 try:
     import triton
     import triton.language as tl
-except ImportError:  # there is none for macOS and Windows
+except ImportError:  # not available for macOS and Windows
     triton = None
 
 INSTALLED = triton is not None
@@ -29,11 +29,11 @@ def fused_attention(
     scale: float | Tensor,
     query_offset: int | None,
     unfold: tuple[Size2, int] | None,
-    again: Callable[..., Tensor],
+    recompute: Callable[..., Tensor],
 ) -> Tensor:
     """Compute ``softmax(scale * (query @ key^T + key_bias)) @ value`` without the map and the unfolded query.
 
-    Backward has no kernel: it makes both again, whole, through ``again``.
+    Backward has no kernel: it recomputes both, whole, through ``recompute``.
 
     Args:
         query: (B, h, N, d), any strides; with ``unfold``, what ``unfold_queries`` takes.
@@ -43,7 +43,7 @@ def fused_attention(
         scale: A number or a 0-dim tensor.
         query_offset: If not None, query i does not attend to key ``i + query_offset``.
         unfold: ``(feat_size, kernel_size)`` to attend with unfolded queries.
-        again: The same function in torch's operations, of ``(query, key, value, key_bias=, scale=)``.
+        recompute: The same function in torch's operations, of ``(query, key, value, key_bias=, scale=)``.
 
     Returns:
         (B, h, N, dv), token-major in memory, as the output projection reads it.
@@ -53,32 +53,28 @@ def fused_attention(
     """
     if isinstance(scale, Tensor):
         scale = scale.to(query.device)
-    out: Tensor = _FusedAttention.apply(again, query, key, value, key_bias, scale, query_offset, unfold)
+    out: Tensor = _FusedAttention.apply(recompute, query, key, value, key_bias, scale, query_offset, unfold)
     return out
 
 
 class _FusedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, again: Callable[..., Tensor], *inputs: Any) -> Tensor:
+    def forward(ctx: Any, recompute: Callable[..., Tensor], *inputs: Any) -> Tensor:
         *tensors, scale, _, _ = inputs
         ctx.save_for_backward(*tensors, scale if isinstance(scale, Tensor) else None)
-        ctx.scale, ctx.again = scale, again
+        ctx.scale, ctx.recompute = scale, recompute
         return _launch(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        leaves = [
-            None if x is None else x.detach().requires_grad_(needed)
-            for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=False)
-        ]
-        query, key, value, key_bias, learned = leaves
-        with torch.enable_grad(), torch.autocast(grad_out.device.type, enabled=False):
+        def recompute(query: Tensor, key: Tensor, value: Tensor, key_bias: Tensor | None, learned: Any) -> Tensor:
             scale = ctx.scale if learned is None else learned
-            out = ctx.again(query, key, value, key_bias=key_bias, scale=scale)
-        wanted = [x for x in leaves if x is not None and x.requires_grad]
-        grads = iter(torch.autograd.grad(out, wanted, grad_out))
-        return None, *(next(grads) if x is not None and x.requires_grad else None for x in leaves), None, None
+            with torch.autocast(query.device.type, enabled=False):
+                out: Tensor = ctx.recompute(query, key, value, key_bias=key_bias, scale=scale)
+            return out
+
+        grads = recomputed_gradients(recompute, ctx.saved_tensors, ctx.needs_input_grad[1:6], grad_out)
+        return None, *grads, None, None
 
 
 def _launch(
@@ -96,7 +92,7 @@ def _launch(
     num_queries = height * length
     out = value.new_empty(batch, num_queries, heads, value_width)
     block = 32 if query.dtype == torch.float32 else 64  # compiled for float32, 64 spill registers
-    block_value = min(128, _power(value_width))
+    block_value = min(128, _block_extent(value_width))
     grid = (-(-num_queries // block) * batch * heads, -(-value_width // block_value))
     with torch.cuda.device_of(query):  # type: ignore[no-untyped-call]
         _KERNEL[grid](
@@ -122,7 +118,7 @@ def _launch(
             mask_diagonal=query_offset is not None,
             block_queries=block,
             block_keys=block,
-            block_width=min(64, _power(width)),
+            block_width=min(64, _block_extent(width)),
             block_value=block_value,
             num_warps=4,
             num_stages=2,
@@ -130,8 +126,8 @@ def _launch(
     return out.transpose(1, 2)
 
 
-def _power(extent: int) -> int:
-    """The power of two that holds it, 16 or more as matrix units want."""
+def _block_extent(extent: int) -> int:
+    """The smallest power of two that covers the extent, at least 16 as matrix units want."""
     return max(16, 1 << (extent - 1).bit_length())
 
 

@@ -16,6 +16,7 @@ def static_key_attention(
     scale: float | Tensor | None = None,
     mask_diagonal: bool = False,
     query_offset: int = 0,
+    attn_mask: Tensor | None = None,
 ) -> Tensor:
     """The op, token by token; arguments and shapes as ``statickey.ops.static_key_attention``."""
     num_queries, width = query.shape[2:]
@@ -26,12 +27,13 @@ def static_key_attention(
         if key_bias is not None:
             logits = logits + key_bias
         logits = logits * factor
+        if attn_mask is not None:
+            mask = attn_mask.expand(*query.shape[:3], -1)[:, :, i]
+            logits = logits.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else logits + mask
         if mask_diagonal:
-            keep = torch.arange(logits.shape[-1]) != i + query_offset
-            weights = torch.zeros_like(logits)
-            weights[..., keep] = logits[..., keep].softmax(dim=-1)
-        else:
-            weights = logits.softmax(dim=-1)
+            logits = logits.masked_fill(torch.arange(logits.shape[-1]) == i + query_offset, float("-inf"))
+        empty = logits.isneginf().all(dim=-1, keepdim=True)
+        weights = logits.masked_fill(empty, 0.0).softmax(dim=-1).masked_fill(empty, 0.0)
         rows.append(torch.einsum("bhm,bhmd->bhd", weights, value))
     return torch.stack(rows, dim=2)
 

@@ -1,51 +1,56 @@
-"""Training, scoring and using image classifiers under Lightning."""
+"""Training, scoring and using networks for any task, under Lightning."""
 
-from .._environment import environment
+from .accuracy import Accuracy
 from .checkpoint import AtomicCheckpointIO
-from .classification import ClassificationTask
-from .display import Display, RunProgress
-from .engine import (
-    PREDICTIONS_FILE,
-    RESULT_FILE,
-    Run,
-    data_module,
-    new_model,
-    new_trainer,
-    read_data,
-    score,
-    train_run,
-)
+from .classification import Classification, ClassificationRecipe
+from .display import Display, RunProgress, RunsDisplay, counted, facts_table
+from .engine import new_trainer, train_run
 from .evaluate import evaluate
-from .folder import locked
+from .folder import free, locked
 from .predict import Predictions, predict
-from .recipe import Machine, Recipe, difference
+from .recipe import Machine, Recipe, difference, identities
+from .registry import TASKS, task_named, task_of
+from .run import PREDICTIONS_FILE, RESULT_FILE, Run, read_result
+from .task import Evidence, Metric, ScoreOn, Task
 from .train import train
+from .training import TrainingModule
 from .weights import WEIGHTS_FILES, ModelCard, load_model
 
 __all__ = [
     "PREDICTIONS_FILE",
     "RESULT_FILE",
+    "TASKS",
     "WEIGHTS_FILES",
+    "Accuracy",
     "AtomicCheckpointIO",
-    "ClassificationTask",
+    "Classification",
+    "ClassificationRecipe",
     "Display",
+    "Evidence",
     "Machine",
+    "Metric",
     "ModelCard",
     "Predictions",
     "Recipe",
     "Run",
     "RunProgress",
-    "data_module",
+    "RunsDisplay",
+    "ScoreOn",
+    "Task",
+    "TrainingModule",
+    "counted",
     "difference",
-    "environment",
     "evaluate",
+    "facts_table",
+    "free",
+    "identities",
     "load_model",
     "locked",
-    "new_model",
     "new_trainer",
     "predict",
-    "read_data",
-    "score",
+    "read_result",
+    "task_named",
+    "task_of",
     "train",
     "train_run",
 ]

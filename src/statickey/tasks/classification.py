@@ -1,203 +1,185 @@
-"""Training an image classifier under Lightning."""
+"""Learning which class an image is of."""
 
-import math
-import time
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
 
-import lightning as L
 import torch
 import torch.nn.functional as F
-from timm.optim import create_optimizer_v2
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import fully_shard
 from torchmetrics.classification import MulticlassAccuracy
 
-from ..data import mix_seed
-from ..errors import DivergedError, OutputError, StaticKeyError
+from .._checks import check_positive
+from ..data import Augmentation, ImageData, ImageDataModule, StreamedImages, load_images, open_stream
+from ..errors import DataError, StaticKeyError
+from ..models import build_model
+from .accuracy import ACCURACY, Accuracy
+from .classification_report import ClassificationScores, Classifier
 from .recipe import Recipe
+from .task import Arrays, Evidence, Metric, ScoreOn, Task
+from .weights import ModelCard
 
-_FUSED = ("adam", "adamw", "sgd")
-_CHECK_EVERY = 50
-"""Steps between looks at the loss on an accelerator, which waits for every look."""
+Data = ImageData | StreamedImages
 
 
-class ClassificationTask(L.LightningModule):
-    """A timm optimizer, linear warm-up, cosine decay, cool-down, and an averaged copy of the weights.
-
-    Random draws inside the model (dropout, drop path) restart from (seed, epoch) at each epoch, so a run
-    resumed at an epoch boundary repeats the uninterrupted one.
+@dataclass(frozen=True, kw_only=True)
+class ClassificationRecipe(Augmentation, Recipe):
+    """How to train an image classifier: what every recipe has, the augmentation, and what stands here.
 
     Args:
-        model: Images (B, C, H, W) to logits (B, num_classes).
-        recipe: How to train it.
-        num_classes: Number of classes.
-        seed: Seed of the draws inside the model.
-        run_id: Identity of the run's circumstances; a checkpoint of other circumstances is refused.
+        data: ``digits``, a torchvision name (``cifar10``, ...), ``hf:NAME`` of the Hugging Face hub, or a folder:
+            of images (train/CLASS/*.jpg, val/CLASS/*.jpg), of parquet files or of webdataset shards.
+        lr: Peak learning rate; default 3e-3 for images up to 16 pixels, else 1e-3, each tuned for mhsa with adamw.
+        img_size: Bring all images to this many pixels; default as stored.
+        stream: Decode images in loader workers as they are needed, with timm's transforms, rather than keep all
+            in memory.
+        mean: Normalisation per channel; default that of the training images, of ImageNet when streaming.
+        std: As ``mean``.
     """
 
-    def __init__(
-        self, model: nn.Module, recipe: Recipe | None = None, *, num_classes: int, seed: int = 0, run_id: str = ""
-    ) -> None:
-        super().__init__()
-        self.model = model
-        self.recipe = (Recipe() if recipe is None else recipe).with_lr(32)
-        self.ema = ModelEmaV3(model, decay=self.recipe.ema_decay, use_warmup=True)
-        self.ema.requires_grad_(False)
-        self.seed = seed
-        self.run_id = run_id
-        self.accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.curve: list[dict[str, float]] = []
-        """One row per finished epoch; part of the checkpoint."""
-        self._epoch_start = self._seconds = self._waited = self._idle_since = 0.0
-        self._loss_sum, self._images = torch.zeros(()), 0
-        self._averaged_steps = 0
+    img_size: int | None = None
+    stream: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
-    def configure_model(self) -> None:
-        """Under a sharded strategy, share out the network and its average, block by block."""
-        if self.device_mesh is not None:
-            for model in (self.model, self.ema.module):
-                _shard(model, self.device_mesh["data_parallel"])
-
-    def on_train_epoch_start(self) -> None:
-        """Restart the model's draws and the epoch's counters."""
-        torch.manual_seed(mix_seed(self.seed, self.current_epoch, -1 - self.global_rank))
-        self._loss_sum, self._images = torch.zeros((), device=self.device), 0
-        self._waited = 0.0
-        self._epoch_start = self._idle_since = time.perf_counter()
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Count how long the loader was waited for."""
-        self._waited += time.perf_counter() - self._idle_since
-
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Cross-entropy of one batch; labels are classes (B,), or mixed, (B, num_classes).
-
-        Raises:
-            DivergedError: The loss is not finite.
-        """
-        images, labels = batch
-        smoothing = self.recipe.label_smoothing if labels.ndim == 1 else 0.0  # mixed labels come smoothed
-        loss = F.cross_entropy(self.model(images), labels, label_smoothing=smoothing)
-        self._loss_sum += loss.detach().float() * len(labels)
-        self._images += len(labels)
-        if (self.device.type == "cpu" or batch_idx % _CHECK_EVERY == 0) and not math.isfinite(loss.item()):
-            raise DivergedError(
-                f"loss is {loss.item()} at epoch {self.current_epoch + 1}, step {batch_idx + 1} "
-                f"(seed {self.seed}); use another --out with a lower --lr (now {self.recipe.lr:g}) "
-                "or more --warmup-epochs"
+    def __post_init__(self) -> None:
+        for name in ("mean", "std"):
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+        Recipe.__post_init__(self)
+        Augmentation.__post_init__(self)
+        if self.img_size is not None:
+            check_positive(img_size=self.img_size)
+        if self.std is not None and min(self.std, default=0) <= 0:
+            raise StaticKeyError(f"std={self.std} must be positive numbers, one per channel")
+        if self.stream and self.crop_padding is not None:
+            raise StaticKeyError(
+                f"crop_padding={self.crop_padding} is for images in memory; streamed ones are cropped at random scale"
             )
-        return loss
+        if self.stream and self.limit is not None:
+            raise StaticKeyError(f"limit={self.limit} is for images in memory; leave out --stream or --limit")
 
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Let the average follow each optimizer step; the clock stops with the last batch, before validation."""
-        if self.global_step != self._averaged_steps:
-            self.ema.update(self.model, step=self.global_step)
-            self._averaged_steps = self.global_step
-        if self.trainer.is_last_batch:
-            self._loss_sum.item()  # waits for an accelerator
-        self._idle_since = time.perf_counter()
-        self._seconds = self._idle_since - self._epoch_start
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        """Accuracy of the plain weights."""
-        images, labels = batch
-        self.accuracy.update(self.model(images), labels)
+class Classification(Task):
+    """Cross-entropy, and top-1 accuracy."""
 
-    def on_validation_epoch_start(self) -> None:
-        """Forget what an earlier epoch or a sanity check counted."""
-        self.accuracy.reset()
+    name: ClassVar[str] = "classify"
+    metric: ClassVar[Metric] = ACCURACY
+    recipe_class: ClassVar[type[Recipe]] = ClassificationRecipe
 
-    def on_train_epoch_end(self) -> None:
-        """Add the finished epoch to the curve; runs before the epoch's checkpoint is written.
-
-        Raises:
-            DivergedError: A weight is not finite, which the loss of the last step could not show.
-        """
-        for name, parameter in self.model.named_parameters():
-            if not parameter.isfinite().all():
-                raise DivergedError(
-                    f"{name} is not finite after epoch {self.current_epoch + 1} (seed {self.seed}); "
-                    f"use another --out with a lower --lr (now {self.recipe.lr:g})"
-                )
-        sums = torch.stack([self._loss_sum, torch.tensor(float(self._images), device=self.device)])
-        loss, images = self.trainer.strategy.reduce(sums, reduce_op="sum").tolist()
-        row = {
-            "epoch": self.current_epoch + 1,
-            "train_loss": loss / max(images, 1),
-            "holdout_accuracy": 100 * self.accuracy.compute().item(),
-            "lr": self.trainer.optimizers[0].param_groups[-1]["lr"],
-            "images_per_second": images / max(self._seconds, 1e-9),
-            "loader_images_per_second": images / max(self._waited, 1e-9),
-            "seconds": self._seconds,
+    def read_data(self, recipe: ClassificationRecipe) -> Data:
+        """Images in memory, or ready to stream."""
+        data_dir = None if recipe.data_dir is None else Path(recipe.data_dir)
+        common: dict[str, Any] = {
+            "data_dir": data_dir,
+            "img_size": recipe.img_size,
+            "on_bad_image": recipe.on_bad_image,
         }
-        self.curve.append(row)
-        for logger in self.loggers:
-            logger.log_metrics({k: v for k, v in row.items() if k != "epoch"}, step=self.current_epoch + 1)
+        data: Data = (
+            open_stream(recipe.data, **common)
+            if recipe.stream
+            else load_images(recipe.data, limit=recipe.limit, **common)
+        )
+        if len(data.class_names) < 2:
+            raise DataError(f"{recipe.data} has the one class {data.class_names}; a classifier needs two")
+        return data
 
-    def configure_optimizers(self) -> Any:
-        """A timm optimizer and a schedule per step.
+    def data_module(
+        self, recipe: ClassificationRecipe, data: Data, seed: int, num_workers: int = 0
+    ) -> ImageDataModule:
+        """Batches of images (B, C, H, W) and labels, (B,), or (B, num_classes) once mixed."""
+        return ImageDataModule(
+            data,
+            augmentation=recipe,
+            batch_size=recipe.batch_size,
+            seed=seed,
+            holdout=recipe.holdout,
+            grad_accum_steps=recipe.grad_accum_steps,
+            mean=recipe.mean,
+            std=recipe.std,
+            num_workers=num_workers,
+        )
 
-        Raises:
-            StaticKeyError: The optimizer refuses its arguments.
-        """
-        recipe = self.recipe
-        # Lightning cannot clip gradients for a fused optimizer under mixed precision
-        fused = recipe.opt in _FUSED and "mixed" not in str(self.trainer.precision)
-        try:
-            optimizer = create_optimizer_v2(
-                self.model,
-                opt=recipe.opt,
-                lr=recipe.lr,
-                weight_decay=recipe.weight_decay,
-                layer_decay=recipe.layer_decay,
-                **({"fused": True} if fused else {}),
-            )
-        except (ValueError, AssertionError, TypeError) as error:
-            raise StaticKeyError(f"opt={recipe.opt!r} is not to be had: {error}") from error
-        for group in optimizer.param_groups:
-            group["lr"] *= group.get("lr_scale", 1.0)
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._lr_factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+    def settled(self, recipe: ClassificationRecipe, data: Data) -> ClassificationRecipe:
+        """The recipe with the augmentation these images stand, and the rate mhsa trains best with at their size."""
+        defaults: dict[str, Any] = {"lr": 3e-3 if data.img_size <= 16 else 1e-3, "flip": data.flip}
+        if isinstance(data, ImageData):
+            defaults["crop_padding"] = data.crop_padding
+        return replace(recipe, **{k: v for k, v in defaults.items() if getattr(recipe, k) is None})
 
-    def _lr_factor(self, step: int) -> float:
-        recipe, peak = self.recipe, self.recipe.lr
-        assert peak is not None
-        per_epoch = int(self.trainer.estimated_stepping_batches) / recipe.total_epochs
-        warmup = recipe.warmup_epochs * per_epoch
-        if step < warmup:
-            low = recipe.warmup_lr / peak
-            return low + (1 - low) * (step + 1) / (warmup + 1)
-        low = recipe.min_lr / peak
-        progress = min((step - warmup) / max(recipe.epochs * per_epoch - warmup, 1), 1.0)
-        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+    def build(self, recipe: ClassificationRecipe, data: Data, mixer: str | None, seed: int) -> nn.Module:
+        """Images (B, C, H, W) to logits (B, num_classes)."""
+        return build_model(
+            recipe.model,
+            mixer,
+            img_size=data.img_size,
+            num_classes=len(data.class_names),
+            in_chans=data.in_chans,
+            seed=seed,
+            model_args=recipe.model_args,
+            fp32_logits=recipe.fp32_logits,
+        )
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the curve with the weights."""
-        checkpoint["curve"] = self.curve
-        checkpoint["run_id"] = self.run_id
+    def input_size(self, data: Data) -> tuple[int, int, int]:
+        """The images' own size."""
+        return data.in_chans, data.img_size, data.img_size
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take the curve up again.
+    def card(self, recipe: ClassificationRecipe, data: Data, module: ImageDataModule, mixer: str | None) -> ModelCard:
+        """Architecture, classes and normalisation."""
+        return ModelCard(
+            architecture=recipe.model,
+            mixer=mixer,
+            model_args=recipe.model_args,
+            img_size=data.img_size,
+            in_chans=data.in_chans,
+            class_names=data.class_names,
+            mean=tuple(module.mean.flatten().tolist()),
+            std=tuple(module.std.flatten().tolist()),
+            streamed=recipe.stream,
+            fp32_logits=recipe.fp32_logits,
+        )
 
-        Raises:
-            OutputError: The checkpoint is of a run in other circumstances.
-        """
-        if checkpoint.get("run_id") != self.run_id:
-            raise OutputError(
-                f"the checkpoint is of another configuration or other data ({checkpoint.get('run_id')}, now "
-                f"{self.run_id}); choose another --out, or delete its *.ckpt to start this run anew"
-            )
-        self.curve = list(checkpoint["curve"])
-        self._averaged_steps = int(checkpoint["global_step"])
+    def examples(
+        self, data: ImageData, module: ImageDataModule, split: ScoreOn, number: int
+    ) -> tuple[list[Tensor], Tensor, list[str]]:
+        """The first image of each of the first classes."""
+        part = data.test if split == "test" else module.val_part
+        picks = [int((part.labels == label).nonzero()[0]) for label in torch.unique(part.labels)][:number]
+        captions = [data.class_names[int(part.labels[pick])] for pick in picks]
+        return list(part.images[picks]), module.normalize(part.images[picks]), captions
 
+    def losses(
+        self, model: nn.Module, batch: tuple[Tensor, Tensor], recipe: ClassificationRecipe
+    ) -> dict[str, Tensor]:
+        """Cross-entropy; mixed labels come smoothed."""
+        images, labels = batch
+        smoothing = recipe.label_smoothing if labels.ndim == 1 else 0.0
+        return {"cross_entropy": F.cross_entropy(model(images), labels, label_smoothing=smoothing)}
 
-def _shard(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Share a network's tensors out: each of timm's ``blocks`` is gathered when its turn comes, the rest once."""
-    for module in list(model.modules()):
-        blocks = getattr(module, "blocks", None)
-        if isinstance(blocks, nn.Sequential | nn.ModuleList):
-            for block in blocks:
-                fully_shard(block, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    def outputs(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Logits (B, num_classes) in float32, and labels (B,)."""
+        images, labels = batch
+        return model(images).float(), labels
+
+    def validation_metric(self, data: Data) -> MulticlassAccuracy:
+        """Top-1 accuracy over all images."""
+        return MulticlassAccuracy(len(data.class_names), average="micro")
+
+    def evidence(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Accuracy:
+        """The class said and the true one of each image."""
+        return Accuracy(torch.cat(list(outputs)).argmax(1).numpy(), torch.cat(list(targets)).numpy())
+
+    def evidence_from(self, arrays: Arrays) -> Evidence:
+        """From ``predicted`` and ``truth``; version 0.1 called the former ``last``."""
+        return Accuracy(arrays["predicted"] if "predicted" in arrays else arrays["last"], arrays["truth"])
+
+    def evaluation(
+        self, outputs: Sequence[Tensor], targets: Sequence[Tensor], class_names: Sequence[str]
+    ) -> ClassificationScores:
+        """Accuracies, calibration, and what is taken for what."""
+        return ClassificationScores(torch.cat(list(outputs)), torch.cat(list(targets)), tuple(class_names))
+
+    def predictor(self, model: nn.Module, card: ModelCard, *, img_size: int | None, top_k: int) -> Classifier:
+        """The likeliest classes of an image."""
+        return Classifier(model, card, img_size=img_size, top_k=top_k)

@@ -1,6 +1,6 @@
 """What the terminal shows while runs are under way."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -16,6 +16,9 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
+
+from .task import Metric
 
 T = TypeVar("T")
 
@@ -23,6 +26,16 @@ T = TypeVar("T")
 def counted(number: int, noun: str) -> str:
     """A number of things, in words: 1 image, 1,000 images."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def facts_table(title: str, facts: Mapping[str, str]) -> Table:
+    """Names and values, one a line."""
+    table = Table(title=escape(title), title_justify="left", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    for name, value in facts.items():
+        table.add_row(escape(name), escape(value))
+    return table
 
 
 class Display:
@@ -85,12 +98,19 @@ class RunsDisplay:
     def __init__(self, display: Display, progress: Progress, num_runs: int) -> None:
         self._display, self._progress = display, progress
         self._done, self._num_runs = 0, num_runs
+        self._waits = False
         self._all = progress.add_task("all runs", total=None, visible=num_runs > 1, note="", rate="")
 
-    def start(self, label: str, epochs: int) -> "RunProgress":
+    def start(self, label: str, epochs: int, metric: Metric) -> "RunProgress":
         """A Lightning callback that moves the bars through one run."""
         self._progress.update(self._all, description=f"all runs [dim]({self._done}/{self._num_runs} done)")
-        return RunProgress(self._progress, self._all, label, epochs, self._num_runs)
+        return RunProgress(self._progress, self._all, label, epochs, self._num_runs, metric)
+
+    def wait(self, reason: str) -> None:
+        """Say, once, why nothing moves."""
+        if not self._waits:
+            self._display.say(f"[dim]{reason}[/dim]")
+        self._waits = True
 
     def finish(self, line: str) -> None:
         """Note a finished run."""
@@ -102,10 +122,11 @@ class RunsDisplay:
 class RunProgress(L.Callback):
     """Moves the bar of one run, batch by batch."""
 
-    def __init__(self, progress: Progress, everything: Any, label: str, epochs: int, num_runs: int) -> None:
+    def __init__(
+        self, progress: Progress, everything: Any, label: str, epochs: int, num_runs: int, metric: Metric
+    ) -> None:
         self._progress, self._everything, self._num_runs = progress, everything, num_runs
-        self._epochs = epochs
-        self._label = label
+        self._epochs, self._metric = epochs, metric
         self._task = progress.add_task(label, total=None, note="", rate="")
         self._batches = 1
 
@@ -132,7 +153,8 @@ class RunProgress(L.Callback):
         """Show how the epoch before went; the task adds to its curve after the callbacks' turn."""
         curve = getattr(pl_module, "curve", [])
         if curve:
-            self._progress.update(self._task, note=f"held-out {curve[-1]['holdout_accuracy']:.1f} %")
+            value = curve[-1][f"holdout_{self._metric.name}"]
+            self._progress.update(self._task, note=f"held-out {self._metric.text(value)}")
 
     def close(self) -> None:
         """Take the bar away."""

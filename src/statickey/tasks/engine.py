@@ -1,6 +1,5 @@
-"""The one training engine: from a recipe, a mixer and a seed to a trained, scored and saved network."""
+"""The one training engine: from a run to a trained, scored and saved network."""
 
-import json
 import logging
 import signal
 import statistics
@@ -8,9 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -18,144 +15,19 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from torch import Tensor, nn
+from torch import nn
 
 from .._environment import environment
 from .._files import write_atomic, write_json
-from ..data import ImageData, ImageDataModule, StreamedImages, load_images, open_stream
-from ..errors import DataError, OutputError, StaticKeyError
+from ..errors import StaticKeyError
 from ..layers import AttentionMixer
-from ..models import build_model, count_macs, start_from
+from ..models import count_macs
 from .checkpoint import SUFFIX, AtomicCheckpointIO, newest_whole
-from .classification import ClassificationTask
 from .recipe import Machine, Recipe
-from .weights import ModelCard, write_model
-
-RESULT_FILE, PREDICTIONS_FILE = "run.json", "predictions.npz"
-Data = ImageData | StreamedImages
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run: a recipe on a data set, with one mixer and seed, in a folder."""
-
-    recipe: Recipe
-    machine: Machine
-    data: Data
-    mixer: str | None
-    seed: int
-    path: Path
-    run_id: str
-    score_on: Literal["test", "holdout"] = "test"
-
-    @property
-    def result(self) -> Path:
-        """Written last: where it exists, the run is finished."""
-        return self.path / RESULT_FILE
-
-    @property
-    def finished(self) -> bool:
-        """Whether there is nothing left to do."""
-        return self.result.is_file()
-
-    def read_result(self) -> dict[str, Any]:
-        """What a finished run wrote.
-
-        Raises:
-            OutputError: It cannot be read.
-        """
-        try:
-            return dict(json.loads(self.result.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
-            raise OutputError(f"{self.result} is broken ({error}); delete {self.path} to repeat the run") from error
-
-    def new_model(self) -> nn.Module:
-        """The network with fresh weights, or those the recipe starts from."""
-        model = new_model(self.recipe, self.data, self.mixer, self.seed)
-        if self.recipe.weights is not None:
-            start_from(model, self.recipe.weights)
-        return model
-
-    def card(self, module: ImageDataModule) -> ModelCard:
-        """What goes beside the weights."""
-        return ModelCard(
-            architecture=self.recipe.model,
-            mixer=self.mixer,
-            model_args=self.recipe.model_args,
-            img_size=self.data.img_size,
-            in_chans=self.data.in_chans,
-            class_names=self.data.class_names,
-            mean=tuple(module.mean.flatten().tolist()),
-            std=tuple(module.std.flatten().tolist()),
-            streamed=self.recipe.stream,
-        )
-
-    def data_module(self) -> ImageDataModule:
-        """The run's batches."""
-        return data_module(self.recipe, self.data, self.seed, self.machine.num_workers)
-
-
-def read_data(recipe: Recipe) -> Data:
-    """The images of a recipe, in memory or ready to stream.
-
-    Raises:
-        DataError: They are missing, inconsistent or unreadable.
-    """
-    data_dir = None if recipe.data_dir is None else Path(recipe.data_dir)
-    if recipe.stream:
-        data: Data = open_stream(
-            recipe.data, data_dir=data_dir, img_size=recipe.img_size, on_bad_image=recipe.on_bad_image
-        )
-    else:
-        data = load_images(
-            recipe.data,
-            data_dir=data_dir,
-            img_size=recipe.img_size,
-            limit=recipe.limit,
-            on_bad_image=recipe.on_bad_image,
-        )
-    if len(data.class_names) < 2:
-        raise DataError(f"{recipe.data} has the one class {data.class_names}; a classifier needs two")
-    return data
-
-
-def new_model(recipe: Recipe, data: Data, mixer: str | None, seed: int) -> nn.Module:
-    """The network of a recipe for some data, with fresh weights."""
-    model = build_model(
-        recipe.model,
-        mixer,
-        img_size=data.img_size,
-        num_classes=len(data.class_names),
-        in_chans=data.in_chans,
-        seed=seed,
-        model_args=recipe.model_args,
-    )
-    if recipe.fp32_logits:
-        for module in model.modules():
-            if isinstance(module, AttentionMixer):
-                module.backend = "math"
-    return model
-
-
-def data_module(recipe: Recipe, data: Data, seed: int, num_workers: int = 0) -> ImageDataModule:
-    """The batches of a recipe."""
-    return ImageDataModule(
-        data,
-        batch_size=recipe.batch_size,
-        seed=seed,
-        holdout=recipe.holdout,
-        grad_accum_steps=recipe.grad_accum_steps,
-        crop_padding=recipe.crop_padding,
-        flip=recipe.flip,
-        auto_augment=recipe.auto_augment,
-        random_erasing=recipe.random_erasing,
-        mixup=recipe.mixup,
-        cutmix=recipe.cutmix,
-        label_smoothing=recipe.label_smoothing,
-        mean=recipe.mean,
-        std=recipe.std,
-        num_workers=num_workers,
-    )
+from .run import PREDICTIONS_FILE, Run
+from .scoring import explained_workers, score
+from .training import TrainingModule
+from .weights import write_model
 
 
 def new_trainer(
@@ -194,7 +66,7 @@ def new_trainer(
         reason = str(error).splitlines()[0]
         raise StaticKeyError(
             f"accelerator={machine.accelerator!r} with devices={machine.devices}, strategy={machine.strategy!r} "
-            f"and precision={recipe.precision!r} is not to be had here: {reason}"
+            f"and precision={recipe.precision!r} is not available here: {reason}"
         ) from error
 
 
@@ -226,8 +98,8 @@ def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[
     """
     start = time.perf_counter()
     model, module = run.new_model(), run.data_module()
-    recipe = run.recipe.with_lr(run.data.img_size)
-    task = ClassificationTask(model, recipe, num_classes=len(run.data.class_names), seed=run.seed, run_id=run.run_id)
+    recipe = run.task.settled(run.recipe, run.data)
+    training = TrainingModule(model, run.task, recipe, run.data, seed=run.seed, run_ids=run.ids)
     if run.machine.channels_last:
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d):
@@ -252,113 +124,65 @@ def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[
     for reason in broken:
         warnings.warn(f"{reason}; going on from {resume}", stacklevel=2)
     with _interruptible(), explained_workers():
-        trainer.fit(task, module, ckpt_path=resume, weights_only=True)
-        state = trainer.strategy.lightning_module_state_dict()
-        if not trainer.is_global_zero:
-            return None
-        return _finish(run, trainer, task, module, state, start)
+        trainer.fit(training, module, ckpt_path=resume, weights_only=True)
+        return _finish(run, trainer, training, module, start)
 
 
 def _finish(
-    run: Run,
-    trainer: L.Trainer,
-    task: ClassificationTask,
-    module: ImageDataModule,
-    state: dict[str, Any],
-    start: float,
-) -> dict[str, Any]:
-    """Score the last and the averaged weights, and write the run's files; the result last."""
-    model = new_model(run.recipe, run.data, run.mixer, run.seed)
-    macs = count_macs(model, (run.data.in_chans, run.data.img_size, run.data.img_size))
-    loader = module.test_dataloader() if run.score_on == "test" else module.holdout_dataloader()
+    run: Run, trainer: L.Trainer, training: TrainingModule, module: Any, start: float
+) -> dict[str, Any] | None:
+    """Score the last and the averaged weights on all processes; the first writes the run's files, the result last."""
+    task, metric, first = run.task, run.task.metric, trainer.is_global_zero
+    state: dict[str, Any] = trainer.strategy.lightning_module_state_dict()
+    if run.machine.strategy == "fsdp":  # whole tensors are on the first process alone
+        state = trainer.strategy.broadcast(state if first else {})
+    model = task.build(run.recipe, run.data, run.mixer, run.seed)
+    macs = count_macs(model, task.input_size(run.data))
+    loader = module.scoring_dataloader(run.score_on)
     device, precision = trainer.strategy.root_device, str(trainer.precision)
-    predicted: dict[str, Any] = {}
-    for name, prefix in (("last", "model."), ("ema", "ema.module.")):
-        weights = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-        model.load_state_dict(weights)
-        logits, truth = score(model.to(device), module, loader, precision)
-        predicted[name] = logits.argmax(1).numpy()
-        write_model(run.path, name, model, run.card(module))
-    labels = predicted["truth"] = truth.numpy()
+    scores: dict[str, float] = {}
+    arrays: dict[str, Any] = {}
+    for which, prefix in (("last", "model."), ("ema", "ema.module.")):
+        model.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+        evidence = score(task, model.to(device), module, loader, precision)
+        mark = "" if which == "last" else f"{which}_"
+        scores[f"{mark}{metric.name}"] = evidence.value()
+        arrays |= {f"{mark}{name}": array for name, array in evidence.arrays().items()}
+        if first:
+            write_model(run.path, which, model, task.card(run.recipe, run.data, module, run.mixer))
+    if not first:
+        return None
+    curve = training.curve
     result = {
+        "task": task.name,
         "mixer": run.mixer,
         "seed": run.seed,
-        "accuracy": float(100 * (predicted["last"] == labels).mean()),
-        "ema_accuracy": float(100 * (predicted["ema"] == labels).mean()),
+        **scores,
         "scored_on": run.score_on,
-        "scored_images": len(labels),
+        "scored_images": evidence.num_images,
         "params": sum(p.numel() for p in model.parameters()),
         "macs": macs,
-        "lr": task.recipe.lr,
-        "images_per_second": statistics.median(row["images_per_second"] for row in task.curve),
-        "loader_images_per_second": statistics.median(row["loader_images_per_second"] for row in task.curve),
-        "train_seconds": sum(row["seconds"] for row in task.curve),
+        "lr": training.recipe.lr,
+        **{k: v for k, v in training.recipe.to_dict().items() if v != getattr(run.recipe, k)},
+        "images_per_second": statistics.median(row["images_per_second"] for row in curve),
+        "loader_images_per_second": statistics.median(row["loader_images_per_second"] for row in curve),
+        "train_seconds": sum(row["seconds"] for row in curve),
         "wall_seconds_this_session": time.perf_counter() - start,
         "backend": sorted({m.backend for m in model.modules() if isinstance(m, AttentionMixer)}),
-        "crop_padding": module.crop_padding,
-        "flip": module.flip,
-        "config_hash": run.run_id,
+        "config_hash": run.ids[0],
+        "data_fingerprint": run.data.fingerprint(),
         "data": run.recipe.data,
         "data_dir": run.recipe.data_dir,
         "config": run.recipe.protocol(),
         "environment": environment(device.type)
         | {"precision": precision, "processes": trainer.world_size, "compiled": run.machine.compile},
-        "curve": task.curve,
+        "curve": curve,
     }
-    write_atomic(run.path / PREDICTIONS_FILE, lambda f: np.savez_compressed(f, **predicted))
+    write_atomic(run.path / PREDICTIONS_FILE, lambda f: np.savez_compressed(f, **arrays))
     write_json(run.result, result)
     for checkpoint in run.path.glob(f"*{SUFFIX}"):
         checkpoint.unlink()
     return result
-
-
-@torch.inference_mode()
-def score(
-    model: nn.Module, module: ImageDataModule, loader: Any, precision: str = "32-true"
-) -> tuple[Tensor, Tensor]:
-    """Logits of a network for all images of a loader.
-
-    Args:
-        model: Images to logits; it is left in evaluation mode.
-        module: Normalises the images.
-        loader: Yields uint8 images and labels.
-        precision: Lightning's precision; mixed ones score under autocast.
-
-    Returns:
-        Logits (N, num_classes) in float32 and labels (N,), both on the CPU.
-    """
-    model.eval()
-    device = next(model.parameters()).device
-    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-    logits, labels = [], []
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        for images, truth in loader:
-            out = model(module.normalize(images.to(device, non_blocking=True)))
-            logits.append(out.float().cpu())
-            labels.append(truth)
-    return torch.cat(logits), torch.cat(labels)
-
-
-@contextmanager
-def explained_workers() -> Iterator[None]:
-    """Say in one line what befell a loader worker.
-
-    Raises:
-        DataError: A worker met a bad image, or died.
-    """
-    try:
-        yield
-    except DataError as error:
-        if not str(error).startswith("Caught"):  # as torch passes on what a worker raised
-            raise
-        raise DataError(" ".join(str(error).rpartition("DataError: ")[2].split())) from error
-    except RuntimeError as error:
-        reason = next(iter(str(error).splitlines()), "")
-        if "DataLoader worker" not in reason:
-            raise
-        raise DataError(
-            f"{reason}; out of memory? use fewer --num-workers, the same command goes on where it stopped"
-        ) from error
 
 
 @contextmanager

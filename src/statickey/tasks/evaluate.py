@@ -1,69 +1,26 @@
-"""``evaluate``: what a trained network gets right, how sure it is, and what it mixes up."""
+"""``evaluate``: how well a trained network does, and where it errs."""
 
-import csv
-import io
-import json
 import time
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
-from torch import Tensor
-from torchmetrics.functional.classification import (
-    multiclass_accuracy,
-    multiclass_calibration_error,
-    multiclass_confusion_matrix,
-)
 
-from .._checks import check_folder
+from .._checks import check_choice, check_folder
 from .._environment import environment
-from .._files import write_atomic, write_json, write_text
-from ..errors import DataError, OutputError, StaticKeyError
-from ..viz import confusion_matrix
-from .display import Display, counted
-from .engine import RESULT_FILE, data_module, explained_workers, new_trainer, read_data, score
-from .recipe import Machine, Recipe
+from .._files import write_csv, write_json
+from ..errors import DataError, OutputError
+from ..viz import save_png
+from .display import Display, counted, facts_table
+from .engine import new_trainer
+from .recipe import Machine
+from .registry import task_named
+from .run import RESULT_FILE, read_result
+from .scoring import explained_workers, outputs_on
+from .task import Task
 from .weights import WEIGHTS_FILES, ModelCard, load_model
-
-CALIBRATION_BINS = 15
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Logits of a network for labelled images."""
-
-    logits: Tensor
-    """(N, num_classes)."""
-    labels: Tensor
-    """(N,)."""
-
-    def metrics(self) -> dict[str, Any]:
-        """Accuracies and calibration error in percent, per class too, and the confusion matrix (true, predicted)."""
-        classes = self.logits.shape[1]
-        counts = multiclass_confusion_matrix(self.logits, self.labels, classes)
-        right, total = counts.diag(), counts.sum(dim=1)
-        top5 = multiclass_accuracy(self.logits, self.labels, classes, top_k=min(5, classes), average="micro")
-        calibration = multiclass_calibration_error(
-            self.logits.softmax(1), self.labels, classes, n_bins=CALIBRATION_BINS
-        )
-        return {
-            "images": len(self.labels),
-            "top1": 100 * right.sum().item() / len(self.labels),
-            "top5": 100 * top5.item(),
-            "mean_per_class": (100 * right[total > 0] / total[total > 0]).mean().item(),
-            "calibration_error": 100 * calibration.item(),
-            "cross_entropy": torch.nn.functional.cross_entropy(self.logits, self.labels).item(),
-            "per_class": [
-                {"right": int(r), "images": int(n), "accuracy": 100 * int(r) / int(n) if n else None}
-                for r, n in zip(right, total, strict=True)
-            ],
-            "confusion": counts.tolist(),
-        }
 
 
 def evaluate(
@@ -86,7 +43,7 @@ def evaluate(
         source: Folder of a run (of ``train``, or one of a comparison's ``runs``), or one of its weights files.
         data: Images to score, as ``train`` takes them; default those of the run.
         data_dir: Where torchvision keeps its downloads.
-        split: The test images, or the training images held out by the run.
+        split: The test images, or the training images held out by the run, from the data it saw alone.
         img_size: Bring images and network to this size; keys and position embeddings are resampled.
         ema: Score the averaged weights.
         out: Folder of the results; default ``evaluation`` in the run's folder, with what differs from the run.
@@ -96,84 +53,115 @@ def evaluate(
         console: Where to print; default the terminal.
 
     Returns:
-        What is in ``evaluation.json``: accuracies and calibration error in percent, per class too.
+        What is in ``evaluation.json``: the scores, per class too.
 
     Raises:
         StaticKeyError: There is no such network, or the data do not fit it; the message says what to do.
     """
-    if split not in ("test", "holdout"):
-        raise StaticKeyError(f"split={split!r} must be 'test' or 'holdout'")
+    check_choice(split=(split, ("test", "holdout")))
     if out is not None:
         check_folder(out=out)
+    machine = Machine(accelerator=accelerator, num_workers=num_workers)
     display = Display(console)
     ema = ema or Path(source).name == WEIGHTS_FILES["ema"]
     model, card = load_model(source, img_size=img_size, ema=ema)
-    recipe = _recipe(Path(source), card, data, data_dir, img_size, precision)
-    trainer = new_trainer(recipe, Machine(accelerator=accelerator))
+    task = task_named(card.task)
+    place = Path(source) if Path(source).is_dir() else Path(source).parent
+    result = read_result(place) if (place / RESULT_FILE).is_file() else None
+    recipe = _recipe(task, source, card, result, data, data_dir, split)
+    size = card.img_size if img_size is None else img_size
+    recipe_here = replace(recipe, img_size=size, precision=precision)
+    trainer = new_trainer(recipe_here, machine)
     with display.busy("reading images"):
-        images = read_data(recipe)
+        images = None if split == "test" else _with_holdout(task, recipe, source, result, data or data_dir)
+        if images is None or size != card.img_size:
+            images = task.read_data(recipe_here)
     display.skipped(images.skipped)
     _check_classes(card, images.class_names, recipe.data)
-    module = data_module(recipe, images, 0, num_workers)
-    loader = module.test_dataloader() if split == "test" else module.holdout_dataloader()
+    module = task.data_module(recipe_here, images, 0, num_workers)
+    loader = module.scoring_dataloader(split)
     start = time.perf_counter()
     with display.busy("scoring"), explained_workers():
-        logits, labels = score(model.to(trainer.strategy.root_device), module, loader, str(trainer.precision))
+        outputs, targets = outputs_on(
+            task, model.to(trainer.strategy.root_device), module, loader, str(trainer.precision)
+        )
     seconds = time.perf_counter() - start
-    found = Scores(logits, labels).metrics()
-    for row, name in zip(found["per_class"], card.class_names, strict=True):
-        row["class"] = name
-    result = {
+    found = task.evaluation(outputs, targets, card.class_names)
+    numbers = found.to_json()
+    report = {
         "source": source,
+        "task": task.name,
         "data": recipe.data,
         "split": split,
-        "img_size": images.img_size,
+        "img_size": size,
         "ema": ema,
-        **found,
-        "images_per_second": len(labels) / seconds,
+        **numbers,
+        "images_per_second": numbers["images"] / seconds,
         "environment": environment(trainer.strategy.root_device.type) | {"precision": str(trainer.precision)},
     }
     marks = ["holdout"] * (split == "holdout") + ["ema"] * ema + [f"{img_size}px"] * (img_size is not None)
     marks += [Path(data).name] if data is not None else []
-    folder = _folder(source) / "-".join(["evaluation", *marks]) if out is None else Path(out)
-    write_json(folder / "evaluation.json", result)
-    write_text(folder / "per_class.csv", _per_class(found["per_class"]))
-    figure = confusion_matrix(found["confusion"], card.class_names)
-    write_atomic(folder / "confusion.png", partial(figure.savefig, format="png", dpi=150))
-    display.console.print(_table(result))
+    folder = place / "-".join(["evaluation", *marks]) if out is None else Path(out)
+    write_json(folder / "evaluation.json", report)
+    rows = found.per_class()
+    write_csv(folder / "per_class.csv", list(rows[0]), rows)
+    for stem, figure in found.figures().items():
+        save_png(figure, folder / f"{stem}.png")
+    title = f"{counted(numbers['images'], split + ' image')} of {Path(recipe.data).name}, {size} px"
+    throughput = {"throughput": f"{report['images_per_second']:,.0f} img/s"}
+    display.console.print(facts_table(title, found.rows() | throughput))
     display.say(f"results: {escape(str(folder))}")
-    return result
-
-
-def _folder(source: str) -> Path:
-    path = Path(source)
-    return path if path.is_dir() else path.parent
+    return report
 
 
 def _recipe(
-    source: Path, card: ModelCard, data: str | None, data_dir: str | None, img_size: int | None, precision: str
-) -> Recipe:
-    """The recipe of the run, with what is asked for here."""
-    path = _folder(str(source)) / RESULT_FILE
-    known: dict[str, Any] = {}
-    if path.is_file():
-        try:
-            result = json.loads(path.read_text(encoding="utf-8"))
-            known = {"data": result["data"], "data_dir": result["data_dir"]} | result["config"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{path} is broken ({error!r}); give --data and a copy of the weights") from error
-    if data is None and not known:
+    task: Task,
+    source: str,
+    card: ModelCard,
+    result: dict[str, Any] | None,
+    data: str | None,
+    data_dir: str | None,
+    split: str,
+) -> Any:
+    """The recipe of the run, for its data or those asked for, with the card's normalisation."""
+    known: dict[str, Any] = {"img_size": card.img_size}
+    if result is not None:
+        known |= {"data": result["data"], "data_dir": result["data_dir"]} | result["config"]
+    elif data is None:
         raise DataError(f"{source} does not say what it was trained on; give --data")
-    asked = {"data": data, "data_dir": data_dir}
-    fixed = {
-        "img_size": card.img_size if img_size is None else img_size,
-        "precision": precision,
-        "stream": card.streamed,
-    }
-    known = {"img_size": card.img_size} | known | {k: v for k, v in asked.items() if v is not None} | fixed
+    options = task.recipe_class.defaults()
+    unknown = sorted(known.keys() - options.keys())
+    if unknown:
+        raise OutputError(
+            f"{source} was made with {', '.join(unknown)}, which this version does not know; use the version that "
+            "made it"
+        )
     if data is not None:
-        known["limit"] = None
-    return Recipe(**known | {"mean": card.mean, "std": card.std})
+        known |= {"data": data} | ({"limit": None} if split == "test" else {})
+    if data_dir is not None:
+        known["data_dir"] = data_dir
+    prepared = {"stream": card.streamed, "mean": card.mean, "std": card.std}
+    return task.recipe_class(**known | {k: v for k, v in prepared.items() if k in options} | {"weights": None})
+
+
+def _with_holdout(task: Task, recipe: Any, source: str, result: dict[str, Any] | None, elsewhere: str | None) -> Any:
+    """The data of the run; of others another part would be held out, training images among them.
+
+    Raises:
+        DataError: The data asked for are not the run's, or nothing tells.
+    """
+    if result is None:
+        raise DataError(f"{source} does not say which images its run held out; give the folder of a run")
+    images = task.read_data(recipe)
+    if "data_fingerprint" not in result:  # version 0.1 did not note it
+        if elsewhere is not None:
+            raise DataError(f"{source} does not say which data it saw; leave {elsewhere!r} out, or use --split test")
+    elif images.fingerprint() != result["data_fingerprint"]:
+        raise DataError(
+            f"{recipe.data} is not the data that {source} saw, so its held-out images are not known there; give that "
+            "data, or use --split test"
+        )
+    return images
 
 
 def _check_classes(card: ModelCard, names: tuple[str, ...], data: str) -> None:
@@ -188,34 +176,3 @@ def _check_classes(card: ModelCard, names: tuple[str, ...], data: str) -> None:
             f"class {differing[0]!r} of the network is {differing[1]!r} in {data}; name the classes alike, "
             "in the same order"
         )
-
-
-def _per_class(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ("class", "images", "right", "accuracy"), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def _table(result: dict[str, Any]) -> Table:
-    """The scores, for the terminal."""
-    name = Path(result["data"]).name
-    title = f"{counted(result['images'], result['split'] + ' image')} of {name}, {result['img_size']} px"
-    table = Table(title=title, title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
-    known = [row for row in result["per_class"] if row["accuracy"] is not None]
-    worst = sorted(known, key=lambda row: row["accuracy"])[:3]
-    rows = {
-        "top-1": f"{result['top1']:.2f} %",
-        "top-5": f"{result['top5']:.2f} %",
-        "mean per class": f"{result['mean_per_class']:.2f} %",
-        "calibration error": f"{result['calibration_error']:.2f} %",
-        "cross-entropy": f"{result['cross_entropy']:.3f}",
-        "hardest classes": ", ".join(f"{escape(row['class'])} ({row['accuracy']:.0f} %)" for row in worst),
-        "throughput": f"{result['images_per_second']:,.0f} img/s",
-    }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table

@@ -1,4 +1,4 @@
-"""A folder of results, which one process at a time writes."""
+"""Folders of results, each of which one process at a time writes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,20 +11,43 @@ from ..errors import OutputError
 
 
 @contextmanager
-def locked(root: Path) -> Iterator[None]:
-    """Hold the folder; the lock goes with the process, however it ends.
+def free(folder: Path, wait: float = 0) -> Iterator[bool]:
+    """Hold a folder if it is free; the lock goes with the process, however it ends.
+
+    Args:
+        folder: It is made where it does not exist.
+        wait: How many seconds to wait for another process that holds it.
+
+    Returns:
+        Whether it is held.
 
     Raises:
-        OutputError: Another process holds it, or the folder cannot be written.
+        OutputError: The folder cannot be written.
     """
-    with explained_write(root):
-        root.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(root / ".lock")
+    with explained_write(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
         try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            raise OutputError(f"another process is writing to {root}; wait for it or choose another --out") from error
+            lock.acquire(timeout=wait)
+        except Timeout:
+            held = False
+        else:
+            held = True
     try:
-        yield
+        yield held
     finally:
-        lock.release()
+        if held:
+            lock.release()
+
+
+@contextmanager
+def locked(folder: Path, wait: float = 0) -> Iterator[None]:
+    """Hold a folder.
+
+    Raises:
+        OutputError: Another process holds it, or it cannot be written.
+    """
+    with free(folder, wait) as held:
+        if not held:
+            raise OutputError(f"another process is writing to {folder}; wait for it or choose another --out")
+        yield

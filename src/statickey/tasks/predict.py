@@ -1,53 +1,47 @@
-"""``predict``: classes of image files, and where the network looked."""
+"""``predict``: what a trained network says of image files, and where it looked."""
 
-import csv
 import glob
-import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 from torch import Tensor, nn
 
-from .._checks import check_folder, check_positive
-from .._files import write_atomic, write_text
-from ..data import IMAGE_SUFFIXES, UNREADABLE, normalize, square, stream_transforms
+from .._checks import check_folder
+from .._files import write_csv, write_text
+from ..data import IMAGE_SUFFIXES, UNREADABLE
 from ..errors import OutputError, StaticKeyError
 from ..layers import TokenMixer
-from ..viz import attention_overlay, capture_attention
-from .display import Display, counted
+from ..viz import attention_overlay, capture_attention, save_png
+from .display import Display
 from .engine import new_trainer
 from .recipe import Machine, Recipe
-from .weights import ModelCard, load_model
+from .registry import task_named
+from .task import Predictor
+from .weights import load_model
 
-_SHOWN = 20
 _BATCH = 64
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Classes of images, and the files that could not be read."""
+    """What a network says of images, and the files that could not be read."""
 
     rows: list[dict[str, Any]]
-    """One a file: ``file`` and ``classes``, a list of ``class`` and ``probability``, the likeliest first; and
-    ``attention``, the path of its picture, where pictures were asked for."""
+    """One a file: ``file``, what the task says of it (for a classifier ``classes``, a list of ``class`` and
+    ``probability``, the likeliest first), and ``attention``, the path of its picture, where one was asked for."""
     skipped: list[str]
     """Why files were left out."""
 
 
 def predict(
     source: str,
-    files: Sequence[str],
+    files: str | Sequence[str],
     *,
     top_k: int = 5,
     img_size: int | None = None,
@@ -58,12 +52,12 @@ def predict(
     accelerator: str = "auto",
     console: Console | None = None,
 ) -> Predictions:
-    """Classify images with a trained network.
+    """Ask a trained network about images.
 
     Args:
         source: Folder of a run (of ``train``, or one of a comparison's ``runs``), or one of its weights files.
-        files: Image files, folders of them, wildcards, or ``-`` for names on standard input, one a line.
-        top_k: Classes per image.
+        files: An image file or several, folders of them, wildcards, or ``-`` for names on standard input, one a line.
+        top_k: Answers per image, such as classes.
         img_size: Bring images and network to this size.
         ema: Use the averaged weights.
         out: A ``.csv`` or ``.json`` file for the results.
@@ -79,37 +73,31 @@ def predict(
     Raises:
         StaticKeyError: No such network or layer, or no readable image; the message says what to do.
     """
-    check_positive(top_k=top_k)
+    files = [files] if isinstance(files, str) else list(map(str, files))
     if out is not None and Path(out).suffix not in (".csv", ".json"):
         raise OutputError(f"out={out!r} must end in .csv or .json")
     if attention is not None:
         check_folder(attention=attention)
     display = Display(console)
     model, card = load_model(source, img_size=img_size, ema=ema)
-    device = new_trainer(Recipe(), Machine(accelerator=accelerator)).strategy.root_device
-    model.to(device)
-    name = None if attention is None else _layer(model, layer)
-    reader = _Reader(card, card.img_size if img_size is None else img_size)
-    rows: list[dict[str, Any]] = []
+    model.to(new_trainer(Recipe(), Machine(accelerator=accelerator)).strategy.root_device)
+    predictor = task_named(card.task).predictor(model, card, img_size=img_size, top_k=top_k)
+    layer = "" if attention is None else _layer(model, layer)
     skipped: list[str] = []
     paths = list(dict.fromkeys(_paths(files, skipped)))
     if not paths:
-        raise StaticKeyError(
-            f"no image in {', '.join(map(str, files)) or 'nothing'}; give files, folders or wildcards"
-        )
+        raise StaticKeyError(f"no image in {', '.join(files) or 'nothing'}; give files, folders or wildcards")
     names = _picture_names(paths)
-    for batch in display.track(_batches(reader, paths, skipped), -(-len(paths) // _BATCH), "classifying"):
-        kept, pixels = batch
-        images = normalize(torch.stack(pixels).to(device), reader.mean.to(device), reader.std.to(device))
-        batch_rows: list[dict[str, Any]] = [
-            {"file": str(path), "classes": classes}
-            for path, classes in zip(kept, _classes(model, images, card, top_k), strict=True)
-        ]
+    rows: list[dict[str, Any]] = []
+    batches = _batches(predictor, paths, skipped)
+    for kept, pixels in display.track(batches, -(-len(paths) // _BATCH), "predicting"):
+        images = predictor.prepare(pixels)
+        found = [{"file": str(path)} | row for path, row in zip(kept, predictor.predict(images), strict=True)]
         if attention is not None:
-            for row, path in zip(batch_rows, kept, strict=True):
+            for row, path in zip(found, kept, strict=True):
                 row["attention"] = str(Path(attention) / names[path])
-            _draw(model, str(name), images, pixels, batch_rows)
-        rows += batch_rows
+            _draw(model, layer, images, pixels, found, predictor)
+        rows += found
     if not rows and len(skipped) == 1:
         raise StaticKeyError(f"cannot read {skipped[0]}")
     for line in skipped:
@@ -117,11 +105,14 @@ def predict(
     if not rows:
         raise StaticKeyError(f"none of {len(paths)} files could be read")
     if out is not None:
-        write_text(Path(out), json.dumps(rows, indent=2) + "\n" if out.endswith(".json") else _csv(rows))
+        if out.endswith(".json"):
+            write_text(Path(out), json.dumps(rows, indent=2) + "\n")
+        else:
+            write_csv(Path(out), *predictor.csv(rows))
         display.say(f"results: {escape(out)}")
     if attention is not None:
         display.say(f"attention: {escape(attention)}")
-    display.console.print(_table(rows))
+    display.console.print(predictor.table(rows))
     return Predictions(rows, skipped)
 
 
@@ -144,45 +135,20 @@ def _found(word: str) -> Iterable[Path]:
     return [path]
 
 
-class _Reader:
-    """Files to pixels, as the network saw its training images."""
-
-    def __init__(self, card: ModelCard, img_size: int) -> None:
-        self.img_size, self.in_chans = img_size, card.in_chans
-        self.transform = stream_transforms(img_size, train=False) if card.streamed else None
-        self.mean, self.std = (torch.tensor(x).view(-1, 1, 1) for x in (card.mean, card.std))
-
-    def __call__(self, path: Path) -> Tensor:
-        """Pixels (C, H, W) in uint8; raises one of ``UNREADABLE``."""
-        with Image.open(path) as file:
-            image = file.convert("L" if self.in_chans == 1 else "RGB")
-            if self.transform is not None:
-                return torch.as_tensor(self.transform(image))
-            pixels = torch.from_numpy(np.array(square(image, self.img_size)))
-            return pixels.unsqueeze(0) if self.in_chans == 1 else pixels.permute(2, 0, 1)
-
-
-def _batches(reader: _Reader, paths: Sequence[Path], skipped: list[str]) -> Iterator[tuple[list[Path], list[Tensor]]]:
+def _batches(
+    predictor: Predictor, paths: Sequence[Path], skipped: list[str]
+) -> Iterator[tuple[list[Path], list[Tensor]]]:
     for start in range(0, len(paths), _BATCH):
         kept, pixels = [], []
         for path in paths[start : start + _BATCH]:
             try:
-                pixels.append(reader(path))
+                pixels.append(predictor.read(path))
             except UNREADABLE as error:
                 skipped.append(f"{path}: {getattr(error, 'strerror', None) or error}")
             else:
                 kept.append(path)
         if kept:
             yield kept, pixels
-
-
-@torch.inference_mode()
-def _classes(model: nn.Module, images: Tensor, card: ModelCard, top_k: int) -> list[list[dict[str, Any]]]:
-    probabilities, indices = model(images).float().softmax(1).cpu().topk(min(top_k, len(card.class_names)))
-    return [
-        [{"class": card.class_names[i], "probability": p} for i, p in zip(own.tolist(), ps.tolist(), strict=True)]
-        for own, ps in zip(indices, probabilities, strict=True)
-    ]
 
 
 def _layer(model: nn.Module, layer: str) -> str:
@@ -223,42 +189,18 @@ def _picture_names(paths: Sequence[Path]) -> dict[Path, str]:
 
 
 def _draw(
-    model: nn.Module, layer: str, images: Tensor, pixels: Sequence[Tensor], rows: Sequence[dict[str, Any]]
+    model: nn.Module,
+    layer: str,
+    images: Tensor,
+    pixels: Sequence[Tensor],
+    rows: Sequence[dict[str, Any]],
+    predictor: Predictor,
 ) -> None:
     mixer: Any = model.get_submodule(layer)
-    weights = capture_attention(model, images)[layer]
+    weights = capture_attention(model, images, layers=[layer])[layer]
     if len(weights) != len(images):
         raise StaticKeyError(f"layer {layer} attends within windows of an image; choose another --layer")
     for image, maps, row in zip(pixels, weights, rows, strict=True):
         picture = image.permute(1, 2, 0).numpy() / 255
-        best = row["classes"][0]
-        title = f"{Path(row['file']).name}: {best['class']} ({100 * best['probability']:.0f} %)\n{layer}"
-        figure = attention_overlay(picture, maps, mixer.feat_size, title)
-        write_atomic(Path(row["attention"]), partial(figure.savefig, format="png", dpi=150))
-
-
-def _csv(rows: list[dict[str, Any]]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    pictures = ["attention"] if "attention" in rows[0] else []
-    writer.writerow(["file", "rank", "class", "probability", *pictures])
-    for row in rows:
-        for rank, guess in enumerate(row["classes"], start=1):
-            cells = [row["file"], rank, guess["class"], f"{guess['probability']:.6f}"]
-            writer.writerow([*cells, *(row[name] for name in pictures)])
-    return text.getvalue()
-
-
-def _table(rows: list[dict[str, Any]]) -> Table:
-    """The first images' classes, for the terminal."""
-    title = counted(len(rows), "image") + (f", the first {_SHOWN}" if len(rows) > _SHOWN else "")
-    table = Table(title=title, title_justify="left")
-    table.add_column("file", overflow="fold")
-    table.add_column("class", style="bold")
-    table.add_column("%", justify="right")
-    table.add_column("then", style="dim", overflow="fold")
-    for row in rows[:_SHOWN]:
-        best, *rest = row["classes"]
-        then = ", ".join(f"{guess['class']} ({100 * guess['probability']:.0f} %)" for guess in rest)
-        table.add_row(escape(row["file"]), escape(best["class"]), f"{100 * best['probability']:.1f}", escape(then))
-    return table
+        title = f"{Path(row['file']).name}: {predictor.title(row)}\n{layer}"
+        save_png(attention_overlay(picture, maps, mixer.feat_size, title), Path(row["attention"]))

@@ -1,6 +1,5 @@
 """``train``: one network by one recipe."""
 
-import csv
 import io
 import os
 from collections.abc import Iterator
@@ -14,18 +13,21 @@ import yaml
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
-from .._checks import check_folder, check_name
-from .._files import write_text
+from .._checks import check_choice, check_folder, check_seed
+from .._files import read_yaml, write_csv, write_text
+from .._plugins import loaded_plugins
 from ..errors import OutputError, StaticKeyError
-from ..layers import MIXERS
-from ..models import start_from
+from ..models import Swap, start_from
 from .checkpoint import SUFFIX
-from .display import Display, counted
-from .engine import Run, new_model, new_trainer, read_data, train_run
+from .classification import ClassificationRecipe
+from .display import Display, counted, facts_table
+from .engine import new_trainer, train_run
 from .folder import locked
-from .recipe import Machine, Recipe, difference
+from .recipe import Machine, Recipe, difference, identities
+from .registry import task_of
+from .run import Run
+from .task import ScoreOn
 from .weights import WEIGHTS_FILES
 
 CONFIG_FILE, CURVE_FILE = "config.yaml", "curve.csv"
@@ -39,7 +41,7 @@ def train(
     out: str = "statickey-train",
     resume: Literal["auto", "never"] = "auto",
     logger: Literal["tensorboard", "wandb", "mlflow"] = "tensorboard",
-    score_on: Literal["test", "holdout"] = "test",
+    score_on: ScoreOn = "test",
     machine: Machine | None = None,
     console: Console | None = None,
 ) -> dict[str, Any] | None:
@@ -49,8 +51,9 @@ def train(
     a CPU, ends in the weights of an uninterrupted run. The test images are read once, after the last epoch.
 
     Args:
-        recipe: Data, network, optimisation and augmentation; default 14 epochs of the built-in digits.
-        mixer: Token mixer in place of the network's attention; default the network's own.
+        recipe: What is learned and how; default a ``ClassificationRecipe``, 14 epochs of the built-in digits.
+        mixer: Token mixer in place of the network's attention, with its arguments and layers if need be, as
+            ``cska:kernel_size=5`` or ``ska@-3,-2,-1``; default the network's own.
         seed: Seed of weights, order and augmentation.
         out: Folder of the run.
         resume: Go on with what is in ``out``, or refuse a folder that holds a run.
@@ -67,20 +70,16 @@ def train(
         KeyboardInterrupt: Ctrl-C; the same call continues.
     """
     check_folder(out=out)
-    recipe = Recipe() if recipe is None else recipe
+    check_choice(
+        resume=(resume, ("auto", "never")),
+        score_on=(score_on, ("test", "holdout")),
+        logger=(logger, ("tensorboard", "wandb", "mlflow")),
+    )
+    check_seed(seed)
     machine = Machine() if machine is None else machine
-    recipe = recipe.on(machine)
-    for name, value, known in (
-        ("resume", resume, ("auto", "never")),
-        ("score_on", score_on, ("test", "holdout")),
-        ("logger", logger, ("tensorboard", "wandb", "mlflow")),
-    ):
-        if value not in known:
-            raise StaticKeyError(f"{name}={value!r} must be one of {', '.join(known)}")
-    if mixer is not None:
-        check_name("mixer", mixer, MIXERS)
-    if seed < 0:
-        raise StaticKeyError(f"seed={seed} must not be negative")
+    recipe = (ClassificationRecipe() if recipe is None else recipe).on(machine)
+    task = task_of(recipe)
+    mixer = None if mixer is None else str(Swap.parse(mixer))
     trainer = new_trainer(recipe, machine)
     started = int(os.environ.get("WORLD_SIZE", 1))
     if started > trainer.world_size:
@@ -91,13 +90,23 @@ def train(
     first = trainer.is_global_zero
     display = Display(console if first else Console(file=io.StringIO()))
     with display.busy("reading images"):
-        data = read_data(recipe)
+        data = task.read_data(recipe)
     display.skipped(data.skipped)
-    root = Path(out)
-    run_id = recipe.hash(data.fingerprint(), mixer=mixer, seed=seed, score_on=score_on)
-    run = Run(recipe, machine, data, mixer, seed, root, run_id, score_on)
+    task.settled(recipe, data)  # refuses what does not fit the data
+    others = {"mixer": mixer, "seed": seed, "score_on": score_on}
+    run = Run(
+        task=task,
+        recipe=recipe,
+        machine=machine,
+        data=data,
+        mixer=mixer,
+        seed=seed,
+        path=Path(out),
+        ids=identities(recipe, task.name, data.fingerprint(), others),
+        score_on=score_on,
+    )
     run.data_module().plan(0, trainer.world_size)
-    model = new_model(recipe, data, mixer, seed)
+    model = task.build(recipe, data, mixer, seed)
     if recipe.weights is not None:
         report = start_from(model, recipe.weights)
         display.say(
@@ -105,30 +114,36 @@ def train(
             f"{len(report.unused)} not used"
         )
     config = _config(run, out, resume, logger)
-    with locked(root) if first else nullcontext():
+    with locked(run.path) if first else nullcontext():
         if first:  # the other processes come when the first has begun
             _check_folder(run, config, resume)
         if run.finished:
+            finished = run.read_result()
             display.say(f"{escape(str(run.result))} is finished already; choose another --out to train anew")
-            return run.read_result()
+            return finished
         if first:
-            write_text(root / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
-        label = f"{_network(run)}, seed {seed}"
-        with display.runs(1) as bars, _loggers(root, logger, run_id) as loggers:
-            progress = bars.start(label, recipe.total_epochs)
-            result = train_run(run, [progress, CurveFile(root / CURVE_FILE, display)], loggers)
+            write_text(run.path / CONFIG_FILE, yaml.safe_dump(config, sort_keys=False))
+        if machine.num_nodes > 1:
+            place = f"{os.environ.get('MASTER_ADDR', '127.0.0.1')}:{os.environ.get('MASTER_PORT', '(any port)')}"
+            display.say(f"waiting at {place} for the processes of all {machine.num_nodes} machines")
+        with display.runs(1) as bars, _loggers(run.path, logger, run.ids[0]) as loggers:
+            progress = bars.start(f"{_network(run)}, seed {seed}", recipe.total_epochs, task.metric)
+            curve = CurveFile(run, display)
+            result = train_run(run, [progress, curve], loggers)
             progress.close()
     if result is not None:
-        display.console.print(_table(run, result))
-        display.say(f"weights: {escape(str(root / WEIGHTS_FILES['last']))}")
+        title = f"{_network(run)} on {Path(recipe.data).name}"
+        display.console.print(facts_table(title, _facts(run, result)))
+        display.say(f"weights: {escape(str(run.path / WEIGHTS_FILES['last']))}")
     return result
 
 
 def _config(run: Run, out: str, resume: str, logger: str) -> dict[str, Any]:
     """All options as ``--config`` reads them."""
-    options = {"mixer": run.mixer, "seed": run.seed, "score_on": run.score_on}
+    options = {"task": run.task.name, "mixer": run.mixer, "seed": run.seed, "score_on": run.score_on}
     places = {"out": out, "resume": resume, "logger": logger}
-    return run.recipe.to_dict() | options | asdict(run.machine) | places
+    plugins = {"plugin": list(loaded_plugins())} if loaded_plugins() else {}
+    return plugins | options | run.recipe.to_dict() | asdict(run.machine) | places
 
 
 def _check_folder(run: Run, config: dict[str, Any], resume: str) -> None:
@@ -143,21 +158,17 @@ def _check_folder(run: Run, config: dict[str, Any], resume: str) -> None:
         return
     if resume == "never":
         raise OutputError(f"{root} holds a run and resume is 'never'; choose another --out, or leave out --resume")
-    try:
-        before = yaml.safe_load(path.read_text(encoding="utf-8"))
-        there, here = ({k: v for k, v in c.items() if k not in _FREE} for c in (before, config))
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-        raise OutputError(f"{path} is not a run's configuration; choose another --out") from error
-    if there != here:
+    differs = difference(
+        read_yaml(path, "choose another --out"), config, {"task": "classify"} | run.recipe.defaults(), _MAY_DIFFER
+    )
+    if differs:
         raise OutputError(
-            f"{root} holds a run of another configuration ({difference(there, here)}); choose another --out, or "
-            "repeat the earlier options"
+            f"{root} holds a run of another configuration ({differs}); choose another --out, or repeat the earlier "
+            "options"
         )
-    if run.finished and run.read_result().get("config_hash") != run.run_id:
-        raise OutputError(f"{root} holds a finished run on other data; choose another --out")
 
 
-_FREE = ("data", "data_dir", "out", "resume", "logger", *Machine.__dataclass_fields__)
+_MAY_DIFFER = ("data", "data_dir", "out", "resume", "logger", "plugin", *Machine.__dataclass_fields__)
 """Options that may differ when a run is taken up again."""
 
 
@@ -186,8 +197,8 @@ def _loggers(root: Path, logger: str, run_id: str) -> Iterator[list[Any]]:
 class CurveFile(L.Callback):
     """Writes the whole curve as CSV before each epoch's end is saved, and a line where there is no bar."""
 
-    def __init__(self, path: Path, display: Display) -> None:
-        self._path, self._display = path, display
+    def __init__(self, run: Run, display: Display) -> None:
+        self._path, self._metric, self._display = run.path / CURVE_FILE, run.task.metric, display
 
     def on_save_checkpoint(
         self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
@@ -196,16 +207,12 @@ class CurveFile(L.Callback):
         curve = getattr(pl_module, "curve", [])
         if not curve or not trainer.is_global_zero:
             return
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(curve[-1]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(curve)
-        write_text(self._path, text.getvalue())
+        write_csv(self._path, list(curve[-1]), curve)
         if not self._display.console.is_terminal:
             row = curve[-1]
             self._display.say(
-                f"epoch {row['epoch']:.0f}/{trainer.max_epochs}  loss {row['train_loss']:.3f}  "
-                f"held-out {row['holdout_accuracy']:.2f} %  {row['images_per_second']:,.0f} img/s"
+                f"epoch {row['epoch']:.0f}/{trainer.max_epochs}  loss {row['train_loss']:.3f}  held-out "
+                f"{self._metric.text(row[f'holdout_{self._metric.name}'])}  {row['images_per_second']:,.0f} img/s"
             )
 
 
@@ -213,19 +220,16 @@ def _network(run: Run) -> str:
     return run.recipe.model if run.mixer is None else f"{run.recipe.model} with {run.mixer}"
 
 
-def _table(run: Run, result: dict[str, Any]) -> Table:
-    """What came out, for the terminal."""
-    table = Table(title=f"{_network(run)} on {Path(run.recipe.data).name}", title_justify="left", show_header=False)
-    table.add_column(style="bold")
-    table.add_column(justify="right")
-    rows = {
-        f"accuracy, {counted(result['scored_images'], run.score_on + ' image')}": f"{result['accuracy']:.2f} %",
-        "accuracy, averaged weights": f"{result['ema_accuracy']:.2f} %",
+def _facts(run: Run, result: dict[str, Any]) -> dict[str, str]:
+    """What came out."""
+    metric = run.task.metric
+    return {
+        f"{metric.label}, {counted(result['scored_images'], run.score_on + ' image')}": metric.text(
+            result[metric.name]
+        ),
+        f"{metric.label}, averaged weights": metric.text(result[f"ema_{metric.name}"]),
         "parameters": f"{result['params'] / 1e6:.3f} M",
         "MACs": f"{result['macs'] / 1e6:.1f} M",
         "training": f"{result['train_seconds']:,.0f} s, {result['images_per_second']:,.0f} img/s",
         "loader": f"{result['loader_images_per_second']:,.0f} img/s",
     }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    return table

@@ -1,7 +1,9 @@
 """Trained networks on disk: safetensors with a JSON beside them, as timm and the Hugging Face hub keep them."""
 
 import json
-from dataclasses import dataclass
+import math
+import reprlib
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,15 @@ import safetensors.torch
 from torch import nn
 
 from .._files import write_atomic, write_json
+from ..convert import token_mixers
 from ..errors import OutputError, StaticKeyError
-from ..models import SMALL_VIT, build_model, load_exactly, small_vit_sizes, timm_args
+from ..layers import MIXERS
+from ..models import CONFIG_FILE, PRETRAINED_ARGS, WEIGHTS_FILE, build_model, is_ours, load_exactly, timm_args
 from .checkpoint import SUFFIX
 
-CONFIG_FILE = "config.json"
-WEIGHTS_FILES = {"last": "model.safetensors", "ema": "model_ema.safetensors"}
+WEIGHTS_FILES = {"last": WEIGHTS_FILE, "ema": "model_ema.safetensors"}
+_SIZES = ("patch_size", "embed_dim")
+"""Arguments that may follow the image size where they are not given; a trained network keeps its own."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,8 @@ class ModelCard:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     streamed: bool = False
+    fp32_logits: bool = False
+    task: str = "classify"
 
     def build(self, img_size: int | None = None) -> nn.Module:
         """The network with fresh weights, for its own or another image size."""
@@ -39,16 +46,35 @@ class ModelCard:
             img_size=self.img_size if img_size is None else img_size,
             num_classes=len(self.class_names),
             in_chans=self.in_chans,
-            model_args=self._plain_args(),
+            model_args=_without_weights(self.model_args),
+            fp32_logits=self.fp32_logits,
         )
+
+    def completed(self, model: nn.Module) -> "ModelCard":
+        """This card for a model as it was built, wherever its name found it.
+
+        A tag, the hub or a folder need not be there when the network is built again: the card has the architecture
+        behind the name, the arguments and mixer saved there, and the sizes that followed the image size.
+        """
+        built: Any = model
+        given = _without_weights(self.model_args)
+        architecture, mixer = built.pretrained_cfg["architecture"], self.mixer
+        args = {k: v for k, v in built._model_args.items() if k not in ("num_classes", "in_chans", "img_size")}
+        if mixer is not None:
+            args = {k: v for k, v in args.items() if k not in ("mixer", "mixers", "mixer_args")}
+        elif not is_ours(architecture):
+            classes = {type(module) for module in token_mixers(model).values()}
+            mixer = next((name for name, cls in MIXERS.items() if cls in classes), None)
+        return replace(self, architecture=architecture, mixer=mixer, model_args=args | given)
 
     def to_json(self) -> dict[str, Any]:
         """In timm's layout, with what timm does not know under ``statickey``."""
         size = (self.in_chans, self.img_size, self.img_size)
+        args = _without_weights(self.model_args)
         return {
             "architecture": self.architecture,
             "num_classes": len(self.class_names),
-            "model_args": timm_args(self.architecture, self.mixer, self.img_size, self._plain_args()),
+            "model_args": timm_args(self.architecture, self.mixer, self.img_size, args),
             "label_names": list(self.class_names),
             "pretrained_cfg": {
                 "input_size": list(size),
@@ -56,43 +82,94 @@ class ModelCard:
                 "mean": list(self.mean),
                 "std": list(self.std),
             },
-            "statickey": {"mixer": self.mixer, "model_args": self.model_args, "streamed": self.streamed},
+            "statickey": {
+                "mixer": self.mixer,
+                "model_args": self.model_args,
+                "streamed": self.streamed,
+                "fp32_logits": self.fp32_logits,
+                "task": self.task,
+            },
         }
-
-    def _plain_args(self) -> dict[str, Any]:
-        sizes = small_vit_sizes(self.img_size) if self.architecture == SMALL_VIT else {}
-        return sizes | {k: v for k, v in self.model_args.items() if k != "pretrained"}
 
     @classmethod
     def read(cls, path: Path) -> "ModelCard":
         """Read a ``config.json``.
 
         Raises:
-            OutputError: It is not one of this program.
+            OutputError: It is not one of this program; the message names the field.
         """
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
             own, cfg = value["statickey"], value["pretrained_cfg"]
-            return cls(
-                architecture=value["architecture"],
-                mixer=own["mixer"],
-                model_args=own["model_args"],
-                img_size=cfg["input_size"][1],
-                in_chans=cfg["input_size"][0],
-                class_names=tuple(value["label_names"]),
-                mean=tuple(cfg["mean"]),
-                std=tuple(cfg["std"]),
-                streamed=own["streamed"],
-            )
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            sizes = {name: value["model_args"][name] for name in _SIZES if name in value["model_args"]}
+            fields = {
+                "architecture": value["architecture"],
+                "mixer": own["mixer"],
+                "model_args": own["model_args"],
+                "input_size": cfg["input_size"],
+                "label_names": value["label_names"],
+                "mean": cfg["mean"],
+                "std": cfg["std"],
+                "streamed": own["streamed"],
+                "fp32_logits": own.get("fp32_logits", False),  # version 0.1 said neither this
+                "task": own.get("task", "classify"),  # nor this
+            }
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise OutputError(f"{path} does not describe a network of this program ({error!r})") from error
+        for name, field in fields.items():
+            if not _fits(name, field):
+                raise OutputError(
+                    f"{path} does not describe a network of this program ({name} is {reprlib.repr(field)}); give the "
+                    "folder of a finished run"
+                )
+        channels, height, _ = fields.pop("input_size")
+        for name in ("mean", "std"):
+            if len(fields[name]) not in (1, channels):
+                raise OutputError(f"{path}: {name} has {len(fields[name])} numbers for {channels} channels")
+        return cls(
+            architecture=fields["architecture"],
+            mixer=fields["mixer"],
+            model_args=sizes | fields["model_args"],
+            img_size=height,
+            in_chans=channels,
+            class_names=tuple(fields["label_names"]),
+            mean=tuple(fields["mean"]),
+            std=tuple(fields["std"]),
+            streamed=fields["streamed"],
+            fp32_logits=fields["fp32_logits"],
+            task=fields["task"],
+        )
+
+
+def _fits(name: str, field: Any) -> bool:
+    """Whether a field of a card has the type and range it must have."""
+    if name in ("streamed", "fp32_logits"):
+        return isinstance(field, bool)
+    if name == "model_args":
+        return isinstance(field, dict)
+    if name in ("architecture", "mixer", "task"):
+        return isinstance(field, str) or (name == "mixer" and field is None)
+    if not isinstance(field, list) or not field:
+        return False
+    if name == "label_names":
+        return all(isinstance(label, str) for label in field)
+    if name == "input_size":
+        whole = all(isinstance(extent, int) and not isinstance(extent, bool) and extent > 0 for extent in field)
+        return whole and len(field) == 3 and field[1] == field[2]
+    numbers = all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in field)
+    return numbers and (name == "mean" or min(field) > 0)
+
+
+def _without_weights(model_args: dict[str, Any]) -> dict[str, Any]:
+    """What a model is, without where its first weights came from."""
+    return {name: value for name, value in model_args.items() if name not in PRETRAINED_ARGS}
 
 
 def write_model(folder: Path, which: str, model: nn.Module, card: ModelCard) -> None:
     """Write one set of weights, and the JSON beside them."""
     weights = safetensors.torch.save({k: v.contiguous().cpu() for k, v in model.state_dict().items()})
     write_atomic(folder / WEIGHTS_FILES[which], lambda file: file.write(weights))
-    write_json(folder / CONFIG_FILE, card.to_json())
+    write_json(folder / CONFIG_FILE, card.completed(model).to_json())
 
 
 def load_model(source: str | Path, *, img_size: int | None = None, ema: bool = False) -> tuple[nn.Module, ModelCard]:

@@ -1,5 +1,6 @@
 """Pictures: attention maps, static keys, curves and differences."""
 
+from . import page
 from .capture import capture_attention, key_colours
 from .figures import (
     attention_of_token,
@@ -9,6 +10,7 @@ from .figures import (
     learning_curves,
     static_keys,
 )
+from .page import save_png
 from .speed import accuracy_against_cost, scaling
 
 __all__ = [
@@ -20,6 +22,8 @@ __all__ = [
     "differences",
     "key_colours",
     "learning_curves",
+    "page",
+    "save_png",
     "scaling",
     "static_keys",
 ]

@@ -49,60 +49,72 @@ def colours(names: Sequence[str]) -> dict[str, str]:
     return {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
 
 
-def learning_curves(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> list[Figure]:
-    """Held-out accuracy and training loss against epochs, a figure each.
+def learning_curves(
+    curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]], shown: Mapping[str, str]
+) -> list[Figure]:
+    """What training recorded against epochs, a figure each; after one epoch, a point a mixer.
 
     Args:
         curves: For each mixer, one curve a seed, one row an epoch.
+        shown: For each figure, the key in the rows and the title.
     """
     shades = colours(list(curves))
     with mpl.rc_context(STYLE):
         figures = []
-        for key, title in {"holdout_accuracy": "held-out accuracy, %", "train_loss": "training loss"}.items():
+        for key, title in shown.items():
             figure = Figure(figsize=(4.5, 3.2), layout="constrained")
             figures.append(figure)
             axes: Any = figure.subplots()
-            for name, runs in curves.items():
-                epochs = [row["epoch"] for row in runs[0]]
+            for place, (name, runs) in enumerate(curves.items()):
                 values = np.array([[row[key] for row in run] for run in runs])
-                axes.plot(epochs, values.mean(axis=0), color=shades[name], label=name, linewidth=1.8)
-                if len(values) > 1:
-                    low, high = values.min(axis=0), values.max(axis=0)
+                mean, low, high = values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+                if len(mean) == 1:
+                    seeds = None if len(runs) == 1 else (mean - low, high - mean)
+                    axes.errorbar([place], mean, yerr=seeds, fmt="o", color=shades[name], label=name, capsize=3)
+                    continue
+                epochs = [row["epoch"] for row in runs[0]]
+                axes.plot(epochs, mean, color=shades[name], label=name, linewidth=1.8)
+                if len(runs) > 1:
                     axes.fill_between(epochs, low, high, color=shades[name], alpha=0.15, linewidth=0)
             axes.set_title(title)
-            axes.set_xlabel("epoch")
-            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(axis="y")
+            if all(len(runs[0]) == 1 for runs in curves.values()):
+                axes.set_xticks(range(len(curves)), list(curves))
+                axes.set_xlabel("after one epoch")
+                axes.margins(x=0.2)
+            else:
+                axes.set_xlabel("epoch")
+                axes.xaxis.get_major_locator().set_params(integer=True)
         figures[0].axes[0].legend(frameon=False, ncols=2)
     return figures
 
 
-def differences(rows: Sequence[Mapping[str, Any]], baseline: str, per_seed: Mapping[str, Sequence[float]]) -> Figure:
-    """Paired differences to the baseline with both intervals.
+def differences(rows: Sequence[Mapping[str, Any]], per_seed: Mapping[str, Sequence[float]], label: str) -> Figure:
+    """Paired differences to the baseline: joint interval, that over images with seeds fixed, and the seeds.
 
     Args:
         rows: The rows of the summary.
-        baseline: The mixer the differences are to.
         per_seed: For each mixer, its difference at each common seed.
+        label: What the differences are of, and their unit.
     """
     shades = colours([row["mixer"] for row in rows])
     shown = [row for row in rows if row["difference"] is not None]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6, 0.9 + 0.5 * len(shown)), layout="constrained")
+        figure = Figure(figsize=(5.4, 0.9 + 0.45 * len(shown)), layout="constrained")
         axes = figure.subplots()
         axes.axvline(0, color=INK, linewidth=1)
         for y, row in enumerate(reversed(shown)):
             name, difference = row["mixer"], row["difference"]
             low, high = difference["image_interval"]
             axes.plot([low, high], [y, y], color=shades[name], linewidth=9, alpha=0.25, solid_capstyle="butt")
-            if difference["seed_interval"] is not None:
-                axes.plot(difference["seed_interval"], [y, y], color=shades[name], linewidth=2)
+            if difference["interval"] is not None:
+                axes.plot(difference["interval"], [y, y], color=shades[name], linewidth=2)
             seeds = per_seed.get(name, [])
             axes.plot(seeds, [y] * len(seeds), "|", color=INK, markersize=9, markeredgewidth=1)
             axes.plot(difference["mean"], y, "o", color=shades[name], markersize=7)
         axes.set_yticks(range(len(shown)), [row["mixer"] for row in reversed(shown)])
         axes.set_ylim(-0.6, len(shown) - 0.4)
-        axes.set_xlabel(f"accuracy minus {baseline}, percentage points")
+        axes.set_xlabel(label)
         axes.grid(axis="x")
         axes.set_axisbelow(True)
     return figure

@@ -39,11 +39,14 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def accuracy_against_cost(points: Mapping[str, tuple[float, float, float | None]]) -> Figure:
-    """Accuracy against the measured time of a training step.
+def accuracy_against_cost(
+    points: Mapping[str, tuple[float, float, float | None]], title: str = "accuracy, %"
+) -> Figure:
+    """A metric against the measured time of a training step.
 
     Args:
-        points: For each mixer, milliseconds per image, mean accuracy in percent, and its standard deviation.
+        points: For each mixer, milliseconds per image, the metric's mean and its standard deviation.
+        title: The metric and its unit.
     """
     shades = colours(list(points))
     with mpl.rc_context(STYLE):
@@ -53,7 +56,7 @@ def accuracy_against_cost(points: Mapping[str, tuple[float, float, float | None]
             axes.errorbar(cost, mean, yerr=spread, fmt="o", color=shades[name], markersize=8, capsize=3)
             axes.annotate(name, (cost, mean), xytext=(8, 5), textcoords="offset points")
         axes.set_xlabel("training step, ms per image")
-        axes.set_title("accuracy, %")
+        axes.set_title(title)
         axes.set_xlim(0, 1.2 * max(cost for cost, _, _ in points.values()))
         axes.margins(y=0.15)
         axes.grid()

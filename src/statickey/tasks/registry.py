@@ -1,0 +1,29 @@
+"""The tasks by name."""
+
+from .._checks import check_name
+from ..errors import StaticKeyError
+from .classification import Classification
+from .recipe import Recipe
+from .task import Task
+
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(),)}
+"""Tasks by name. Add one of your own under a new name, and its recipes train and compare."""
+
+
+def task_named(name: str) -> Task:
+    """The task of a name; refuses an unknown one."""
+    check_name("task", name, TASKS)
+    return TASKS[name]
+
+
+def task_of(recipe: Recipe) -> Task:
+    """The task that a recipe is for.
+
+    Raises:
+        StaticKeyError: It is for none.
+    """
+    for task in TASKS.values():
+        if type(recipe) is task.recipe_class:
+            return task
+    known = ", ".join(task.recipe_class.__name__ for task in TASKS.values())
+    raise StaticKeyError(f"recipe is a {type(recipe).__name__}, which is of no task; use {known}")

@@ -1,0 +1,99 @@
+"""One run: what it is, where it lies, and whether it is finished."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from torch import nn
+
+from .._files import explained_read, read_json
+from ..errors import OutputError
+from ..models import start_from
+from .recipe import Machine, Recipe
+from .task import ScoreOn, Task
+from .weights import WEIGHTS_FILES
+
+RESULT_FILE, PREDICTIONS_FILE = "run.json", "predictions.npz"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A task's recipe on its data, with one mixer and seed, in a folder.
+
+    Args:
+        task: What is learned.
+        recipe: How.
+        machine: On what.
+        data: From what, as the task reads it.
+        mixer: What stands in place of the network's attention, as text; None leaves it.
+        seed: Seed of weights, order and augmentation.
+        path: The run's folder.
+        ids: Identities of its circumstances, the one it writes first.
+        score_on: Score the test images or the held-out ones.
+    """
+
+    task: Task
+    recipe: Recipe
+    machine: Machine
+    data: Any
+    mixer: str | None
+    seed: int
+    path: Path
+    ids: tuple[str, ...]
+    score_on: ScoreOn = "test"
+
+    @property
+    def result(self) -> Path:
+        """Written last: where it is this run's, the run is finished."""
+        return self.path / RESULT_FILE
+
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do."""
+        return self.result.is_file()
+
+    def read_result(self) -> dict[str, Any]:
+        """What the finished run wrote.
+
+        Raises:
+            OutputError: It is not whole, or not this run's.
+        """
+        result = read_result(self.path)
+        if result["config_hash"] not in self.ids:
+            raise OutputError(
+                f"{self.path} holds a finished run on other data or under another configuration "
+                f"({result['config_hash']}, now {self.ids[0]}); choose another --out"
+            )
+        return result
+
+    def new_model(self) -> nn.Module:
+        """The network with fresh weights, or those the recipe starts from."""
+        model = self.task.build(self.recipe, self.data, self.mixer, self.seed)
+        if self.recipe.weights is not None:
+            start_from(model, self.recipe.weights)
+        return model
+
+    def data_module(self) -> Any:
+        """The run's batches."""
+        return self.task.data_module(self.recipe, self.data, self.seed, self.machine.num_workers)
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What a finished run wrote into its folder, its weights checked to be there.
+
+    Raises:
+        OutputError: A file is missing, torn or of something else.
+    """
+    remedy = "delete this folder to repeat the run, or choose another --out"
+    result: dict[str, Any] = read_json(path / RESULT_FILE, remedy)
+    with explained_read(path, remedy):
+        for name in ("config_hash", "mixer", "seed", "config", "curve", "data", "data_dir"):
+            result[name]
+    for name in WEIGHTS_FILES.values():
+        try:
+            with safetensors.safe_open(path / name, "pt"):  # reads the header, and holds the file's size against it
+                pass
+        except (OSError, safetensors.SafetensorError) as error:
+            raise OutputError(f"{path / name} is missing or torn ({error}); {remedy}") from error
+    return result

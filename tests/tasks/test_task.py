@@ -1,0 +1,162 @@
+"""The engine serves a task that knows no label: here, how bright an image is."""
+
+import csv
+import io
+import json
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from rich.console import Console
+
+from statickey.compare import compare
+from statickey.data import Augmentation, ImageDataModule, load_images
+from statickey.errors import StaticKeyError
+from statickey.models import build_model
+from statickey.tasks import TASKS, Machine, Metric, ModelCard, Recipe, Task, evaluate, load_model, train
+
+CPU = Machine(accelerator="cpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BrightnessRecipe(Recipe):
+    """Adds what a task may add."""
+
+    img_size: int | None = None
+    weight: float = 0.5
+
+
+@dataclass(frozen=True)
+class Errors:
+    said: np.ndarray
+    truth: np.ndarray
+
+    @property
+    def num_images(self):
+        return len(self.truth)
+
+    def value(self, image_weights=None):
+        return float(np.average(np.abs(self.said - self.truth), weights=image_weights))
+
+    def arrays(self):
+        return {"said": self.said, "truth": self.truth}
+
+
+class Brightness(Task):
+    name = "brightness"
+    metric = Metric("error", "mean error", unit="", higher_is_better=False)
+    recipe_class = BrightnessRecipe
+
+    def read_data(self, recipe):
+        return load_images(recipe.data, limit=recipe.limit)
+
+    def data_module(self, recipe, data, seed, num_workers=0):
+        plain = Augmentation(crop_padding=0, flip=False, label_smoothing=0.0)
+        return ImageDataModule(
+            data, augmentation=plain, batch_size=recipe.batch_size, seed=seed, holdout=recipe.holdout
+        )
+
+    def settled(self, recipe, data):
+        return recipe if recipe.lr is not None else BrightnessRecipe(**recipe.to_dict() | {"lr": 1e-3})
+
+    def build(self, recipe, data, mixer, seed):
+        return build_model(
+            "small_vit", mixer, img_size=8, num_classes=1, in_chans=1, seed=seed, model_args=recipe.model_args
+        )
+
+    def input_size(self, data):
+        return 1, 8, 8
+
+    def card(self, recipe, data, module, mixer):
+        names = ("brightness",)
+        return ModelCard("small_vit", mixer, recipe.model_args, 8, 1, names, (0.0,), (1.0,), task=self.name)
+
+    def examples(self, data, module, split, number):
+        images = data.test.images[:number]
+        return list(images), module.normalize(images), ["an image"] * number
+
+    def losses(self, model, batch, recipe):
+        said, truth = self.outputs(model, batch)
+        return {"square": F.mse_loss(said, truth), "size": recipe.weight * said.abs().mean() * 1e-3}
+
+    def outputs(self, model, batch):
+        return model(batch[0]).float()[:, 0], batch[0].mean(dim=(1, 2, 3))
+
+    def validation_metric(self, data):
+        return torchmetrics.MeanAbsoluteError()
+
+    def evidence(self, outputs, targets):
+        return Errors(torch.cat(list(outputs)).numpy(), torch.cat(list(targets)).numpy())
+
+    def evidence_from(self, arrays):
+        return Errors(arrays["said"], arrays["truth"])
+
+    def evaluation(self, outputs, targets, class_names):
+        errors = self.evidence(outputs, targets)
+        row = {"class": class_names[0], "error": errors.value()}
+        return SimpleNamespace(
+            to_json=lambda: {"images": errors.num_images, "error": errors.value()},
+            rows=lambda: {"mean error": f"{errors.value():.3f}"},
+            per_class=lambda: [row],
+            figures=dict,
+        )
+
+    def predictor(self, model, card, *, img_size, top_k):
+        raise NotImplementedError
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch):
+    monkeypatch.setitem(TASKS, "brightness", Brightness())
+
+
+def recipe(**options):
+    small = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    return BrightnessRecipe(limit=200, epochs=3, batch_size=32, model_args=small, **options)
+
+
+def test_train_and_evaluate(tmp_path):
+    text = io.StringIO()
+    result = train(recipe(), mixer="ska", out=str(tmp_path), machine=CPU, console=Console(file=text, width=100))
+    assert result["task"] == "brightness"
+    assert result["error"] < 0.5
+    rows = list(csv.DictReader((tmp_path / "curve.csv").open()))
+    assert float(rows[-1]["train_loss"]) == pytest.approx(
+        float(rows[-1]["train_square"]) + float(rows[-1]["train_size"])
+    )
+    assert float(rows[-1]["holdout_error"]) < 0.5
+    assert "held-out 0." in text.getvalue()
+    assert "mean error, 360 test images" in text.getvalue()
+    assert load_model(tmp_path)[1].task == "brightness"
+    found = evaluate(str(tmp_path), accelerator="cpu", console=Console(file=io.StringIO()))
+    assert found["error"] == pytest.approx(result["error"])
+
+
+def test_compare(tmp_path):
+    text = io.StringIO()
+    summary = compare(
+        recipe(),
+        mixers=["mhsa", "ska"],
+        seeds=[0, 1],
+        out=str(tmp_path),
+        machine=CPU,
+        console=Console(file=text, width=200),
+    )
+    assert "mean error" in text.getvalue()
+    assert "accuracy" not in text.getvalue()
+    assert summary["mixers"][1]["difference"] is not None
+    page = (tmp_path / "report.html").read_text()
+    assert "mean error" in page
+    assert "accuracy" not in page.split("<svg")[0]
+    assert json.loads((tmp_path / "summary.json").read_text())["mixers"][0]["error_mean"] < 0.5
+
+
+def test_a_recipe_of_no_task():
+    with pytest.raises(
+        StaticKeyError, match=r"recipe is a Recipe, which is of no task; use ClassificationRecipe, Bri"
+    ):
+        train(Recipe(), out="nowhere")
