@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
+from itertools import zip_longest
 from pathlib import Path
 
 COMMANDS = {
@@ -26,6 +27,7 @@ EVERYWHERE = {"config", "debug", "help", "plugin", "print_config"}
 """Options of every command."""
 
 _PACKAGE = Path(__file__).with_name("statickey")
+RECIPES = _PACKAGE / "recipes"
 _SIGNATURES = {
     "compare": ("compare.compare", "tasks.ClassificationRecipe", "tasks.Machine"),
     "train": ("tasks.train", "tasks.ClassificationRecipe", "tasks.Machine"),
@@ -89,17 +91,16 @@ def options(command: str) -> frozenset[str]:
 
 
 def _is_extended(words: Sequence[str]) -> bool:
-    """Whether a task other than the first may bring options of its own."""
+    """Whether another task, or a plugin, may bring options of its own."""
     pairs = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip_longest(words, words[1:], fillvalue=""):
         name, _, value = word.partition("=")
         pairs.append((name, value or following))
     if any(name in ("--task", "--plugin") for name, _ in pairs):
         return True
-    files = (Path(value) for name, value in pairs if name == "--config")
-    return any(
-        file.is_file() and re.search(r"^(task|plugin):", file.read_text(errors="replace"), re.M) for file in files
-    )
+    named = (value for name, value in pairs if name == "--config")
+    files = (path for value in named for path in (Path(value), RECIPES / f"{value}.yaml") if path.is_file())
+    return any(re.search(r"^(task|plugin):", file.read_text(errors="replace"), re.M) for file in files)
 
 
 def option_name(word: str) -> str | None:

@@ -18,6 +18,7 @@ ON_THE_COMMAND_LINE = {
     "nothing": (["train", "--epochs"], "epochs is given nothing; it must be a whole number"),
     "none of several": (["compare", "--seeds"], "seeds is given nothing; it must be a whole number, or several"),
     "no file": (["train", "--config"], "--config is given nothing; it takes the name of a file"),
+    "no task": (["train", "--task"], "--task is given nothing; it takes the name of a task"),
     "folder": (["train", "--config", "folder"], "'folder' is a folder; give a YAML file"),
     "word": (["compare", "x"], "unexpected: x; see statickey compare --help"),
     "no word": (["predict"], "missing: source, files; see statickey predict --help"),

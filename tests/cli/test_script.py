@@ -87,6 +87,16 @@ def test_what_can_be_right_is_left_to_the_command():
     assert answer(["--debug", "train"]) is None
 
 
+def test_options_that_another_task_or_a_plugin_may_bring_are_left_to_the_command(tmp_path, monkeypatch):
+    (tmp_path / "c.yaml").write_text("epochs: 3\ntask: other\n")
+    (tmp_path / "plain.yaml").write_text("epochs: 3\n")
+    monkeypatch.setattr("statickey_cli.RECIPES", tmp_path)
+    for words in (["--task", "other"], ["--plugin=x.py"], ["--config", str(tmp_path / "c.yaml")], ["--config=c"]):
+        assert answer(["train", *words, "--brought", "1"]) is None
+    for words in ([], ["--config", str(tmp_path / "plain.yaml")], ["--config=plain"], ["--config=nowhere"]):
+        assert answer(["train", *words, "--brought", "1"]) == 2
+
+
 def test_an_option_before_the_command(capsys):
     assert main(["--epochs", "3", "train"]) == 2
     assert (

@@ -11,14 +11,13 @@ from typing import Any, get_args
 import yaml
 from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namespace
 
-from statickey_cli import COMMANDS, EVERYWHERE, TRAINING, option_name
+from statickey_cli import COMMANDS, EVERYWHERE, RECIPES, TRAINING, option_name
 
 from .._checks import check_mapping, check_name, type_in_words
 from .._plugins import load_plugins, loaded_plugins
 from ..errors import StaticKeyError
 
 DEFAULT_TASK = "classify"
-RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def run(command: str, args: Sequence[str]) -> int:
@@ -44,7 +43,7 @@ def run(command: str, args: Sequence[str]) -> int:
     given: dict[str, Any] = {}
     places: dict[str, Path] = {}
     for path, values in configs.items():
-        given |= _checked(path, {k: v for k, v in values.items() if k != "task"}, actions)
+        given |= _checked(path, {k: v for k, v in values.items() if k != "task" or k not in actions}, actions)
         places |= dict.fromkeys(values, path)
     for word in words:
         places.pop(option_name(word) or "", None)
@@ -114,7 +113,8 @@ def _taken(args: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
         else:
             found = value if equals else next(words, "")
             if not found:
-                raise StaticKeyError(f"{name} is given nothing; it takes the name of a file")
+                takes = "a task" if option == "task" else "a file"
+                raise StaticKeyError(f"{name} is given nothing; it takes the name of {takes}")
             taken[option].append(found)
     return rest, taken
 
