@@ -259,6 +259,28 @@ def test_a_finished_run_on_other_data_is_refused(tmp_path):
     assert "finished already" in text
 
 
+def test_a_finished_run_that_is_not_whole_is_no_finished_run(tmp_path):
+    run(tmp_path, epochs=1)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(OutputError, match=r"model.safetensors is missing or torn .*; delete this folder to repeat"):
+        run(tmp_path, epochs=1)
+    path.unlink()
+    with pytest.raises(OutputError, match=r"model.safetensors is missing or torn"):
+        run(tmp_path, epochs=1)
+    path.write_bytes(content)
+    (tmp_path / "run.json").write_text('{"accuracy": 100}')
+    with pytest.raises(OutputError, match=r"is broken \(it has no 'config_hash'\)"):
+        run(tmp_path, epochs=1)
+
+
+def test_min_lr_above_the_peak_that_the_data_choose(tmp_path):
+    with pytest.raises(StaticKeyError, match=r"min_lr=10.0 must not exceed the peak, lr=0.003"):
+        run(tmp_path / "out", min_lr=10.0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_launcher_with_more_processes_than_devices(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(StaticKeyError, match="the launcher started 4 processes, devices=1"):
