@@ -2,6 +2,7 @@ import csv
 import io
 import json
 import re
+import shutil
 import time
 from dataclasses import fields
 
@@ -16,9 +17,10 @@ from statickey import MIXERS
 from statickey.compare import compare
 from statickey.compare.config import CONFIG_FILE
 from statickey.compare.table import results_table
+from statickey.convert import token_mixers
 from statickey.data import ImageData, LabelledImages
 from statickey.errors import DivergedError, OutputError, StaticKeyError
-from statickey.tasks import ClassificationRecipe, Machine, TrainingModule
+from statickey.tasks import ClassificationRecipe, Machine, TrainingModule, load_model
 
 TINY = {
     "limit": 120,
@@ -345,9 +347,44 @@ def test_names_are_escaped_in_the_page(tmp_path, monkeypatch):
     assert "[x].png" in text
 
 
-def test_one_process_at_a_time(tmp_path):
+def test_one_process_at_a_time_writes_results(tmp_path, monkeypatch):
+    monkeypatch.setattr("statickey.compare.main._PATIENCE", 0.1)
     with FileLock(tmp_path / ".lock"), pytest.raises(OutputError, match="another process is writing to"):
         run(tmp_path, mixers=("ska",), seeds=(0,))
+
+
+def test_a_copy_of_a_run_is_no_other_seed(tmp_path):
+    run(tmp_path, mixers=("ska",), seeds=(0,), epochs=1)
+    shutil.copytree(tmp_path / "runs" / "ska-seed0", tmp_path / "runs" / "ska-seed0 (copy)")
+    with pytest.raises(
+        OutputError, match=r"ska-seed0 \(copy\) holds the run ska-seed0, .*; move this folder out of ru"
+    ):
+        run(tmp_path, mixers=("ska",), seeds=(0,), epochs=1)
+
+
+def test_mixers_with_arguments_and_layers(tmp_path):
+    mixers = ["ska", "cska:kernel_size=5", "ska@-1"]
+    summary, text = run(tmp_path, mixers=mixers, seeds=(0,), epochs=1)
+    assert [row["mixer"] for row in summary["mixers"]] == mixers
+    assert summary["config"]["mixers"] == mixers
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == ["cska_kernel_size=5-seed0", "ska-seed0", "ska@-1-seed0"]
+    params = {row["mixer"]: row["params"] for row in summary["mixers"]}
+    assert params["cska:kernel_size=5"] > params["ska@-1"] > params["ska"]
+    model, card = load_model(tmp_path / "runs" / "ska@-1-seed0")
+    assert card.mixer == "ska@-1"
+    assert list(token_mixers(model)) == ["blocks.1.attn"]
+    _again, text = run(tmp_path, mixers=mixers, seeds=(0,), epochs=1)
+    assert "3 of 3 runs are finished already: reused" in text
+
+
+def test_wrong_kinds_of_lists(tmp_path):
+    with pytest.raises(StaticKeyError, match="mixers='ska' must be a list"):
+        run(tmp_path, mixers="ska")
+    with pytest.raises(StaticKeyError, match="seeds=3 must be a list"):
+        run(tmp_path, seeds=3)
+    with pytest.raises(StaticKeyError, match=r"mixers=\['ska', 'ska'\] must name at least one, none twice"):
+        run(tmp_path, mixers=("ska", "ska@all"))
 
 
 def test_weights_that_are_not_finite_are_no_checkpoint(tmp_path, monkeypatch):

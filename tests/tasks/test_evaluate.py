@@ -268,3 +268,27 @@ def test_wrong_options(trained, scans):
         guesses(trained, scans, out="p.txt")
     with pytest.raises(StaticKeyError, match="top_k=0"):
         guesses(trained, scans, top_k=0)
+
+
+def test_held_out_images_are_those_of_the_run(tmp_path):
+    first, second = (make_folder(tmp_path / name, per_class=n) for name, n in (("a", 10), ("b", 12)))
+    small = {"embed_dim": 16, "depth": 1, "num_heads": 2}
+    recipe = ClassificationRecipe(
+        data=str(first), epochs=1, batch_size=4, holdout=0.2, limit=16, img_size=16, model_args=small
+    )
+    out = tmp_path / "run"
+    train(recipe, mixer="ska", out=str(out), machine=Machine(accelerator="cpu"), score_on="holdout", console=silent())
+    curve = json.loads((out / "run.json").read_text())["curve"]
+    found = evaluate(str(out), split="holdout", console=silent(), **QUIET)
+    assert found["top1"] == pytest.approx(curve[-1]["holdout_accuracy"])
+    first.rename(tmp_path / "moved")
+    moved = evaluate(str(out), data=str(tmp_path / "moved"), split="holdout", console=silent(), **QUIET)
+    assert moved["top1"] == found["top1"]
+    larger = evaluate(str(out), data=str(tmp_path / "moved"), split="holdout", img_size=24, console=silent(), **QUIET)
+    assert (larger["images"], larger["img_size"]) == (found["images"], 24)
+    with pytest.raises(DataError, match=r"is not the data that .*run saw, .*; give that data, or use --split test"):
+        evaluate(str(out), data=str(second), split="holdout", console=silent(), **QUIET)
+    text = json.loads((out / "run.json").read_text())
+    (out / "run.json").write_text(json.dumps(text | {"config": text["config"] | {"later": 1}}))
+    with pytest.raises(OutputError, match="was made with later, which this version does not know"):
+        evaluate(str(out), console=silent(), **QUIET)

@@ -3,7 +3,7 @@
 import csv
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -52,7 +52,7 @@ class Brightness(Task):
     recipe_class = BrightnessRecipe
 
     def read_data(self, recipe):
-        return load_images(recipe.data, limit=recipe.limit)
+        return replace(load_images(recipe.data, limit=recipe.limit), class_names=("brightness",))
 
     def data_module(self, recipe, data, seed, num_workers=0):
         plain = Augmentation(crop_padding=0, flip=False, label_smoothing=0.0)
@@ -72,7 +72,7 @@ class Brightness(Task):
         return 1, 8, 8
 
     def card(self, recipe, data, module, mixer):
-        names = ("brightness",)
+        names = data.class_names
         return ModelCard("small_vit", mixer, recipe.model_args, 8, 1, names, (0.0,), (1.0,), task=self.name)
 
     def examples(self, data, module, split, number):

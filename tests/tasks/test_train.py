@@ -259,6 +259,28 @@ def test_a_finished_run_on_other_data_is_refused(tmp_path):
     assert "finished already" in text
 
 
+def test_a_finished_run_that_is_not_whole_is_no_finished_run(tmp_path):
+    run(tmp_path, epochs=1)
+    path = tmp_path / "model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    with pytest.raises(OutputError, match=r"model.safetensors is missing or torn .*; delete this folder to repeat"):
+        run(tmp_path, epochs=1)
+    path.unlink()
+    with pytest.raises(OutputError, match=r"model.safetensors is missing or torn"):
+        run(tmp_path, epochs=1)
+    path.write_bytes(content)
+    (tmp_path / "run.json").write_text('{"accuracy": 100}')
+    with pytest.raises(OutputError, match=r"is broken \(it has no 'config_hash'\)"):
+        run(tmp_path, epochs=1)
+
+
+def test_min_lr_above_the_peak_that_the_data_choose(tmp_path):
+    with pytest.raises(StaticKeyError, match=r"min_lr=10.0 must not exceed the peak, lr=0.003"):
+        run(tmp_path / "out", min_lr=10.0)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_launcher_with_more_processes_than_devices(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(StaticKeyError, match="the launcher started 4 processes, devices=1"):
@@ -437,10 +459,11 @@ def test_checkpoints_hold_a_checksum_and_load_with_torch(tmp_path, monkeypatch):
     assert len(state["curve"]) == 2
 
 
-SHARED = {"limit": 121, "flip": True, "model_args": {"embed_dim": 16, "depth": 2, "num_heads": 2}}
+MIXED = {"mixup": 0.2, "cutmix": 0.5, "random_erasing": 0.5, "auto_augment": "rand-m5-n1", "crop_padding": 1}
+SHARED = {"limit": 121, "flip": True, "model_args": {"embed_dim": 16, "depth": 2, "num_heads": 2}} | MIXED
 
 
-def _train_as_rank(out, rank, port, strategy, stop_at):
+def _train_as_rank(out, rank, port, strategy, stop_at, diverging=False):
     """As torchrun starts one of two processes."""
     torch.set_num_threads(1)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
@@ -454,15 +477,19 @@ def _train_as_rank(out, rank, port, strategy, stop_at):
         return step(self, batch, batch_idx)
 
     TrainingModule.training_step = stops
+    if diverging and rank == 1:
+        losses = Classification.losses
+        Classification.losses = lambda *args: {"loss": losses(*args)["cross_entropy"] * float("nan")}
     run(out, machine=Machine(accelerator="cpu", devices=2, strategy=strategy), **SHARED)
 
 
-def train_as_two(processes, out, strategy, stop_at=None):
+def train_as_two(processes, out, strategy, stop_at=None, diverging=False):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = [
-        processes.Process(target=_train_as_rank, args=(out, rank, port, strategy, stop_at)) for rank in (0, 1)
+        processes.Process(target=_train_as_rank, args=(out, rank, port, strategy, stop_at, diverging))
+        for rank in (0, 1)
     ]
     for child in children:
         child.start()
@@ -496,6 +523,13 @@ def assert_trained_alike(alone, together):
 def test_two_processes_train_as_one(processes, alone, tmp_path):
     assert train_as_two(processes, tmp_path, "ddp") == [0, 0]
     assert_trained_alike(alone, tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no gloo there")
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(processes, tmp_path):
+    start = time.monotonic()
+    assert train_as_two(processes, tmp_path, "ddp", diverging=True) == [1, 1]
+    assert time.monotonic() - start < 100  # one that waits for the other is joined after 120 s
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
@@ -536,6 +570,7 @@ def test_shards_are_shards():
 @pytest.mark.slow
 def test_one_command_starts_two_processes(alone, tmp_path):
     words = ["train", "--limit", "121", "--epochs", "3", "--batch-size", "32", "--flip", "true", "--mixer", "ska"]
+    words += [word for name, value in MIXED.items() for word in (f"--{name.replace('_', '-')}", str(value))]
     words += ["--model-args", json.dumps(SHARED["model_args"]), "--accelerator", "cpu", "--devices", "2"]
     env = {k: v for k, v in os.environ.items() if "RANK" not in k} | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "statickey", *words, "--out", str(tmp_path)]

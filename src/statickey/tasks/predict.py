@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._checks import check_folder
 from .._files import write_csv, write_text
-from ..data import IMAGE_SUFFIXES, UNREADABLE
+from ..data import UNREADABLE, image_files
 from ..errors import OutputError, StaticKeyError
 from ..layers import TokenMixer
 from ..viz import attention_overlay, capture_attention, save_png
@@ -129,7 +129,7 @@ def _found(word: str) -> Iterable[Path]:
     if word == "-":
         return (Path(line.rstrip("\n")) for line in sys.stdin if line.strip())
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+        return image_files(path)
     if glob.has_magic(word) and not path.exists():
         return (Path(name) for name in sorted(glob.glob(word, recursive=True)) if Path(name).is_file())  # noqa: PTH207 (of any root)
     return [path]
