@@ -43,7 +43,12 @@ def test_the_example_of_the_page_is_compared(tmp_path, capsys):
     assert [row["mixer"] for row in found] == ["ska", "mean"]
     assert found[1]["params"] < found[0]["params"]
     assert loaded_plugins() == (str(path),)
+    assert yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())["plugin"] == [str(path)]
     capsys.readouterr()
+    del MIXERS["mean"]
+    _plugins._LOADED.clear()
+    assert main(["compare", "--config", "out/config.yaml"]) == 0
+    assert "2 of 2 runs are finished already" in capsys.readouterr().out
 
 
 def test_a_configuration_names_its_plugins(tmp_path, capsys):
