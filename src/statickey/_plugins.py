@@ -27,8 +27,8 @@ def load_plugins(sources: Iterable[str]) -> None:
         identity = str(path.resolve()) if is_file else source
         if identity in _LOADED:
             continue
-        if is_file and not path.is_file():
-            raise StaticKeyError(f"plugin {source!r} is no file; give a .py file, or the name of a module")
+        if is_file and not (path.suffix == ".py" and path.is_file()):
+            raise StaticKeyError(f"plugin {source!r} is no .py file; give one, or the name of a module")
         try:
             if is_file:
                 _import_file(identity, f"statickey_plugin_{len(_LOADED)}")

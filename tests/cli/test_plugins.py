@@ -85,8 +85,9 @@ def test_other_processes_load_them_too(tmp_path, processes):
 
 
 WRONG = {
-    "missing": ("nowhere.py", "plugin 'nowhere.py' is no file; give a .py file, or the name of a module"),
-    "folder": ("sub/dir", "plugin 'sub/dir' is no file; give a .py file"),
+    "missing": ("nowhere.py", "plugin 'nowhere.py' is no .py file; give one, or the name of a module"),
+    "folder": ("./folder.py", "plugin './folder.py' is no .py file; give one"),
+    "suffix": ("./mixers", "plugin './mixers' is no .py file; give one"),
     "no module": ("nowhere", "plugin 'nowhere' is no module that Python finds; give the path of a .py file"),
     "syntax": ("syntax.py", r"plugin syntax.py, line 2: SyntaxError: '\(' was never closed"),
     "exception": ("fails.py", "plugin fails.py, line 4: KeyError: 'two lines'"),
@@ -94,6 +95,7 @@ WRONG = {
     "exit": ("exits.py", "plugin exits.py, line 2: SystemExit: 3"),
 }
 FILES = {
+    "mixers": "",
     "syntax.py": "x = 1\nx = (\n",
     "fails.py": "def f():\n    import json\n    json.dumps(1)\n    raise KeyError('two lines')\nf()\n",
     "imports.py": "import absent_altogether\n",
@@ -105,6 +107,7 @@ FILES = {
 def test_a_plugin_that_fails_is_one_line(case, tmp_path, capsys):
     for name, text in FILES.items():
         (tmp_path / name).write_text(text)
+    (tmp_path / "folder.py").mkdir()
     source, message = WRONG[case]
     before = set(sys.modules)
     with pytest.raises(StaticKeyError, match=message):
