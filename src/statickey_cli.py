@@ -91,9 +91,9 @@ def options(command: str) -> frozenset[str]:
 def _is_extended(words: Sequence[str]) -> bool:
     """Whether a task other than the first may bring options of its own."""
     pairs = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, _, value = word.partition("=")
-        pairs.append((name, value or following))
+    for i, word in enumerate(words, start=1):
+        name, equals, value = word.partition("=")
+        pairs.append((name, value if equals else "".join(words[i : i + 1])))
     if any(name in ("--task", "--plugin") for name, _ in pairs):
         return True
     files = (Path(value) for name, value in pairs if name == "--config")

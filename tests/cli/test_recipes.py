@@ -98,7 +98,7 @@ WRONG = {
     "files": (["predict", "nowhere", "x.png"], "there is no nowhere; give the folder"),
     "accelerator": (["train", "--accelerator", "abacus"], "accelerator='abacus'"),
     "stream": (["compare", "--stream", "true"], "a comparison keeps its images in memory"),
-    "devices": (["compare", "--devices", "2"], "one run at a time on one device"),
+    "devices": (["compare", "--devices", "2"], "a comparison's run is on one device"),
 }
 
 
