@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from itertools import zip_longest
 from pathlib import Path
 
 COMMANDS = {
@@ -93,9 +92,9 @@ def options(command: str) -> frozenset[str]:
 def _is_extended(words: Sequence[str]) -> bool:
     """Whether another task, or a plugin, may bring options of its own."""
     pairs = []
-    for word, following in zip_longest(words, words[1:], fillvalue=""):
-        name, _, value = word.partition("=")
-        pairs.append((name, value or following))
+    for i, word in enumerate(words, start=1):
+        name, equals, value = word.partition("=")
+        pairs.append((name, value if equals else "".join(words[i : i + 1])))
     if any(name in ("--task", "--plugin") for name, _ in pairs):
         return True
     named = (value for name, value in pairs if name == "--config")
