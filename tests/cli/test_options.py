@@ -1,9 +1,16 @@
 """What is said of options and configurations that cannot be used, and which can."""
 
+import shlex
+from functools import wraps
+
 import pytest
 import yaml
 
 from statickey.cli import main
+from statickey.compare import compare
+from statickey.compare.config import CompareConfig
+from statickey.compare.report import command_line
+from statickey.tasks import ClassificationRecipe, Machine
 
 ON_THE_COMMAND_LINE = {
     "number": (["compare", "--lr", "many"], "lr=many must be a finite number"),
@@ -96,6 +103,22 @@ def test_a_right_line_of_a_file_is_read(text, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text(text)
     found = printed(["compare", "--config", "c.yaml"], capsys)
     assert {name: found[name] for name in RIGHT[text]} == RIGHT[text]
+
+
+def test_the_command_of_a_report_makes_the_same_comparison(monkeypatch):
+    called = {}
+    monkeypatch.setattr(
+        "statickey.cli.compare.compare", lambda recipe, **others: called.update(others, recipe=recipe)
+    )
+    recipe = ClassificationRecipe(
+        mean=(0.5,), std=(0.25,), model_args={"depth": 2}, flip=True, lr=0.01, precision="32-true"
+    )
+    mixers, seeds = ("mhsa", "cska:kernel_size=5", "ska@-2,-1"), (0, 3)
+    config = CompareConfig.of(recipe, Machine(num_workers=2), mixers, seeds, "holdout", "out folder")
+    program, *words = shlex.split(command_line(config))
+    assert (program, main(words)) == ("statickey", 0)
+    assert "--epochs" not in words
+    assert CompareConfig.of(**called) == config
 
 
 def test_the_command_line_counts_more_than_files_and_a_later_file_more_than_an_earlier(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import StaticKeyError
 from ..layers import ConvStaticKeyAttention, StaticKeyAttention, TokenMixer
-from ..tasks import Metric, Run, load_model
+from ..tasks import Machine, Metric, Run, load_model
 from ..viz import (
     attention_of_token,
     capture_attention,
@@ -234,14 +235,15 @@ def _making(config: CompareConfig, summary: Mapping[str, Any], runs: Sequence[Fi
 
 
 def command_line(config: CompareConfig) -> str:
-    """The command that makes this comparison, all its mixers and seeds included."""
+    """The command that makes this comparison: its mixers, seeds and folder, and all options that are not defaults."""
+    defaults = {"task": "classify", "score_on": "test"} | config.recipe.defaults() | asdict(Machine())
     words = ["statickey", "compare"]
     for name, value in config.to_dict().items():
-        if value is None or (name == "model_args" and not value):
-            continue
         option = "--" + name.replace("_", "-")
-        if isinstance(value, list):
+        if name in ("mixers", "seeds"):
             words += [option, *map(str, value)]
-        else:
-            words += [option, json.dumps(value) if isinstance(value, dict | bool) else str(value)]
+        elif name == "plugin":
+            words += [word for source in value for word in (option, source)]
+        elif value != defaults.get(name):
+            words += [option, value if isinstance(value, str) else json.dumps(value)]
     return shlex.join(words)

@@ -152,7 +152,7 @@ def _finish(
             write_model(run.path, which, model, task.card(run.recipe, run.data, module, run.mixer))
     if not first:
         return None
-    curve = training.curve
+    curve, given = training.curve, run.recipe.to_dict()
     result = {
         "task": task.name,
         "mixer": run.mixer,
@@ -163,7 +163,7 @@ def _finish(
         "params": sum(p.numel() for p in model.parameters()),
         "macs": macs,
         "lr": training.recipe.lr,
-        **{k: v for k, v in training.recipe.to_dict().items() if v != getattr(run.recipe, k)},
+        **{k: v for k, v in training.recipe.to_dict().items() if v != given[k]},
         "images_per_second": statistics.median(row["images_per_second"] for row in curve),
         "loader_images_per_second": statistics.median(row["loader_images_per_second"] for row in curve),
         "train_seconds": sum(row["seconds"] for row in curve),

@@ -135,8 +135,9 @@ def attention_of_token(
         token: Row and column of the token that looks.
     """
     layers = max(len(layer_maps) for layer_maps in maps.values())
+    names = 0.085 * max(map(len, maps))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(0.57 * (layers + 1) + 0.45, 0.57 * len(maps) + 0.5), layout="constrained")
+        figure = Figure(figsize=(0.57 * (layers + 1) + names, 0.57 * len(maps) + 0.5), layout="constrained")
         panels = figure.subplots(len(maps), layers + 1, squeeze=False)
         for line, (name, layer_maps) in zip(panels, maps.items(), strict=True):
             line[0].imshow(image.squeeze(), cmap="gray", extent=(0, feat_size[1], feat_size[0], 0))
