@@ -107,9 +107,12 @@ def test_a_right_line_of_a_file_is_read(text, tmp_path, capsys):
 
 def test_the_command_of_a_report_makes_the_same_comparison(monkeypatch):
     called = {}
-    monkeypatch.setattr(
-        "statickey.cli.compare.compare", lambda recipe, **others: called.update(others, recipe=recipe)
-    )
+
+    @wraps(compare)  # the options come from its signature
+    def record(recipe, **others):
+        called.update(others, recipe=recipe)
+
+    monkeypatch.setattr("statickey.cli.compare.compare", record)
     recipe = ClassificationRecipe(
         mean=(0.5,), std=(0.25,), model_args={"depth": 2}, flip=True, lr=0.01, precision="32-true"
     )
