@@ -19,6 +19,7 @@ from torch import nn
 
 from .._environment import environment
 from .._files import write_atomic, write_json
+from ..data import PlannedDataModule
 from ..errors import StaticKeyError
 from ..layers import AttentionMixer
 from ..models import count_macs
@@ -64,10 +65,10 @@ def new_trainer(
             )
     except (ValueError, RuntimeError, ImportError, MisconfigurationException) as error:
         reason = str(error).splitlines()[0]
-        raise StaticKeyError(
-            f"accelerator={machine.accelerator!r} with devices={machine.devices}, strategy={machine.strategy!r} "
-            f"and precision={recipe.precision!r} is not available here: {reason}"
-        ) from error
+        options = {"devices": machine.devices, "strategy": machine.strategy, "precision": recipe.precision}
+        chosen = [f"{name}={value!r}" for name, value in options.items() if value not in (1, "auto", "32-true")]
+        wanted = " with ".join([f"accelerator={machine.accelerator!r}", *([", ".join(chosen)] if chosen else [])])
+        raise StaticKeyError(f"{wanted} is not available here: {reason}") from error
 
 
 def _strategy(machine: Machine) -> str | Strategy:
@@ -129,7 +130,7 @@ def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[
 
 
 def _finish(
-    run: Run, trainer: L.Trainer, training: TrainingModule, module: Any, start: float
+    run: Run, trainer: L.Trainer, training: TrainingModule, module: PlannedDataModule, start: float
 ) -> dict[str, Any] | None:
     """Score the last and the averaged weights on all processes; the first writes the run's files, the result last."""
     task, metric, first = run.task, run.task.metric, trainer.is_global_zero

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from .._checks import check_choice, check_folder
 from .._environment import environment
-from .._files import write_csv, write_json
+from .._files import check_writable, write_csv, write_json
 from ..errors import DataError, OutputError
 from ..viz import save_png
 from .display import Display, counted, facts_table
@@ -61,6 +61,7 @@ def evaluate(
     check_choice(split=(split, ("test", "holdout")))
     if out is not None:
         check_folder(out=out)
+        check_writable(out=Path(out) / "evaluation.json")
     machine = Machine(accelerator=accelerator, num_workers=num_workers)
     display = Display(console)
     ema = ema or Path(source).name == WEIGHTS_FILES["ema"]

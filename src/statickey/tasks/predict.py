@@ -13,7 +13,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from .._checks import check_folder
-from .._files import write_csv, write_text
+from .._files import check_writable, write_csv, write_text
 from ..data import UNREADABLE, image_files
 from ..errors import OutputError, StaticKeyError
 from ..layers import TokenMixer
@@ -78,6 +78,7 @@ def predict(
         raise OutputError(f"out={out!r} must end in .csv or .json")
     if attention is not None:
         check_folder(attention=attention)
+    check_writable(out=out, attention=None if attention is None else Path(attention) / "picture.png")
     display = Display(console)
     model, card = load_model(source, img_size=img_size, ema=ema)
     model.to(new_trainer(Recipe(), Machine(accelerator=accelerator)).strategy.root_device)

@@ -8,6 +8,7 @@ import safetensors
 from torch import nn
 
 from .._files import explained_read, read_json
+from ..data import DataSet, PlannedDataModule
 from ..errors import OutputError
 from ..models import start_from
 from .recipe import Machine, Recipe
@@ -36,7 +37,7 @@ class Run:
     task: Task
     recipe: Recipe
     machine: Machine
-    data: Any
+    data: DataSet
     mixer: str | None
     seed: int
     path: Path
@@ -74,7 +75,7 @@ class Run:
             start_from(model, self.recipe.weights)
         return model
 
-    def data_module(self) -> Any:
+    def data_module(self) -> PlannedDataModule:
         """The run's batches."""
         return self.task.data_module(self.recipe, self.data, self.seed, self.machine.num_workers)
 

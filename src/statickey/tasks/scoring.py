@@ -9,13 +9,14 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import distributed, nn
 
+from ..data import PlannedDataModule
 from ..errors import DataError
 from .task import Evidence, Task
 
 
 @torch.inference_mode()
 def outputs_on(
-    task: Task, model: nn.Module, module: Any, loader: Any, precision: str = "32-true"
+    task: Task, model: nn.Module, module: PlannedDataModule, loader: Any, precision: str = "32-true"
 ) -> tuple[list[Any], list[Any]]:
     """What a network says of all batches of a loader, and the truth.
 
@@ -42,7 +43,9 @@ def outputs_on(
     return outputs, targets
 
 
-def score(task: Task, model: nn.Module, module: Any, loader: Any, precision: str = "32-true") -> Evidence:
+def score(
+    task: Task, model: nn.Module, module: PlannedDataModule, loader: Any, precision: str = "32-true"
+) -> Evidence:
     """The evidence of all processes, each of which goes through its own part of the images.
 
     Args:

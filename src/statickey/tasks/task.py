@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rich.table import Table
 from torch import Tensor, nn
 
+from ..data import DataSet, PlannedDataModule
 from .recipe import Recipe
 from .weights import ModelCard
 
@@ -103,16 +104,16 @@ class Task(ABC):
     recipe_class: ClassVar[type[Recipe]]
 
     @abstractmethod
-    def read_data(self, recipe: Any) -> Any:
-        """The data of a recipe, a ``statickey.data.DataSet``.
+    def read_data(self, recipe: Any) -> DataSet:
+        """The data of a recipe.
 
         Raises:
             DataError: They are missing, inconsistent or unreadable.
         """
 
     @abstractmethod
-    def data_module(self, recipe: Any, data: Any, seed: int, num_workers: int = 0) -> Any:
-        """The batches of a recipe, a ``statickey.data.PlannedDataModule``."""
+    def data_module(self, recipe: Any, data: Any, seed: int, num_workers: int = 0) -> PlannedDataModule:
+        """The batches of a recipe."""
 
     def settled(self, recipe: Any, data: Any) -> Any:
         """The recipe with the defaults that depend on the data filled in, its learning rate among them."""
