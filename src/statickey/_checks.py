@@ -140,7 +140,7 @@ def check_not_negative(**values: float) -> None:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise StaticKeyError(f"{name}={value!r} must be a finite number")
         if value < 0:
-            raise StaticKeyError(f"{name}={value!r} must not be negative")
+            raise StaticKeyError(f"{name}={value!r} must not be negative; 0 switches it off")
 
 
 _LARGEST = {"depth": 1000, "depths": 1000} | dict.fromkeys(
