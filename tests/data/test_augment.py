@@ -215,7 +215,7 @@ def test_refuses_policies(policy):
 
 def test_refuses_images_and_draws_that_do_not_fit():
     augment = BatchAugment(flip=True)
-    with pytest.raises(StaticKeyError, match="crop_padding=-1 must not be negative"):
+    with pytest.raises(StaticKeyError, match="crop_padding=-1 must be zero or a positive integer"):
         BatchAugment(crop_padding=-1)
     with pytest.raises(DataError, match=r"images \(8, 3, 13, 17\) in torch.float32 must be"):
         augment(noise().float(), augment.draw(8, generator()))

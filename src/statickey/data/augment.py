@@ -13,7 +13,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from .._checks import check_not_negative, check_probability, check_rate, check_types
+from .._checks import check_count, check_not_negative, check_probability, check_rate, check_types
 from ..errors import DataError
 from .plan import mix_seed, seeded
 from .randaugment import apply_ops, draw_ops, parse_policy
@@ -85,11 +85,11 @@ class BatchAugment:
         policy: RandAugment in timm's notation, see ``parse_policy``.
 
     Raises:
-        StaticKeyError: A negative padding, or a policy of another form.
+        StaticKeyError: A padding that is no whole number from 0, or a policy of another form.
     """
 
     def __init__(self, *, crop_padding: int = 0, flip: bool = False, policy: str | None = None) -> None:
-        check_not_negative(crop_padding=crop_padding)
+        check_count(crop_padding=crop_padding)
         self.crop_padding, self.flip = crop_padding, flip
         self.policy = parse_policy(policy)
 

@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Literal, cast
 from torch import Tensor, fx, nn
 
 from .._checks import (
+    check_count,
     check_dtype,
     check_feat_size,
     check_head_dim,
     check_map,
     check_not_causal,
-    check_num_prefix_tokens,
     check_rate,
     check_tokens,
 )
@@ -76,7 +76,7 @@ class TokenMixer(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.head_dim = check_head_dim(dim, num_heads, head_dim)
-        check_num_prefix_tokens(num_prefix_tokens)
+        check_count(num_prefix_tokens=num_prefix_tokens)
         check_rate(attn_drop=attn_drop, proj_drop=proj_drop)
         check_dtype(dtype)
         self.dim = dim
