@@ -34,9 +34,13 @@ def check_choice(**values: tuple[Any, Iterable[Any]]) -> None:
             raise StaticKeyError(f"{name}={value!r} must be one of {', '.join(map(str, known))}")
 
 
+def _is_whole(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def check_seed(seed: Any) -> None:
     """Refuse a seed that torch does not take."""
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+    if not _is_whole(seed, 0) or seed >= 2**63:
         raise StaticKeyError(f"seed={seed!r} must be a whole number from 0 to 2**63 - 1")
 
 
@@ -98,11 +102,7 @@ def type_in_words(hint: Any) -> str:
 def check_img_size(img_size: Any) -> Size2:
     """(height, width) in pixels, from one side or a pair."""
     pair = (img_size, img_size) if isinstance(img_size, int) else img_size
-    if (
-        not isinstance(pair, tuple | list)
-        or len(pair) != 2
-        or any(not isinstance(side, int) or isinstance(side, bool) or side < 1 for side in pair)
-    ):
+    if not isinstance(pair, tuple | list) or len(pair) != 2 or not all(_is_whole(side, 1) for side in pair):
         raise FeatSizeError(f"img_size={img_size!r} must be one side in pixels, or a pair (height, width)")
     return pair[0], pair[1]
 
@@ -110,8 +110,15 @@ def check_img_size(img_size: Any) -> Size2:
 def check_positive(**values: int) -> None:
     """Refuse any keyword whose value is not a positive integer."""
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        if not _is_whole(value, 1):
             raise StaticKeyError(f"{name}={value!r} must be a positive integer")
+
+
+def check_count(**values: int) -> None:
+    """Refuse any keyword whose value is neither zero nor a positive integer."""
+    for name, value in values.items():
+        if not _is_whole(value, 0):
+            raise StaticKeyError(f"{name}={value!r} must be zero or a positive integer")
 
 
 def check_rate(**values: float) -> None:
@@ -119,12 +126,6 @@ def check_rate(**values: float) -> None:
     for name, value in values.items():
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0.0 <= value < 1.0:
             raise StaticKeyError(f"{name}={value!r} must be in [0, 1)")
-
-
-def check_num_prefix_tokens(num_prefix_tokens: int) -> None:
-    """Refuse anything but zero or a positive integer."""
-    if not isinstance(num_prefix_tokens, int) or isinstance(num_prefix_tokens, bool) or num_prefix_tokens < 0:
-        raise StaticKeyError(f"num_prefix_tokens={num_prefix_tokens!r} must be zero or a positive integer")
 
 
 def check_probability(**values: float) -> None:
@@ -140,7 +141,7 @@ def check_not_negative(**values: float) -> None:
         if not isinstance(value, int | float) or not math.isfinite(value):
             raise StaticKeyError(f"{name}={value!r} must be a finite number")
         if value < 0:
-            raise StaticKeyError(f"{name}={value!r} must not be negative")
+            raise StaticKeyError(f"{name}={value!r} must not be negative; 0 switches it off")
 
 
 _LARGEST = {"depth": 1000, "depths": 1000} | dict.fromkeys(
@@ -196,13 +197,12 @@ def check_feat_size(feat_size: Size2) -> Size2:
     if not isinstance(feat_size, tuple | list) or len(feat_size) != 2:
         raise FeatSizeError(f"feat_size={feat_size!r} must be a pair (H, W) of token counts")
     height, width = feat_size
-    for value in (height, width):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise FeatSizeError(f"feat_size={feat_size!r} must hold two positive integers")
+    if not _is_whole(height, 1) or not _is_whole(width, 1):
+        raise FeatSizeError(f"feat_size={feat_size!r} must hold two positive integers")
     return height, width
 
 
-def check_saved_grid(state: Any) -> Size2:
+def check_saved_grid(state: Any, name: str = "_extra_state") -> Size2:
     """The grid (H, W) that a checkpoint carries beside a key, a tensor of two positive whole numbers."""
     shown = type(state).__name__
     if isinstance(state, torch.Tensor):
@@ -212,14 +212,14 @@ def check_saved_grid(state: Any) -> Size2:
             if all(extent >= 1 and extent % 1 == 0 for extent in (height, width)):
                 return int(height), int(width)
     raise FeatSizeError(
-        f"the checkpoint's _extra_state is {shown}, but must be a grid (H, W), a tensor of two positive integers; "
+        f"{name} in the checkpoint is {shown}, but must be a grid (H, W), a tensor of two positive integers; "
         "save the checkpoint again with model.state_dict()"
     )
 
 
 def check_kernel_size(kernel_size: int) -> None:
     """Refuse a convolution kernel that has no centre."""
-    if not isinstance(kernel_size, int) or isinstance(kernel_size, bool) or kernel_size < 1 or kernel_size % 2 == 0:
+    if not _is_whole(kernel_size, 1) or kernel_size % 2 == 0:
         raise StaticKeyError(f"kernel_size={kernel_size!r} must be an odd positive integer")
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,6 @@ from statickey.bench.contender import (
     Targets,
     layer,
     macs,
-    made_by,
     model,
     twin,
 )
@@ -222,8 +222,8 @@ def _off_by_a_percent(query, conv_key, conv_bias, value, **options):
 
 @pytest.mark.parametrize("name", ["ska", "cska", "fcska", TIMM_MHSA])
 def test_twins_compute_the_same_function(name):
-    made = made_by(layer, SMALL[1], name)
-    other = made_by(layer, SMALL[1], PLAIN_CSKA) if name == "cska" else None
+    made = partial(layer, SMALL[1], name)
+    other = partial(layer, SMALL[1], PLAIN_CSKA) if name == "cska" else None
     apart = differences(made(), twin(Contender("g", name, made, twin=other)), ("training",))
     assert apart.keys() == {"output", "gradient"}
     assert max(apart.values()) < 1e-5
@@ -233,7 +233,7 @@ def test_twins_compute_the_same_function(name):
 def test_macs_are_torchs_count(name):
     made, x = layer(SMALL[1], name)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin(Contender("g", name, made_by(layer, SMALL[1], name)))[0](x)
+        twin(Contender("g", name, partial(layer, SMALL[1], name)))[0](x)
     assert macs(made, x) == counter.get_total_flops() // 2
 
 
@@ -288,9 +288,14 @@ def test_peak_memory_is_what_was_held(processes):
         (("layers",), {"mixers": ["sak"]}, UnknownNameError, "unknown mixer 'sak'; did you mean ska"),
         (("layers",), {"rounds": 0}, StaticKeyError, "rounds=0"),
         ((), {}, StaticKeyError, "no suite to measure; name any of layers"),
-        (("layers",), {"device": "cuda"}, StaticKeyError, "device='cuda' is not to be had here"),
+        (("layers",), {"device": "cuda"}, StaticKeyError, "device='cuda' is not available"),
         (("layers",), {"dtype": "float8"}, UnknownNameError, "unknown dtype 'float8'"),
-        (("training",), {"compared": "nowhere"}, OutputError, "compared='nowhere' is not a folder that compare"),
+        (
+            ("training",),
+            {"compared": "nowhere"},
+            OutputError,
+            "cannot read nowhere/summary.json: .*; give --compared a folder",
+        ),
     ],
     ids=["suite", "mixer", "rounds", "none", "device", "dtype", "compared"],
 )

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import yaml
 
 from statickey import MIXERS, _plugins
 from statickey._plugins import load_plugins, loaded_plugins
-from statickey.bench.contender import LayerShape, layer, made_by
+from statickey.bench.contender import LayerShape, layer
 from statickey.bench.measure import Setting, peak_memory
 from statickey.cli import main
 from statickey.errors import StaticKeyError
@@ -80,7 +81,7 @@ def test_a_module_is_loaded_by_name(tmp_path, monkeypatch):
 
 def test_other_processes_load_them_too(tmp_path, processes):
     load_plugins([str(example(tmp_path))])
-    peaks = peak_memory(made_by(layer, LayerShape((4, 4), 16, 2, batch=2), "mean"), ("forward",), Setting())
+    peaks = peak_memory(partial(layer, LayerShape((4, 4), 16, 2, batch=2), "mean"), ("forward",), Setting())
     assert peaks.keys() == {"forward"}
 
 

@@ -7,7 +7,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from statickey.data.augment import BatchAugment, Draws, shifted_crop
 from statickey.data.randaugment import OPS, parse_policy
-from statickey.errors import DataError
+from statickey.errors import DataError, StaticKeyError
 
 POLICY = "rand-m9-n2-mstd0.5-inc1"
 EVERYTHING = {"crop_padding": 3, "flip": True, "policy": POLICY}
@@ -215,7 +215,7 @@ def test_refuses_policies(policy):
 
 def test_refuses_images_and_draws_that_do_not_fit():
     augment = BatchAugment(flip=True)
-    with pytest.raises(DataError, match="crop_padding=-1 must not be negative"):
+    with pytest.raises(StaticKeyError, match="crop_padding=-1 must be zero or a positive integer"):
         BatchAugment(crop_padding=-1)
     with pytest.raises(DataError, match=r"images \(8, 3, 13, 17\) in torch.float32 must be"):
         augment(noise().float(), augment.draw(8, generator()))

@@ -40,7 +40,8 @@ def test_lists_and_dicts_pass_through_untouched():
     seen = [ids(data.on_after_batch_transfer(batch, 0)) for batch in data.train_dataloader()]
     assert [len(part) for part in seen] == [4, 4]
     assert sorted(i for part in seen for i in part) == list(range(8))
-    for loader, count in ((data.val_dataloader(), 3), (data.test_dataloader(), 5), (data.holdout_dataloader(), 3)):
+    test, held_out = data.scoring_dataloader("test"), data.scoring_dataloader("holdout")
+    for loader, count in ((data.val_dataloader(), 3), (test, 5), (held_out, 3)):
         assert [ids(data.on_after_batch_transfer(batch, 0)) for batch in loader] == [list(range(count))]
 
 

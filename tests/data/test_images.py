@@ -5,7 +5,7 @@ import torch
 
 from image_folders import make_folder, make_parquet, picture
 from statickey.data import load_images
-from statickey.errors import DataError
+from statickey.errors import DataError, StaticKeyError
 
 
 def test_digits_of_another_size():
@@ -153,7 +153,6 @@ REFUSED = {
         "cannot read .*test.parquet",
     ),
     "limit": (lambda p: "digits", {"limit": 0}, "limit=0"),
-    "option": (lambda p: "digits", {"on_bad_image": "warn"}, "on_bad_image='warn'"),
 }
 
 
@@ -162,6 +161,11 @@ def test_refuses(tmp_path, case):
     make, options, message = REFUSED[case]
     with pytest.raises(DataError, match=message):
         load_images(make(tmp_path), **options)
+
+
+def test_refuses_an_unknown_choice():
+    with pytest.raises(StaticKeyError, match="on_bad_image='warn' must be one of fail, skip"):
+        load_images("digits", on_bad_image="warn")
 
 
 def test_empty_class_folder(tmp_path):

@@ -77,7 +77,7 @@ def test_a_16_bit_set_keeps_its_contrast(tmp_path):
                 Image.fromarray(array).save(folder / f"{i}.png")
     data = load_images(str(tmp_path))
     streamed = ImageDataModule(open_stream(str(tmp_path), img_size=8), batch_size=4)
-    images, labels = next(iter(streamed.test_dataloader()))
+    images, labels = next(iter(streamed.scoring_dataloader("test")))
     for pixels, classes in ((data.test.images, data.test.labels), (images, labels)):
         levels = pixels.float().mean((1, 2, 3))
         assert levels[classes == 0].max() < 105 < levels[classes == 1].min()

@@ -57,11 +57,11 @@ DAMAGE = [
     (
         GRID,
         torch.tensor(4),
-        r"_extra_state is tensor\(4\), not the grid \(H, W\) of a key; the checkpoint is damaged",
+        r"_extra_state in the checkpoint is 4, but must be a grid \(H, W\).*; save the checkpoint again",
     ),
-    (GRID, torch.tensor([4, 4, 4]), r"_extra_state is tensor\(\[4, 4, 4\]\), not the grid"),
-    (GRID, torch.tensor([-4, -4]), "_extra_state is .*, not the grid"),
-    (GRID, torch.tensor([4.0, 4.0]), "_extra_state is .*, not the grid"),
+    (GRID, torch.tensor([4, 4, 4]), r"_extra_state in the checkpoint is \[4, 4, 4\], but must be"),
+    (GRID, torch.tensor([-4, -4]), r"_extra_state in the checkpoint is \[-4, -4\]"),
+    (GRID, torch.tensor([4.5, 4.0]), r"_extra_state in the checkpoint is \[4\.5, 4\.0\]"),
     (GRID, None, "it lacks 'blocks.0.attn._extra_state'"),
 ]
 
@@ -87,6 +87,12 @@ def test_sound_weights_load_at_both_sizes(tmp_path):
     assert start_from(small(12), tmp_path / "w.safetensors").fresh == ()
 
 
+def test_weights_cast_to_half_load(tmp_path):
+    save_file({name: tensor.half() for name, tensor in small().state_dict().items()}, tmp_path / "w.safetensors")
+    load_exactly(small(), tmp_path / "w.safetensors")
+    load_exactly(small(12), tmp_path / "w.safetensors")
+
+
 @pytest.mark.parametrize("value", [3, None, "x", [1.0]])
 def test_an_entry_that_is_no_tensor(tmp_path, value):
     state = dict(small().state_dict()) | {HEAD: value}
@@ -101,7 +107,9 @@ def test_an_entry_that_is_no_tensor(tmp_path, value):
 def test_a_grid_of_another_shape_is_refused_before_anything_is_loaded(grid):
     model = small()
     state = dict(model.state_dict()) | {GRID: grid}
-    with pytest.raises(StaticKeyError, match=r"blocks.0.attn._extra_state is .*, not the grid \(H, W\) of a key"):
+    with pytest.raises(
+        StaticKeyError, match=r"blocks.0.attn._extra_state in the checkpoint is .*, but must be a grid"
+    ):
         checkpoint_filter_fn(state, model)
     if isinstance(grid, torch.Tensor):
         with pytest.raises(StaticKeyError, match="_extra_state"):

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import timm
@@ -187,8 +186,3 @@ def macs(module: nn.Module, x: Tensor) -> int:
 def least_bytes(module: nn.Module, x: Tensor) -> int:
     """What must be read and written at the least: weights, input, and an output as large as the input."""
     return sum(p.numel() * p.element_size() for p in module.parameters()) + 2 * x.numel() * x.element_size()
-
-
-def made_by(function: Callable[..., tuple[nn.Module, Tensor]], *args: Any, **options: Any) -> Any:
-    """A picklable function without arguments."""
-    return partial(function, *args, **options)

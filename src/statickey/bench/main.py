@@ -1,22 +1,19 @@
 """``bench``: contenders in one run, checked first, then timed in turns."""
 
-import csv
-import io
-import json
-import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
 
 from .._checks import check_folder, check_name, check_positive
 from .._environment import environment
-from .._files import check_writable, write_atomic, write_json, write_text
-from ..errors import OutputError, StaticKeyError
+from .._files import check_writable, explained_read, read_json, write_csv, write_json, write_text
+from ..errors import StaticKeyError
 from ..layers import MIXERS
 from ..ops.kernel import INSTALLED
 from .contender import Contender, Targets, least_bytes, macs, twin
@@ -93,14 +90,14 @@ def bench(
     check_name("device", device, ("cpu", "cuda"))
     check_name("dtype", dtype, ("float32", "bfloat16", "float16"))
     if device == "cuda" and not torch.cuda.is_available():
-        raise StaticKeyError("device='cuda' is not to be had here: torch sees no GPU")
+        raise StaticKeyError("device='cuda' is not available: torch sees no GPU")
     if kernel and (device != "cuda" or compile or not INSTALLED or "layers" not in suites):
         raise StaticKeyError(
             "kernel=True is for the suite layers with device='cuda' and compile=False, where triton is installed; "
             f"here suites={list(suites)}, {device=}, {compile=}, triton is {'' if INSTALLED else 'not '}installed"
         )
     setting = Setting(device, getattr(torch, dtype), compile)
-    accuracy = None if compared is None else _accuracy(compared)
+    accuracy = {} if compared is None else _accuracy(Path(compared))
     options: dict[str, dict[str, Any]] = {"layers": {"kernel": kernel}, "training": {"compared": compared}}
     plans = {suite: SUITES[suite](mixers, **options.get(suite, {})) for suite in dict.fromkeys(suites)}
     if kernel and not any(each.name.endswith(KERNEL) for each in plans["layers"]):
@@ -108,7 +105,7 @@ def bench(
     if setting != Setting():  # the targets are for float32 on the CPU
         plans = {suite: [replace(each, targets=Targets()) for each in plan] for suite, plan in plans.items()}
     root = Path(out)
-    earlier = _earlier(root)
+    earlier = _earlier(root / ROWS_FILE)
     check_writable(out=root / ROWS_FILE)
     where = environment(device) | {"dtype": dtype, "compiled": compile}
     rows: list[dict[str, Any]] = []
@@ -200,7 +197,7 @@ def _row(
     least: float,
 ) -> dict[str, Any]:
     seconds = samples[contender.name]
-    low, median, high = _quartiles(seconds)
+    low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75)).tolist()
     row: dict[str, Any] = {
         "group": contender.group,
         "contender": contender.name,
@@ -221,7 +218,7 @@ def _row(
     other = next(member for member in members if member.name == contender.against)
     scale = other.units / contender.units
     ratios = [scale * mine / theirs for mine, theirs in zip(seconds, samples[other.name], strict=True)]
-    row["ratio_q1"], row["ratio"], row["ratio_q3"] = _quartiles(ratios)
+    row["ratio_q1"], row["ratio"], row["ratio_q3"] = np.quantile(ratios, (0.25, 0.5, 0.75)).tolist()
     row["ratio_at_most"] = contender.targets.forward if phase == "forward" else contender.targets.training
     row["memory_ratio_at_most"] = contender.targets.memory
     mine, theirs = peaks[contender.name], peaks[other.name]
@@ -230,62 +227,42 @@ def _row(
     return row
 
 
-def _quartiles(values: list[float]) -> tuple[float, float, float]:
-    if len(values) == 1:
-        return values[0], values[0], values[0]
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return low, median, high
-
-
 def _accuracy(folder: Path) -> dict[str, tuple[float, float | None]]:
     """Mean and spread of the accuracy of each mixer in a folder of ``compare``.
 
     Raises:
         OutputError: It is no such folder, or has no finished run.
     """
-    try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    path, remedy = folder / "summary.json", "give --compared a folder that compare has filled"
+    summary = read_json(path, remedy)
+    with explained_read(path, remedy):
         return {row["mixer"]: (row["accuracy_mean"], row["accuracy_std"]) for row in summary["mixers"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"compared={str(folder)!r} is not a folder that compare has filled ({error})") from error
 
 
-def _earlier(out: Path) -> list[dict[str, Any]]:
-    path = out / ROWS_FILE
+def _earlier(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        assert all({"suite", *(f"time_in_{kind}" for kind in KINDS)} <= row.keys() for row in rows)
-    except (OSError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        raise OutputError(f"{path} was not written by this version of bench; choose another --out") from error
-    return list(rows)
+    remedy = "it was not written by this version of bench; choose another --out"
+    rows: list[dict[str, Any]] = read_json(path, remedy, list)
+    with explained_read(path, remedy):
+        if not all({"suite", *(f"time_in_{kind}" for kind in KINDS)} <= row.keys() for row in rows):
+            raise ValueError("columns are missing")
+    return rows
 
 
-def _write(out: Path, rows: list[dict[str, Any]], accuracy: dict[str, tuple[float, float | None]] | None) -> None:
+def _write(out: Path, rows: list[dict[str, Any]], accuracy: dict[str, tuple[float, float | None]]) -> None:
     write_json(out / ROWS_FILE, rows)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(out / "bench.csv", text.getvalue())
+    write_csv(out / "bench.csv", list(rows[0]), rows)
     write_text(out / "bench.md", markdown(rows))
     resolution = [row for row in rows if row["suite"] == "resolution"]
     steps = {row["contender"]: row for row in rows if row["suite"] == "training" and row["phase"] == "step"}
-    known = accuracy or {}
-    points = {name: (1e3 / row["images_per_second"], *known[name]) for name, row in steps.items() if name in known}
+    points = {
+        name: (1e3 / row["images_per_second"], *accuracy[name]) for name, row in steps.items() if name in accuracy
+    }
     if resolution or points:
-        _draw(out, resolution, points)
+        from ..viz import accuracy_against_cost, save_png, scaling  # matplotlib, which most suites do without
 
-
-def _draw(out: Path, resolution: list[dict[str, Any]], points: dict[str, tuple[float, float, float | None]]) -> None:
-    from ..viz import accuracy_against_cost, scaling  # matplotlib, which most suites do without
-
-    if resolution:
-        _figure(out / "resolution.png", scaling(resolution))
-    if points:
-        _figure(out / "accuracy.png", accuracy_against_cost(points))
-
-
-def _figure(path: Path, figure: Any) -> None:
-    write_atomic(path, lambda file: figure.savefig(file, dpi=150, format="png"))
+        if resolution:
+            save_png(scaling(resolution), out / "resolution.png")
+        if points:
+            save_png(accuracy_against_cost(points), out / "accuracy.png")

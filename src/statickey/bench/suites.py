@@ -1,13 +1,11 @@
 """The suites: which contenders are measured, against what, and what the ratios are to be at most."""
 
-import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from ..errors import OutputError
+from .._files import explained_read, read_json, read_yaml
 from ..layers import MIXERS, StaticKeyAttention
 from .contender import (
     PLAIN_CSKA,
@@ -16,7 +14,6 @@ from .contender import (
     LayerShape,
     Targets,
     layer,
-    made_by,
     model,
     network,
 )
@@ -54,7 +51,7 @@ def layers(mixers: Sequence[str], kernel: bool = False) -> list[Contender]:
     for shape in LAYERS:
 
         def row(name: str, against: str | None, shape: LayerShape = shape, **options: Any) -> Contender:
-            return Contender(str(shape), name, made_by(layer, shape, name), against, **options)
+            return Contender(str(shape), name, partial(layer, shape, name), against, **options)
 
         with_plain = "cska" in mixers and not shape.num_prefix_tokens
         rows.append(row(TIMM_MHSA, None))
@@ -65,11 +62,11 @@ def layers(mixers: Sequence[str], kernel: bool = False) -> list[Contender]:
             if against == "ska" and "ska" not in mixers:
                 against = TIMM_MHSA
             targets = FCSKA_TARGETS if against == "ska" else LAYER_TARGETS.get((shape, mixer), Targets())
-            twin = made_by(layer, shape, PLAIN_CSKA) if against == PLAIN_CSKA else None
+            twin = partial(layer, shape, PLAIN_CSKA) if against == PLAIN_CSKA else None
             rows.append(row(mixer, against, targets=targets, twin=twin))
             made = MIXERS[mixer]
             if kernel and isinstance(made, type) and issubclass(made, StaticKeyAttention):
-                make = made_by(layer, shape, mixer, backend="triton")
+                make = partial(layer, shape, mixer, backend="triton")
                 rows.append(Contender(str(shape), f"{mixer}{KERNEL}", make, mixer))
     return rows
 
@@ -79,27 +76,27 @@ def models(mixers: Sequence[str], batch: int = 8) -> list[Contender]:
     rows = []
     vit, former = "vit_small_patch16_224", "caformer_s18"
     group = f"ViT-S, 224 pixels, batch {batch}"
-    rows.append(Contender(group, vit, made_by(model, vit, batch)))
+    rows.append(Contender(group, vit, partial(model, vit, batch)))
     for mixer in mixers:
         targets = Targets(0.93, 0.95) if mixer == "ska" else Targets()
         name = f"{mixer}_{vit}"
-        rows.append(Contender(group, name, made_by(model, name, batch), vit, targets=targets))
+        rows.append(Contender(group, name, partial(model, name, batch), vit, targets=targets))
     group = f"MetaFormer S18, 224 pixels, batch {batch}"
-    rows.append(Contender(group, former, made_by(model, former, batch)))
+    rows.append(Contender(group, former, partial(model, former, batch)))
     for mixer in mixers:
         name = f"{mixer}former_s18"
         if mixer == "cska":
             plain_name = f"{name}, plain convolution"
-            plain = made_by(model, name, batch, plain_cska=True)
+            plain = partial(model, name, batch, plain_cska=True)
             rows.append(Contender(group, plain_name, plain, former))
             rows.append(
                 Contender(
-                    group, name, made_by(model, name, batch), plain_name, targets=Targets(0.50, 0.60), twin=plain
+                    group, name, partial(model, name, batch), plain_name, targets=Targets(0.50, 0.60), twin=plain
                 )
             )
         else:
             targets = Targets(1.08, 1.12) if mixer == "fcska" else Targets()
-            rows.append(Contender(group, name, made_by(model, name, batch), former, targets=targets))
+            rows.append(Contender(group, name, partial(model, name, batch), former, targets=targets))
     return rows
 
 
@@ -115,7 +112,7 @@ def resolution(mixers: Sequence[str]) -> list[Contender]:
                 Contender(
                     "stage 2 (stride 8, 128 channels, 8 heads), one image of so many pixels, ratios per token",
                     f"{name} {size}",
-                    made_by(layer, shape, name, windows),
+                    partial(layer, shape, name, windows),
                     None if first else f"{name} {RESOLUTIONS[0]}",
                     units=shape.num_tokens,
                     checked=first or windows is not None,
@@ -127,15 +124,16 @@ def resolution(mixers: Sequence[str]) -> list[Contender]:
 
 def training(mixers: Sequence[str], compared: Path | None = None, batch: int = 64) -> list[Contender]:
     """The network of a comparison, or the built-in one at 32 pixels, against itself with self-attention."""
-    name, args = "small_vit", {"img_size": 32, "num_classes": 10, "in_chans": 3, "model_args": {}}
+    name = "small_vit"
+    args: dict[str, Any] = {"img_size": 32, "num_classes": 10, "in_chans": 3, "model_args": {}}
     if compared is not None:
-        name, args, batch = _compared(compared)
+        name, args, batch = _compared(Path(compared))
     group = f"{name}, {args['img_size']} pixels, batch {batch}"
     return [
         Contender(
             group,
             mixer,
-            made_by(network, name, mixer, batch=batch, **args),
+            partial(network, name, mixer, batch=batch, **args),
             None if mixer == "mhsa" else "mhsa",
         )
         for mixer in ("mhsa", *(m for m in mixers if m != "mhsa"))
@@ -148,16 +146,13 @@ def _compared(folder: Path) -> tuple[str, dict[str, Any], int]:
     Raises:
         OutputError: It is no such folder.
     """
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        card = json.loads(next(folder.glob("runs/*/config.json")).read_text(encoding="utf-8"))
+    remedy = "give --compared a folder that compare has filled"
+    config = read_yaml(folder / "config.yaml", remedy)
+    card = read_json(next(folder.glob("runs/*/config.json"), folder / "runs"), remedy)
+    with explained_read(folder, remedy):
         in_chans, _, img_size = card["pretrained_cfg"]["input_size"]
         args = {"img_size": img_size, "num_classes": card["num_classes"], "in_chans": in_chans}
         return str(config["model"]), args | {"model_args": dict(config["model_args"])}, int(config["batch_size"])
-    except (OSError, StopIteration, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise OutputError(
-            f"{folder} is not a folder that compare has filled ({type(error).__name__}: {error})"
-        ) from error
 
 
 SUITES: dict[str, Callable[..., list[Contender]]] = {

@@ -8,7 +8,6 @@ from .host import (
     attention_classes,
     check_shapes,
     register_host_rule,
-    saved_grid,
     token_mixers,
 )
 from .metaformers import stage_grids
@@ -29,7 +28,6 @@ __all__ = [
     "convert",
     "metaformers",
     "register_host_rule",
-    "saved_grid",
     "stage_grids",
     "token_mixers",
     "transformers",

@@ -1,7 +1,6 @@
 """What a model must tell so that its attention can be swapped: its places, and what it becomes afterwards."""
 
 import copyreg
-import reprlib
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -223,24 +222,7 @@ def check_shapes(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     for prefix, mixer in mixers:
         name = f"{prefix}._extra_state"
         if name in state_dict and isinstance(mixer, GridState):
-            if isinstance(state_dict[name], Tensor) and not state_dict[name].is_meta:
-                saved_grid(name, state_dict[name])
             mixer.set_extra_state(state_dict[name])  # only compares: before anything is loaded
-
-
-def saved_grid(name: str, state: Any) -> Size2:
-    """The grid (H, W) that a checkpoint keeps beside a key.
-
-    Raises:
-        StaticKeyError: It is not a tensor of two positive integers.
-    """
-    counts = isinstance(state, Tensor) and state.shape == (2,) and state.dtype in (torch.int64, torch.int32)
-    if not counts or min(state.tolist()) < 1:
-        raise StaticKeyError(
-            f"{name} is {reprlib.repr(state)}, not the grid (H, W) of a key; the checkpoint is damaged, save it again"
-        )
-    height, width = state.tolist()
-    return height, width
 
 
 @dataclass(frozen=True, kw_only=True)

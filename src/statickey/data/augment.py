@@ -13,7 +13,7 @@ from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 
-from .._checks import check_not_negative, check_probability, check_rate
+from .._checks import check_count, check_not_negative, check_probability, check_rate, check_types
 from ..errors import DataError
 from .plan import mix_seed, seeded
 from .randaugment import apply_ops, draw_ops, parse_policy
@@ -47,11 +47,10 @@ class Augmentation:
     def __post_init__(self) -> None:
         check_rate(label_smoothing=self.label_smoothing)
         check_probability(random_erasing=self.random_erasing)
-        check_not_negative(mixup=self.mixup, cutmix=self.cutmix)
-        if self.crop_padding is not None:
-            _check_padding(self.crop_padding)
-        if self.flip is not None and not isinstance(self.flip, bool):
-            raise DataError(f"flip={self.flip!r} must be true or false; or leave it out")
+        check_types(self)
+        check_not_negative(
+            mixup=self.mixup, cutmix=self.cutmix, crop_padding=0 if self.crop_padding is None else self.crop_padding
+        )
         parse_policy(self.auto_augment)
 
 
@@ -86,11 +85,11 @@ class BatchAugment:
         policy: RandAugment in timm's notation, see ``parse_policy``.
 
     Raises:
-        DataError: A padding that is no whole number from 0, or a policy of another form.
+        StaticKeyError: A padding that is no whole number from 0, or a policy of another form.
     """
 
     def __init__(self, *, crop_padding: int = 0, flip: bool = False, policy: str | None = None) -> None:
-        _check_padding(crop_padding)
+        check_count(crop_padding=crop_padding)
         self.crop_padding, self.flip = crop_padding, flip
         self.policy = parse_policy(policy)
 
@@ -179,10 +178,3 @@ def mix_pairs(images: Tensor, labels: Tensor, mixup: Mixup, seed: int) -> tuple[
         images, labels = mixup(images[mirrored_pairs], labels[mirrored_pairs])
     back = mirrored_pairs.argsort()
     return images[back], labels[back]
-
-
-def _check_padding(crop_padding: int) -> None:
-    if not isinstance(crop_padding, int) or isinstance(crop_padding, bool):
-        raise DataError(f"crop_padding={crop_padding!r} must be a whole number of pixels")
-    if crop_padding < 0:
-        raise DataError(f"crop_padding={crop_padding} must not be negative; 0 switches the crop off")

@@ -72,29 +72,20 @@ class EpochBatches(Sampler[BatchPlan]):
                 yield BatchPlan(part, mix_seed(self.seed, self.epoch, i), first)
 
 
-class EvenBatches(Sampler[BatchPlan]):
-    """All images in their order, every one once, in as many batches on every process.
+def even_batches(num_images: int, rank: int = 0, world: int = 1) -> list[BatchPlan]:
+    """All images in order, each once; every process gets the same number of batches, and none of them is empty.
 
     Raises:
         DataError: There are fewer images than processes.
     """
-
-    def __init__(self, num_images: int, rank: int = 0, world: int = 1) -> None:
-        if num_images < world:
-            raise DataError(f"{num_images} held-out images are too few for {world} processes; raise --holdout")
-        self.num_images, self.rank, self.world = num_images, rank, world
-
-    def __len__(self) -> int:
-        return -(-self.num_images // (EVAL_BATCH * self.world))
-
-    def __iter__(self) -> Iterator[BatchPlan]:
-        order = torch.arange(self.num_images)
-        if self.world == 1:
-            batches = [order[start : start + EVAL_BATCH] for start in range(0, self.num_images, EVAL_BATCH)]
-        else:  # sizes differ by one at most, so that none is empty
-            batches = list(order.tensor_split(len(self)))
-        for batch in batches:
-            yield BatchPlan(batch.tensor_split(self.world)[self.rank], 0)
+    if num_images < world:
+        raise DataError(f"{num_images} held-out images are too few for {world} processes; raise --holdout")
+    order = torch.arange(num_images)
+    # with several processes sizes differ by one at most, so that no share is empty
+    batches = (
+        torch.split(order, EVAL_BATCH) if world == 1 else order.tensor_split(-(-num_images // (EVAL_BATCH * world)))
+    )
+    return [BatchPlan(batch.tensor_split(world)[rank], 0) for batch in batches]
 
 
 def hold_out(total: int, holdout: float) -> tuple[Tensor, Tensor]:
@@ -137,7 +128,7 @@ class PlannedDataModule(L.LightningDataModule):
 
     A batch is what the images make of a plan; it travels to the device as it is, and there a subclass augments and
     normalises it. The validation part is held out of the training images; the test part is only read by
-    ``test_dataloader``.
+    ``scoring_dataloader``.
 
     Args:
         train: The training images.
@@ -204,23 +195,14 @@ class PlannedDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The held-out training images."""
-        return self._loader(self.val_images, EvenBatches(len(self.val_images), *self._rank_and_world()))
-
-    def test_dataloader(self) -> DataLoader[Any]:
-        """The test images, all of them whatever the number of processes."""
-        return self._loader(self.test_images, EvenBatches(len(self.test_images)))
-
-    def holdout_dataloader(self) -> DataLoader[Any]:
-        """The held-out training images, all of them whatever the number of processes."""
-        return self._loader(self.val_images, EvenBatches(len(self.val_images)))
+        return self._loader(self.val_images, even_batches(len(self.val_images), *self._rank_and_world()))
 
     def scoring_dataloader(self, split: Literal["test", "holdout"]) -> DataLoader[Any]:
         """This process's share of the test images or of those held out, in their order; it may be empty."""
         images = self.test_images if split == "test" else self.val_images
         rank, world = self._rank_and_world()
         share = torch.arange(len(images)).tensor_split(world)[rank]
-        starts = range(0, len(share), EVAL_BATCH)
-        return self._loader(images, [BatchPlan(share[start : start + EVAL_BATCH], 0) for start in starts])
+        return self._loader(images, [BatchPlan(part, 0) for part in torch.split(share, EVAL_BATCH) if len(part)])
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

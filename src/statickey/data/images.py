@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from .._checks import check_choice
 from ..errors import DataError
 from .pixels import check_side, square
-from .source import OnBadImage, Source, check_on_bad_image, read_rgb
+from .source import OnBadImage, Source, read_rgb
 from .sources import open_sources
 
 _LIMIT_BYTES = 4 * 2**30
@@ -90,7 +92,7 @@ def load_images(
     if limit is not None and limit < 1:
         raise DataError(f"limit={limit} must be a positive number; or leave it out")
     check_side(img_size)
-    check_on_bad_image(on_bad_image)
+    check_choice(on_bad_image=(on_bad_image, get_args(OnBadImage)))
     if data == "digits":
         return _digits(img_size, limit)
     sources = open_sources(data, data_dir)

@@ -19,6 +19,7 @@ _TEST_STEMS = ("test", "val")
 class ShardImage(NamedTuple):
     """One sample of a shard: where the bytes of its image are, and its class."""
 
+    path: Path
     key: str
     offset: int
     size: int
@@ -59,7 +60,7 @@ def index_shard(path: Path) -> list[ShardImage]:
     for key in labels.keys() - images.keys():
         raise DataError(f"{path} sample {key} has a .cls but no image (.{', .'.join(SHARD_SUFFIXES)}); add it")
     return [
-        ShardImage(key, image.offset_data, image.size, _class_number(path, key, labels.get(key)))
+        ShardImage(path, key, image.offset_data, image.size, _class_number(path, key, labels.get(key)))
         for key, image in images.items()
     ]
 
@@ -76,21 +77,20 @@ def _class_number(path: Path, key: str, text: bytes | None) -> int:
 
 
 class _ShardSource(Source):
-    """Images in tar files, read where they lie: the number of the file and the place in it of each."""
+    """Images in tar files, read where they lie."""
 
-    def __init__(self, shards: Sequence[Path], places: Sequence[tuple[int, ShardImage]]) -> None:
-        self.shards, self.places = shards, places
-        self.labels: list[int] = [image.label for _, image in places]
+    def __init__(self, images: Sequence[ShardImage]) -> None:
+        self.images = images
+        self.labels: list[int] = [image.label for image in images]
 
     def open(self, i: int) -> Image.Image:
-        shard, image = self.places[i]
-        with self.shards[shard].open("rb") as file:
+        image = self.images[i]
+        with image.path.open("rb") as file:
             file.seek(image.offset)
             return Image.open(io.BytesIO(file.read(image.size)))
 
     def describe(self, i: int) -> str:
-        shard, image = self.places[i]
-        return f"{self.shards[shard]} sample {image.key}"
+        return f"{self.images[i].path} sample {self.images[i].key}"
 
 
 def shard_files(root: Path) -> list[Path]:
@@ -118,7 +118,4 @@ def _shard_source(root: Path, stems: Sequence[str]) -> _ShardSource:
         names = ", ".join(path.name for path in found[:6])
         raise DataError(f"no {' or '.join(f'{s}*.tar' for s in stems)} under {root} (found {names})")
     check_numbered(shards)
-    places: list[tuple[int, ShardImage]] = []
-    for number, path in enumerate(shards):
-        places.extend((number, image) for image in index_shard(path))
-    return _ShardSource(shards, places)
+    return _ShardSource([image for path in shards for image in index_shard(path)])

@@ -124,12 +124,6 @@ def read_rgb(source: Source, i: int, on_bad_image: OnBadImage) -> Image.Image | 
         return reason
 
 
-def check_on_bad_image(on_bad_image: str) -> None:
-    """Refuse a choice other than those of ``OnBadImage``."""
-    if on_bad_image not in ("fail", "skip"):
-        raise DataError(f"on_bad_image={on_bad_image!r} must be 'fail' or 'skip'")
-
-
 def data_files(root: Path, *patterns: str) -> list[Path]:
     """The files of these patterns in their order, but for hidden ones.
 

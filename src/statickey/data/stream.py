@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from PIL import Image
@@ -14,11 +14,12 @@ from timm.data.auto_augment import RandAugment
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .._checks import check_choice
 from ..errors import DataError
 from .pixels import check_side
 from .plan import BatchPlan, mix_seed, seeded
 from .randaugment import parse_policy
-from .source import OnBadImage, Source, Sources, check_on_bad_image, read_rgb
+from .source import OnBadImage, Source, Sources, read_rgb
 from .sources import open_sources
 
 
@@ -68,7 +69,7 @@ def open_stream(
     if data == "digits":
         raise DataError("digits are small and in memory; leave out --stream")
     check_side(img_size)
-    check_on_bad_image(on_bad_image)
+    check_choice(on_bad_image=(on_bad_image, get_args(OnBadImage)))
     return StreamedImages(data, open_sources(data, data_dir), 224 if img_size is None else img_size, on_bad_image)
 
 
@@ -101,7 +102,7 @@ class ImageStream(Dataset[tuple[Tensor, Tensor]]):
         *,
         substitute: bool = True,
     ) -> None:
-        check_on_bad_image(on_bad_image)
+        check_choice(on_bad_image=(on_bad_image, get_args(OnBadImage)))
         self.source, self.transform = source, transform
         self.on_bad_image, self.substitute = on_bad_image, substitute
         self.labels = torch.tensor([source.label(i, num_classes) for i in range(len(source))], dtype=torch.int64)
@@ -140,46 +141,30 @@ class ImageStream(Dataset[tuple[Tensor, Tensor]]):
 
 
 def stream_transforms(
-    img_size: int,
-    *,
-    train: bool,
-    policy: str | None = None,
-    flip: bool = True,
-    min_scale: float = 0.08,
-    crop_pct: float = 0.875,
-    interpolation: str = "bicubic",
+    img_size: int, *, train: bool, policy: str | None = None, flip: bool = True
 ) -> Callable[[Image.Image], Tensor]:
     """The transform of timm's that makes uint8 pixels (3, img_size, img_size) of an RGB image.
 
     Args:
         img_size: Side of the result in pixels.
-        train: Crop a random part and augment it, or crop the centre.
+        train: Crop a random part of 8% of the area or more and augment it, or crop the centre of 87.5% of the side.
         policy: RandAugment for training, see ``parse_policy``. The operations are timm's, those of
             ``BatchAugment`` and solarize-add.
         flip: Whether to mirror at random in training.
-        min_scale: Smallest share of the area that a training crop may take.
-        crop_pct: Share of the shorter side that the crop for evaluation takes.
-        interpolation: ``"bilinear"``, ``"bicubic"``, or ``"random"`` of the two in training.
 
     Raises:
-        DataError: An argument outside its range, or a policy of another form.
+        DataError: A size outside its range, or a policy of another form.
     """
     check_side(img_size)
-    for name, value in (("min_scale", min_scale), ("crop_pct", crop_pct)):
-        if not 0 < value <= 1:
-            raise DataError(f"{name}={value} must be in (0, 1]")
-    if interpolation not in ("bilinear", "bicubic", "random"):
-        raise DataError(f"interpolation={interpolation!r} must be bilinear, bicubic or random")
     parsed = parse_policy(policy)
     transform: Callable[[Image.Image], Tensor] = create_transform(
         img_size,
         is_training=train,
-        scale=(min_scale, 1.0),
         hflip=0.5 if flip else 0.0,
         color_jitter=None,
         auto_augment=None if parsed is None else str(parsed),
-        interpolation=interpolation,
-        crop_pct=crop_pct,
+        interpolation="bicubic",
+        crop_pct=0.875,
         use_prefetcher=True,
     )
     for step in getattr(transform, "transforms", ()):

@@ -82,15 +82,14 @@ class AttentionMixer(TokenMixer):
                 f"off_grid='window' has no single attention map on feat_size={feat_size}; "
                 f"ask for it on feat_size={self.feat_size}"
             )
-        return self._attend(x, feat_size, partial(self._weights_op, attn_mask=attn_mask))
+        return self._attend(x, feat_size, partial(self._call_op, attn_mask=attn_mask, as_map=True))
 
     def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:
         if attn_mask is not None and self._tiles(feat_size):
             raise FeatSizeError(
                 f"attn_mask needs one map of all tokens, off_grid='window' tiles feat_size={feat_size}"
             )
-        op = partial(self._attention_op, attn_mask=attn_mask)
-        out = self._attend(x, feat_size, op).transpose(1, 2).flatten(2)
+        out = self._attend(x, feat_size, partial(self._call_op, attn_mask=attn_mask)).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(self.out_norm(out)))  # type: ignore[no-any-return]
 
     def _tiles(self, feat_size: Size2) -> bool:
@@ -111,7 +110,7 @@ class AttentionMixer(TokenMixer):
     def _logit_scale(self) -> float | Tensor:
         return self.scale if self.log_temperature is None else self.log_temperature.exp()
 
-    def _attention_op(
+    def _call_op(
         self,
         query: Tensor,
         key: Tensor,
@@ -121,57 +120,28 @@ class AttentionMixer(TokenMixer):
         query_offset: int = 0,
         unfold: tuple[Size2, int] | None = None,
         attn_mask: Tensor | None = None,
+        as_map: bool = False,
     ) -> Tensor:
+        """Attend, or return the map with ``as_map``."""
+        options: dict[str, Any] = {
+            "key_bias": key_bias,
+            "scale": self._logit_scale(),
+            "mask_diagonal": self.mask_diagonal,
+            "query_offset": query_offset,
+            "attn_mask": _query_rows(attn_mask, query_offset, query.shape[2]),
+        }
         dropout_p = self.attn_drop.p if self.training else 0.0
-        if self.head_mix is not None:  # the whole map is needed: no fused kernel mixes heads
-            if self.backend == "triton":
-                raise BackendError("backend='triton' makes no map that talking heads could mix; use backend='sdpa'")
-            weights = self._weights_op(
-                query,
-                key,
-                value,
-                key_bias=key_bias,
-                query_offset=query_offset,
-                unfold=unfold,
-                attn_mask=attn_mask,
+        mix = self.head_mix
+        if not as_map and mix is None:
+            return static_key_attention(
+                query, key, value, **options, dropout_p=dropout_p, unfold=unfold, backend=self.backend
             )
-            return F.dropout(weights, dropout_p) @ value
-        return static_key_attention(
-            query,
-            key,
-            value,
-            key_bias=key_bias,
-            scale=self._logit_scale(),
-            mask_diagonal=self.mask_diagonal,
-            query_offset=query_offset,
-            attn_mask=_query_rows(attn_mask, query_offset, query.shape[2]),
-            dropout_p=dropout_p,
-            unfold=unfold,
-            backend=self.backend,
-        )
-
-    def _weights_op(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        key_bias: Tensor | None = None,
-        query_offset: int = 0,
-        unfold: tuple[Size2, int] | None = None,
-        attn_mask: Tensor | None = None,
-    ) -> Tensor:
-        weights = static_key_weights(
-            query if unfold is None else unfold_queries(query, *unfold),
-            key,
-            key_bias=key_bias,
-            scale=self._logit_scale(),
-            mask_diagonal=self.mask_diagonal,
-            query_offset=query_offset,
-            attn_mask=_query_rows(attn_mask, query_offset, query.shape[2]),
-            head_mix=None if self.head_mix is None else self.head_mix.logits,
-        )
-        return weights if self.head_mix is None else self.head_mix.weights(weights)
+        if not as_map and self.backend == "triton":
+            raise BackendError("backend='triton' makes no map that talking heads could mix; use backend='sdpa'")
+        query = query if unfold is None else unfold_queries(query, *unfold)
+        weights = static_key_weights(query, key, **options, head_mix=None if mix is None else mix.logits)
+        weights = weights if mix is None else mix.weights(weights)
+        return weights if as_map else F.dropout(weights, dropout_p) @ value
 
     def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(B, N, parts*h*d) to ``parts`` tensors (B, h, N, d)."""

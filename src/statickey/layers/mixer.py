@@ -1,17 +1,18 @@
 """What every token mixer is: a module from tokens, or a map of them, to the same, that knows its grid."""
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, fx, nn
 
 from .._checks import (
+    check_count,
     check_dtype,
     check_feat_size,
     check_head_dim,
     check_map,
     check_not_causal,
-    check_num_prefix_tokens,
     check_rate,
     check_tokens,
 )
@@ -56,6 +57,8 @@ class TokenMixer(nn.Module, ABC):
     grid_parameters: ClassVar[tuple[str, ...]] = ()
     """Parameters and buffers whose second axis runs over the tokens of the grid the mixer is built for."""
 
+    __call__: Callable[..., Tensor]
+
     def __init__(
         self,
         dim: int,
@@ -73,7 +76,7 @@ class TokenMixer(nn.Module, ABC):
     ) -> None:
         super().__init__()
         self.head_dim = check_head_dim(dim, num_heads, head_dim)
-        check_num_prefix_tokens(num_prefix_tokens)
+        check_count(num_prefix_tokens=num_prefix_tokens)
         check_rate(attn_drop=attn_drop, proj_drop=proj_drop)
         check_dtype(dtype)
         self.dim = dim
@@ -92,18 +95,6 @@ class TokenMixer(nn.Module, ABC):
 
     def reset_parameters(self) -> None:
         """Initialise what this class owns; projections initialise themselves."""
-
-    if TYPE_CHECKING:
-
-        def __call__(
-            self,
-            x: Tensor,
-            feat_size: Size2 | None = None,
-            *,
-            attn_mask: Tensor | None = None,
-            is_causal: bool = False,
-        ) -> Tensor:
-            """Mix tokens; see ``forward``."""
 
     @property
     def num_tokens(self) -> int:

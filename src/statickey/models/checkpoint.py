@@ -14,9 +14,9 @@ from timm.models._input import get_pretrained_grid_size
 from timm.models.metaformer import MetaFormer
 from torch import Tensor, nn
 
-from .._checks import check_mapping
+from .._checks import check_mapping, check_saved_grid
 from .._typing import Size2
-from ..convert import saved_grid, token_mixers
+from ..convert import token_mixers
 from ..convert.metaformers import HEAD_DIM
 from ..errors import StaticKeyError
 from ..layers import AttentionMixer, TokenMixer
@@ -64,7 +64,7 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         extra = f"{prefix}._extra_state"
         if extra not in out:
             continue
-        patch_grid = grid = saved_grid(extra, out[extra])
+        patch_grid = grid = check_saved_grid(out[extra], extra)
         if grid != mixer.feat_size:
             names = [name for name in mixer.grid_parameters if f"{prefix}.{name}" in out]
             resampled = mixer.resample_state({name: out[f"{prefix}.{name}"] for name in names}, grid)

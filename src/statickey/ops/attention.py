@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -66,7 +66,7 @@ def static_key_attention(
     Source:
         Hu, Zhou, Rostami, Static Key Attention in Vision, arXiv 2412.07049.
     """
-    check_backend(backend, ("triton", *_BACKENDS))
+    check_backend(backend, get_args(Backend))
     check_rate(dropout_p=dropout_p)
     shape = query.shape
     if unfold is not None:
@@ -93,8 +93,10 @@ def static_key_attention(
     else:
         if unfold is not None:
             query = unfold_queries(query, *unfold)
-        attend = _math if wide_key else _BACKENDS[backend]
-        out = attend(query, static_key, value, key_bias, scale, mask, dropout_p)
+        if backend == "sdpa" and not wide_key:
+            out = _sdpa(query, static_key, value, key_bias, scale, mask, dropout_p)
+        else:
+            out = F.dropout(_weights(query, static_key, key_bias, scale, mask), dropout_p) @ value
     return out if empty is None else out.masked_fill(empty, 0.0)
 
 
@@ -224,18 +226,6 @@ def _tiled(
     return out.to(query.dtype)
 
 
-def _math(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_bias: Tensor | None,
-    scale: float | Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-) -> Tensor:
-    return F.dropout(_weights(query, key, key_bias, scale, mask), dropout_p) @ value
-
-
 def _weights(
     query: Tensor,
     key: Tensor,
@@ -266,6 +256,3 @@ def _product(query: Tensor, key: Tensor) -> Tensor:
     batch, heads, num_queries, width = query.shape
     logits = query.transpose(0, 1).reshape(heads, batch * num_queries, width) @ key
     return logits.view(heads, batch, num_queries, key.shape[-1]).transpose(0, 1)
-
-
-_BACKENDS = {"sdpa": _sdpa, "math": _math}
