@@ -317,7 +317,7 @@ class TestEveryFamily:
 
 
 def test_names_and_search():
-    assert len(NAMES) == 28
+    assert len(NAMES) == 29
     assert len(timm.list_models("*ska*")) == 27
     assert not any(name in timm.list_models(pretrained=True) for name in NAMES)
     modules = set(timm.models.list_modules())

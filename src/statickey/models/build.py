@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .._checks import check_mapping, check_model_args, check_positive
+from .._files import one_line
 from ..convert import convert, token_mixers
 from ..errors import StaticKeyError
 from ..layers import AttentionMixer
-from .names import HUB_REMEDY, look_up, one_line
+from .names import HUB_REMEDY, look_up
 from .swaps import Swap
 from .weights import read_weights, start_from
 

@@ -8,6 +8,7 @@ import timm
 from timm.models import get_arch_pretrained_cfgs, parse_model_name, resolve_model_input_args, split_model_name_tag
 
 from .._checks import check_name
+from .._files import one_line
 from ..errors import StaticKeyError, UnknownNameError
 from .weights import CONFIG_FILE, WEIGHTS_FILE
 
@@ -62,12 +63,6 @@ def look_up(name: str) -> NamedModel:
 HUB_REMEDY = (
     "connect to the network once, or give local-dir:FOLDER for a name, or checkpoint_path in model_args, with a copy"
 )
-
-
-def one_line(error: BaseException) -> str:
-    """What an error of another library says, in one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _check_tag(architecture: str, tag: str) -> None:
