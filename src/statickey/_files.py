@@ -26,7 +26,7 @@ _BROKEN = (
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of another library says, in one line of bearable length."""
+    """What an error of another library says, in one line of at most 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else f"{text[:297]}..."
 
@@ -51,7 +51,7 @@ def explained_write(path: Path, option: str = "--out") -> Iterator[None]:
 def check_writable(**files: str | Path | None) -> None:
     """Refuse, before anything is computed for it, a file that could not be written, given by its option's name.
 
-    Nothing is left behind, folders included. None is no file.
+    Nothing is left behind, not even folders. None means no file.
 
     Raises:
         OutputError: A folder is there, or the nearest folder that exists takes no file.

@@ -85,7 +85,7 @@ class Site:
         """Read a site from an attention module with timm's names.
 
         Args:
-            module: Has ``qkv`` (Linear) and ``proj`` (Linear), ``num_heads`` and perhaps ``attn_drop`` and
+            module: Has ``qkv`` (Linear) and ``proj`` (Linear), ``num_heads`` and possibly ``attn_drop`` and
                 ``proj_drop``; what has another name is given as a field.
             feat_size: The token grid (H, W) it works on.
             num_prefix_tokens: Tokens before the grid.

@@ -30,7 +30,7 @@ from .windows import BiasedMixer, bias_table
 
 
 class GridHost(StaticKeyHost):
-    """A host with one patch grid, ``patch_embed.grid_size``, and perhaps a dynamic input size.
+    """A host with one patch grid, ``patch_embed.grid_size``, and possibly a dynamic input size.
 
     Attributes: ``grids``, with a dynamic input size the grid (H, W) last seen for each number of tokens; its
     mixers look theirs up in it.
@@ -67,7 +67,7 @@ class GridHost(StaticKeyHost):
 
 
 def _keep_grid(grids: TokenGrids, block: nn.Module, args: tuple[Any, ...]) -> None:
-    """Tie a block's input to its grid: recomputed later, it must not see that of another with as many tokens."""
+    """Tie a block's input to its grid: recomputed later, it must not see that of another input of equal length."""
     x = args[0]
     if hasattr(x, "feat_size"):
         grids.by_count[x.shape[1]] = x.feat_size

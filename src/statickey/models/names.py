@@ -1,4 +1,4 @@
-"""What a model's name stands for: one of timm's registry, perhaps with a tag, on the hub, or in a folder."""
+"""What a model's name stands for: one of timm's registry, optionally with a tag, on the hub, or in a folder."""
 
 import json
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ def look_up(name: str) -> NamedModel:
             json.loads((Path(model_id) / CONFIG_FILE).read_text(encoding="utf-8")) if source == "local-dir" else {}
         )
         own = config.get("statickey")
-    except Exception as error:  # the hub and its transport raise of all kinds
+    except Exception as error:  # the hub and its transport raise many kinds
         remedy = "give a folder with the config.json of a timm model" if source == "local-dir" else HUB_REMEDY
         raise StaticKeyError(f"cannot read the model {name!r}: {one_line(error)}; {remedy}") from error
     if not isinstance(own, dict):

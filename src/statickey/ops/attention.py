@@ -47,7 +47,7 @@ def static_key_attention(
             zeros, and gets a gradient of zero, whatever the backend.
         dropout_p: Dropout rate on the attention weights.
         unfold: ``(feat_size, kernel_size)`` to attend with ``unfold_queries(query, feat_size, kernel_size)``, which
-            is then not stored where the backend can do without; N is the number of unfolded queries.
+            is then not stored where the backend does not need it; N is the number of unfolded queries.
         backend: ``"sdpa"`` runs torch's fused attention, or on the CPU, where the static key is wider than the
             value, products for the whole batch a tile of the map at a time; neither stores a large N x M map
             (except with dropout on the CPU). ``"math"`` always stores it. ``"triton"``, on CUDA in float32, bfloat16
@@ -150,7 +150,11 @@ def _mask(
 
     Empty rows, in which nothing is allowed, have no softmax: they are opened here, and zeroed in the result.
     """
-    diagonal = _diagonal_mask(query, num_queries, num_keys, query_offset) if mask_diagonal else None
+    diagonal = None
+    if mask_diagonal:  # minus infinity where a query would meet its own token
+        own = torch.arange(num_queries, device=query.device).unsqueeze(1) + query_offset
+        zeros = torch.zeros(num_queries, num_keys, dtype=query.dtype, device=query.device)
+        diagonal = zeros.masked_fill(own == torch.arange(num_keys, device=query.device), float("-inf"))
     if attn_mask is None:
         return diagonal, None  # the diagonal alone leaves a key to every query
     mask = attn_mask.reshape((1,) * (2 - attn_mask.ndim) + attn_mask.shape)  # fused attention wants two axes
@@ -163,14 +167,6 @@ def _mask(
         mask = diagonal + mask
     empty = (mask == float("-inf")).all(dim=-1, keepdim=True)
     return mask.masked_fill(empty, 0.0), empty
-
-
-def _diagonal_mask(query: Tensor, num_queries: int, num_keys: int, query_offset: int) -> Tensor:
-    """Minus infinity where a query would meet its own token, (N, M)."""
-    own = torch.arange(num_queries, device=query.device).unsqueeze(1) + query_offset
-    hidden = own == torch.arange(num_keys, device=query.device)
-    zeros = torch.zeros(num_queries, num_keys, dtype=query.dtype, device=query.device)
-    return zeros.masked_fill(hidden, float("-inf"))
 
 
 def _sdpa(

@@ -74,7 +74,7 @@ def details(summary: str, content: str) -> str:
 
 
 def row(*parts: str) -> str:
-    """Pictures side by side, as many as the page is wide."""
+    """Pictures side by side, wrapped to the width of the page."""
     return f"<div class=row>{''.join(parts)}</div>" if parts else ""
 
 
