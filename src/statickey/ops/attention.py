@@ -113,23 +113,12 @@ def static_key_weights(
 ) -> Tensor:
     """Compute the attention map ``softmax(scale * (query @ static_key^T + key_bias) + attn_mask)``.
 
-    Args:
-        query: Queries, (B, h, N, dk).
-        static_key: Keys, (h, M, dk), or (B, h, M, dk).
-        key_bias: Added to every query's logit of a key, (h, M).
-        scale: Factor on the logits, bias included. Default ``dk ** -0.5``.
-        mask_diagonal: If true, query i does not attend to key ``i + query_offset``.
-        query_offset: Index of the first query among the keys' tokens.
-        attn_mask: Added to the logits after scaling, or, if boolean, true where attention is allowed; broadcasts
-            to (B, h, N, M). A position bias that is learned, for example.
-        head_mix: A function of the scaled logits, (B, h, N, M) to the same, before mask and softmax.
+    Arguments and errors are those of ``static_key_attention``. ``head_mix`` is applied to the scaled logits, before
+    mask and softmax: a function of (B, h, N, M) to the same.
 
     Returns:
         Weights that sum to one over the last axis, or are all zero where the mask allows nothing, (B, h, N, M), in
         the dtype of the query.
-
-    Raises:
-        StaticKeyError: Shapes, dtypes or devices do not fit together, or the scale is not finite.
     """
     check_static_key_attention(query, static_key, None, key_bias, scale, mask_diagonal, query_offset, attn_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
