@@ -51,6 +51,19 @@ class MixerSlot(nn.Module):
 class MapSlot(MixerSlot):
     """A slot in a MetaFormer stage of maps."""
 
+    def __init__(
+        self,
+        dim: int,
+        *,
+        qkv_bias: bool = False,
+        proj_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__(dim, qkv_bias=qkv_bias, proj_bias=proj_bias, attn_drop=attn_drop, proj_drop=proj_drop)
+
 
 class TokenSlot(MapSlot, MetaFormerAttention):  # type: ignore[misc]
     """A slot in a MetaFormer stage of tokens, which the stage recognises by this base class."""

@@ -93,9 +93,6 @@ class BatchAugment:
         self.crop_padding, self.flip = crop_padding, flip
         self.policy = parse_policy(policy)
 
-    def __repr__(self) -> str:
-        return f"BatchAugment(crop_padding={self.crop_padding}, flip={self.flip}, policy={self.policy})"
-
     def draw(self, num_images: int, generator: torch.Generator) -> Draws:
         """Draw for this many images, from a generator on the CPU."""
         offsets = mirrored = ops = strengths = None

@@ -77,7 +77,7 @@ def static_key_former(
         dims=tuple(dims),
         token_mixers=[MapSlot if maps else TokenSlot for maps in on_maps],
         norm_layers=[LayerNorm2dNoBias if maps else LayerNormNoBias for maps in on_maps],
-        **{"proj_bias": False} | host_args,
+        **host_args,
     )
     size = check_img_size(img_size)
     stage_grids(model, size)
