@@ -25,6 +25,12 @@ _BROKEN = (
 """What reading a broken file raises."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of another library says, in one line of at most 300 characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
 @contextmanager
 def explained_write(path: Path, option: str = "--out") -> Iterator[None]:
     """Turn an operating system's refusal to write ``path``, given as ``option``, into one line with the remedy."""
@@ -45,7 +51,7 @@ def explained_write(path: Path, option: str = "--out") -> Iterator[None]:
 def check_writable(**files: str | Path | None) -> None:
     """Refuse, before anything is computed for it, a file that could not be written, given by its option's name.
 
-    Nothing is left behind, folders included. None is no file.
+    Nothing is left behind, not even folders. None means no file.
 
     Raises:
         OutputError: A folder is there, or the nearest folder that exists takes no file.
@@ -113,8 +119,7 @@ def explained_read(path: Path, remedy: str) -> Iterator[None]:
     except KeyError as error:
         raise OutputError(f"{path} is broken (it has no {error}); {remedy}") from error
     except _BROKEN as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise OutputError(f"{path} is broken ({reason}); {remedy}") from error
+        raise OutputError(f"{path} is broken ({one_line(error)}); {remedy}") from error
 
 
 def read_json(path: Path, remedy: str, kind: type = dict) -> Any:

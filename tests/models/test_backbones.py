@@ -316,6 +316,11 @@ class TestEveryFamily:
         assert_close("extracted", out, taken[0])
 
 
+def test_a_metaformer_takes_heads_for_its_mixers_only():
+    with pytest.raises(TypeError, match="num_heads"):
+        timm.create_model("skaformer_nano", num_heads=4)
+
+
 def test_names_and_search():
     assert len(NAMES) == 29
     assert len(timm.list_models("*ska*")) == 27

@@ -1,4 +1,4 @@
-"""What is measured: a network and its input, made anew wherever it is needed."""
+"""What is measured: a network and its input, built wherever they are needed."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -184,5 +184,5 @@ def macs(module: nn.Module, x: Tensor) -> int:
 
 
 def least_bytes(module: nn.Module, x: Tensor) -> int:
-    """What must be read and written at the least: weights, input, and an output as large as the input."""
+    """The least that must be read and written: weights, input, and an output as large as the input."""
     return sum(p.numel() * p.element_size() for p in module.parameters()) + 2 * x.numel() * x.element_size()

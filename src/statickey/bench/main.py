@@ -67,7 +67,7 @@ def bench(
         compared: A folder of ``compare``: the training suite measures its network, and a figure sets the measured
             cost against the accuracy found there.
         out: Folder of the results: ``bench.json``, ``.csv`` and ``.md``, and figures. A suite's rows replace its
-            earlier ones, and are written when the suite is through.
+            earlier ones, and are written as soon as the suite is done.
         console: Where to print; default the terminal.
 
     Returns:
@@ -128,7 +128,7 @@ def _check(contenders: list[Contender], phases: tuple[Phase, ...], setting: Sett
     """Compare every contender with its twin.
 
     Raises:
-        StaticKeyError: One differs: a speed of something else would be worth nothing.
+        StaticKeyError: One differs: the speed of another function would mean nothing.
     """
     checked = [contender for contender in contenders if contender.checked]
     task = progress.add_task("checking parity", total=len(checked))
@@ -260,7 +260,7 @@ def _write(out: Path, rows: list[dict[str, Any]], accuracy: dict[str, tuple[floa
         name: (1e3 / row["images_per_second"], *accuracy[name]) for name, row in steps.items() if name in accuracy
     }
     if resolution or points:
-        from ..viz import accuracy_against_cost, save_png, scaling  # matplotlib, which most suites do without
+        from ..viz import accuracy_against_cost, save_png, scaling  # loads matplotlib, which most suites do not need
 
         if resolution:
             save_png(scaling(resolution), out / "resolution.png")

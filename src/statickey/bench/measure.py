@@ -122,7 +122,7 @@ KINDS = {
 
 def time_in(call: Callable[[], Any], setting: Setting) -> dict[str, float]:
     """Share of a pass's time by kind of operation, by torch's profiler: what stands between it and the limit."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it tells of its own start and end
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it logs its own start and end
     with torch.autograd.profiler.profile(use_device=None if setting.device == "cpu" else setting.device) as profiled:
         call()
         setting.wait()

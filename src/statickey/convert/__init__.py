@@ -1,4 +1,4 @@
-"""Swap the attention of an existing timm model, or of one's own."""
+"""Swap the attention of an existing timm model, or of your own."""
 
 from . import metaformers, transformers, windows
 from .host import (

@@ -85,7 +85,7 @@ class Site:
         """Read a site from an attention module with timm's names.
 
         Args:
-            module: Has ``qkv`` (Linear) and ``proj`` (Linear), ``num_heads`` and perhaps ``attn_drop`` and
+            module: Has ``qkv`` (Linear) and ``proj`` (Linear), ``num_heads`` and possibly ``attn_drop`` and
                 ``proj_drop``; what has another name is given as a field.
             feat_size: The token grid (H, W) it works on.
             num_prefix_tokens: Tokens before the grid.
@@ -121,33 +121,21 @@ class Site:
     @classmethod
     def of_mixer(cls, mixer: TokenMixer, **fields: Any) -> Self:
         """Read a site from a mixer that stands there already; only self-attention has weights to carry over."""
-        read: dict[str, Any] = {
-            "dim": mixer.dim,
-            "num_heads": mixer.num_heads,
-            "head_dim": mixer.head_dim,
-            "input_fmt": mixer.input_fmt,
-            "is_attention": mixer.layout == "NLC",
-            "replaceable": isinstance(mixer, SelfAttention),
-            "macs": mixer.macs() * fields.get("windows", 1),
-        }
+        fields |= {name: getattr(mixer, name) for name in ("feat_size", "num_prefix_tokens", "input_fmt")}
         if isinstance(mixer, SelfAttention):
-            read |= {
-                "qkv_weight": mixer.qkv.weight,
-                "qkv_bias": mixer.qkv.bias,
-                "proj": mixer.proj,
-                "with_qkv_bias": mixer.qkv.bias is not None,
-                "with_proj_bias": mixer.proj.bias is not None,
-                "attn_drop": mixer.attn_drop.p,
-                "proj_drop": mixer.proj_drop.p,
-                "q_norm": mixer.q_norm,
-                "k_norm": mixer.k_norm,
-                "out_norm": mixer.out_norm,
-                "head_mix": mixer.head_mix,
-                "log_temperature": mixer.log_temperature,
-                "mixer_args": _logit_args(mixer),
-            }
-        prefix = mixer.num_prefix_tokens
-        return cls(module=mixer, feat_size=mixer.feat_size, num_prefix_tokens=prefix, **(read | fields))
+            kept = ("q_norm", "k_norm", "out_norm", "head_mix", "log_temperature")
+            fields |= {name: getattr(mixer, name) for name in kept} | {"mixer_args": _logit_args(mixer)}
+            return cls.of(mixer, **fields)
+        return cls(
+            module=mixer,
+            dim=mixer.dim,
+            num_heads=mixer.num_heads,
+            head_dim=mixer.head_dim,
+            is_attention=mixer.layout == "NLC",
+            replaceable=False,
+            macs=mixer.macs() * fields.get("windows", 1),
+            **fields,
+        )
 
 
 def _logit_args(mixer: SelfAttention) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Attention, RelPosBias
+from timm.layers import Attention
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
 from timm.models.cait import Cait, TalkingHeadAttn
@@ -21,16 +21,16 @@ from .host import (
     HostRule,
     Site,
     StaticKeyHost,
-    forked_random,
     packed_bias,
     register_host_rule,
     token_mixers,
 )
 from .slots import MixerSlot
+from .windows import BiasedMixer, bias_table
 
 
 class GridHost(StaticKeyHost):
-    """A host with one patch grid, ``patch_embed.grid_size``, and perhaps a dynamic input size.
+    """A host with one patch grid, ``patch_embed.grid_size``, and possibly a dynamic input size.
 
     Attributes: ``grids``, with a dynamic input size the grid (H, W) last seen for each number of tokens; its
     mixers look theirs up in it.
@@ -67,7 +67,7 @@ class GridHost(StaticKeyHost):
 
 
 def _keep_grid(grids: TokenGrids, block: nn.Module, args: tuple[Any, ...]) -> None:
-    """Tie a block's input to its grid: recomputed later, it must not see that of another with as many tokens."""
+    """Tie a block's input to its grid: recomputed later, it must not see that of another input of equal length."""
     x = args[0]
     if hasattr(x, "feat_size"):
         grids.by_count[x.shape[1]] = x.feat_size
@@ -90,13 +90,8 @@ class EvaMixer(nn.Module):
         return self.mixer(x, attn_mask=attn_mask, is_causal=is_causal)
 
 
-class BeitMixer(nn.Module):
-    """A mixer with BEiT's relative position bias, called as its blocks call their attention."""
-
-    def __init__(self, mixer: TokenMixer, rel_pos: RelPosBias | None) -> None:
-        super().__init__()
-        self.mixer = mixer
-        self.rel_pos = rel_pos
+class BeitMixer(BiasedMixer):
+    """A mixer called as BEiT's blocks call their attention."""
 
     def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
         """(B, N, dim) to the same."""
@@ -104,13 +99,6 @@ class BeitMixer(nn.Module):
         if self.rel_pos is not None:
             bias = self.rel_pos.get_bias() if bias is None else bias + self.rel_pos.get_bias()
         return self.mixer(x, attn_mask=bias)
-
-    def set_window_size(self, window_size: Size2) -> None:
-        """Rebuild key and bias for another grid."""
-        height, width = window_size
-        self.mixer.set_input_size((height, width))
-        if self.rel_pos is not None:
-            self.rel_pos.set_window_size(window_size)
 
 
 def share_grids(model: Any) -> None:
@@ -212,7 +200,6 @@ def eva_sites(model: Eva) -> dict[str, Site]:
             num_prefix_tokens=model.num_prefix_tokens,
             qkv_weight=weight,
             qkv_bias=bias,
-            with_qkv_bias=bias is not None,
             q_norm=attn.q_norm,
             k_norm=attn.k_norm,
             out_norm=attn.norm,
@@ -227,34 +214,21 @@ def beit_sites(model: Beit) -> dict[str, Site]:
     for index, block in enumerate(model.blocks):
         name, attn = f"blocks.{index}.attn", block.attn
         if isinstance(attn, BeitMixer):
-            sites[name] = Site.of_mixer(attn.mixer, wrap=_beit_wrapper(attn.rel_pos), needs_map=True)
+            sites[name] = Site.of_mixer(attn.mixer, wrap=partial(BeitMixer, rel_pos=attn.rel_pos), needs_map=True)
             continue
         if type(attn) is not BeitAttention:
             raise UnsupportedHostError(f"{name} is a {type(attn).__name__}; supported: BEiT's Attention")
         bias = packed_bias(attn.q_bias, attn.v_bias)
+        rel_pos = None if attn.relative_position_bias_table is None else bias_table(attn, 1)
         sites[name] = Site.of(
             attn,
             feat_size=_grid(model),
             num_prefix_tokens=model.num_prefix_tokens,
             qkv_bias=bias,
-            with_qkv_bias=bias is not None,
             needs_map=True,
-            wrap=_beit_wrapper(None if attn.relative_position_bias_table is None else _rel_pos(attn)),
+            wrap=partial(BeitMixer, rel_pos=rel_pos),
         )
     return sites
-
-
-def _beit_wrapper(rel_pos: RelPosBias | None) -> Callable[[TokenMixer], nn.Module]:
-    return lambda mixer: BeitMixer(mixer, rel_pos)
-
-
-@torch.no_grad()
-def _rel_pos(attn: BeitAttention) -> RelPosBias:
-    table = attn.relative_position_bias_table
-    with forked_random(table):
-        rel_pos = RelPosBias(attn.window_size, attn.num_heads, 1, device=table.device, dtype=table.dtype)
-    rel_pos.relative_position_bias_table.copy_(table)
-    return rel_pos
 
 
 def _grid(model: Any) -> Size2:

@@ -1,7 +1,7 @@
 """Rules for Swin and Swin-V2: attention in windows, one key per window position."""
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +19,24 @@ from ..layers import TokenMixer
 from .host import HostRule, Site, forked_random, packed_bias, register_host_rule
 
 
-class WindowMixer(nn.Module):
-    """A mixer of windows with the host's relative position bias, called as Swin's blocks call their attention."""
+class BiasedMixer(nn.Module):
+    """A mixer with the host's relative position bias: a module of timm's, or None."""
 
-    def __init__(self, mixer: TokenMixer, rel_pos: nn.Module) -> None:
+    def __init__(self, mixer: TokenMixer, rel_pos: Any) -> None:
         super().__init__()
         self.mixer = mixer
         self.rel_pos = rel_pos
+
+    def set_window_size(self, window_size: Size2) -> None:
+        """Rebuild key and bias for another grid."""
+        height, width = window_size
+        self.mixer.set_input_size((height, width))
+        if self.rel_pos is not None:
+            self.rel_pos.set_window_size(window_size)
+
+
+class WindowMixer(BiasedMixer):
+    """A mixer of windows, called as Swin's blocks call their attention."""
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Mix the tokens of every window.
@@ -37,16 +48,10 @@ class WindowMixer(nn.Module):
         Returns:
             In the shape of ``x``.
         """
-        bias = self.rel_pos.get_bias()  # type: ignore[operator]
+        bias = self.rel_pos.get_bias()
         if mask is not None:
             bias = (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         return self.mixer(x, attn_mask=bias)
-
-    def set_window_size(self, window_size: Size2) -> None:
-        """Rebuild key and bias for another window."""
-        height, width = window_size
-        self.mixer.set_input_size((height, width))
-        self.rel_pos.set_window_size(window_size)  # type: ignore[operator]
 
 
 class CosineQuery(nn.Module):
@@ -93,20 +98,24 @@ def swin_sites(model: SwinTransformer | SwinTransformerV2) -> dict[str, Site]:
             name, attn = f"layers.{stage_index}.blocks.{index}.attn", block.attn
             if isinstance(attn, WindowMixer):
                 windows = _window(attn.mixer.feat_size, block)["windows"]
-                sites[name] = Site.of_mixer(attn.mixer, wrap=_wrapper(attn.rel_pos), needs_map=True, windows=windows)
+                sites[name] = Site.of_mixer(
+                    attn.mixer, wrap=partial(WindowMixer, rel_pos=attn.rel_pos), needs_map=True, windows=windows
+                )
             elif type(attn) is SwinAttention:
                 sites[name] = Site.of(
-                    attn, wrap=_wrapper(_bias_table(attn)), needs_map=True, **_window(attn.window_size, block)
+                    attn,
+                    wrap=partial(WindowMixer, rel_pos=bias_table(attn)),
+                    needs_map=True,
+                    **_window(attn.window_size, block),
                 )
             elif type(attn) is SwinV2Attention:
                 bias = packed_bias(attn.q_bias, attn.v_bias)
                 sites[name] = Site.of(
                     attn,
                     qkv_bias=bias,
-                    with_qkv_bias=bias is not None,
                     q_norm=CosineQuery(attn.logit_scale),
                     k_norm=CosineKey(),
-                    wrap=_wrapper(_bias_mlp(attn)),
+                    wrap=partial(WindowMixer, rel_pos=_bias_mlp(attn)),
                     needs_map=True,
                     **_window(attn.window_size, block),
                 )
@@ -121,15 +130,14 @@ def _window(window_size: Size2, block: Any) -> dict[str, Any]:
     return {"feat_size": (height, width), "windows": math.prod(counts)}
 
 
-def _wrapper(rel_pos: nn.Module) -> Callable[[TokenMixer], nn.Module]:
-    return lambda mixer: WindowMixer(mixer, rel_pos)
-
-
 @torch.no_grad()
-def _bias_table(attn: SwinAttention) -> RelPosBias:
+def bias_table(attn: Any, num_prefix_tokens: int = 0) -> RelPosBias:
+    """The relative position bias of an attention of Swin's or BEiT's."""
     table = attn.relative_position_bias_table
     with forked_random(table):
-        rel_pos = RelPosBias(attn.window_size, attn.num_heads, device=table.device, dtype=table.dtype)
+        rel_pos = RelPosBias(
+            attn.window_size, attn.num_heads, num_prefix_tokens, device=table.device, dtype=table.dtype
+        )
     rel_pos.relative_position_bias_table.copy_(table)
     return rel_pos
 

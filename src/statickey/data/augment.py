@@ -27,7 +27,7 @@ class Augmentation:
         label_smoothing: Mass moved from the label to all classes.
         crop_padding: Padding of the random crop in pixels; default an eighth of the image, none for digits.
         flip: Mirror images at random; default yes, except for digits.
-        auto_augment: RandAugment in timm's words, such as rand-m9-n2-mstd0.5, different for every image.
+        auto_augment: RandAugment in timm's notation, such as rand-m9-n2-mstd0.5, different for every image.
         random_erasing: Probability of erasing a rectangle.
         mixup: Alpha of mixup; 0 for none.
         cutmix: Alpha of cutmix; 0 for none.
@@ -92,9 +92,6 @@ class BatchAugment:
         check_count(crop_padding=crop_padding)
         self.crop_padding, self.flip = crop_padding, flip
         self.policy = parse_policy(policy)
-
-    def __repr__(self) -> str:
-        return f"BatchAugment(crop_padding={self.crop_padding}, flip={self.flip}, policy={self.policy})"
 
     def draw(self, num_images: int, generator: torch.Generator) -> Draws:
         """Draw for this many images, from a generator on the CPU."""
@@ -161,7 +158,7 @@ def erase_rectangles(images: Tensor, probability: float, seed: int, first: int) 
 def mix_pairs(images: Tensor, labels: Tensor, mixup: Mixup, seed: int) -> tuple[Tensor, Tensor]:
     """Mix each image with its neighbour, the first with the second and so on: timm's mixup and cutmix.
 
-    All images of a batch are mixed alike, and neighbours stay together in every part of even size.
+    All images of a batch are mixed in the same way, and neighbours stay together in every part of even size.
 
     Args:
         images: Normalised images (B, C, H, W), B even.

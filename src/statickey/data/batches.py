@@ -37,7 +37,7 @@ class EpochBatches(Sampler[BatchPlan]):
         world: Number of processes.
 
     Raises:
-        DataError: The batch does not divide into so many parts.
+        DataError: The batch does not divide into this number of parts.
     """
 
     def __init__(

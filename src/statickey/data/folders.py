@@ -30,7 +30,7 @@ def folder_sources(root: Path) -> Sources:
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The image files of a folder and all folders in it, but for hidden ones.
+    """The image files in a folder and its subfolders, except hidden ones.
 
     Raises:
         DataError: A folder cannot be listed.

@@ -20,8 +20,8 @@ _LONGEST = 1000  # times the shorter side: bringing that one to a size makes the
 
 
 def open_image(path: Path) -> Image.Image:
-    """An image file, perhaps not decoded yet; raises one of ``UNREADABLE``, also for a pipe or a device."""
-    if not stat.S_ISREG(path.stat().st_mode):  # to open a pipe would wait for a writer for ever
+    """Open an image file, possibly without decoding it; raises one of ``UNREADABLE``, also for a pipe or a device."""
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait forever for a writer
         raise OSError("not a regular file")
     return Image.open(path)
 

@@ -105,20 +105,6 @@ def apply_ops(images: Tensor, ops: Tensor, strengths: Tensor) -> None:
         images[chosen] = _warp(images[chosen], matrices.to(images.device, non_blocking=True))
 
 
-def _auto_contrast(images: Tensor, strengths: Tensor) -> Tensor:
-    stretched: Tensor = TF.autocontrast(images)
-    return stretched
-
-
-def _equalize(images: Tensor, strengths: Tensor) -> Tensor:
-    equalized: Tensor = TF.equalize(images)
-    return equalized
-
-
-def _invert(images: Tensor, strengths: Tensor) -> Tensor:
-    return ~images
-
-
 def _posterize(images: Tensor, strengths: Tensor) -> Tensor:
     dropped = (strengths.abs() * 4).round().to(torch.uint8)
     return images >> dropped << dropped
@@ -171,9 +157,9 @@ def _enhance(images: Tensor, degenerate: Tensor, strengths: Tensor) -> Tensor:
 
 
 _PIXEL_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "AutoContrast": _auto_contrast,
-    "Equalize": _equalize,
-    "Invert": _invert,
+    "AutoContrast": lambda images, strengths: TF.autocontrast(images),
+    "Equalize": lambda images, strengths: TF.equalize(images),
+    "Invert": lambda images, strengths: ~images,
     "Posterize": _posterize,
     "Solarize": _solarize,
     "Color": _color,

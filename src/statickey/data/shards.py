@@ -30,7 +30,7 @@ def index_shard(path: Path) -> list[ShardImage]:
     """List the samples of an uncompressed tar file, in the order of their images.
 
     A sample is the files whose names agree up to the first dot: an image (``SHARD_SUFFIXES``) and a ``.cls`` with
-    the number of its class as text. Other files are passed over.
+    the number of its class as text. Other files are ignored.
 
     Raises:
         DataError: The file is torn, or a sample lacks its image or class or has two of them.
@@ -51,7 +51,7 @@ def index_shard(path: Path) -> list[ShardImage]:
                     images[key] = member
                 elif (content := shard.extractfile(member)) is not None:
                     labels[key] = content.read()
-            # tarfile takes a header it cannot read for the end; a whole archive ends in blocks of zeros
+            # tarfile takes an unreadable header for the end; a complete archive ends in blocks of zeros
             file.seek(shard.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
                 raise tarfile.ReadError(f"no header and no end at byte {shard.offset}")

@@ -48,7 +48,7 @@ class Source(ABC):
 
     @abstractmethod
     def open(self, i: int) -> Image.Image:
-        """Image ``i``, perhaps not decoded yet; raises one of ``UNREADABLE``."""
+        """Image ``i``, possibly not decoded yet; raises one of ``UNREADABLE``."""
 
     @abstractmethod
     def describe(self, i: int) -> str:
@@ -125,10 +125,10 @@ def read_rgb(source: Source, i: int, on_bad_image: OnBadImage) -> Image.Image | 
 
 
 def data_files(root: Path, *patterns: str) -> list[Path]:
-    """The files of these patterns in their order, but for hidden ones.
+    """The files that match these patterns, sorted, without hidden ones.
 
     Raises:
-        DataError: One is a pipe or a device: to open it would wait for ever.
+        DataError: One is a pipe or a device: opening it would wait forever.
     """
     found = {
         path

@@ -14,8 +14,8 @@ from .torchvision_sets import TORCHVISION_SETS, torchvision_sources
 def open_sources(data: str, data_dir: Path | None = None) -> Sources:
     """Find the images of a data set without decoding them.
 
-    A class without a test image is no fault but is warned of: the score says nothing of it. Hidden files are passed
-    over. A hole in a numbered set of parquet files or shards is refused.
+    A class without a test image is allowed, with a warning, as the score says nothing about it. Hidden files are
+    ignored. A gap in a numbered set of parquet files or shards is refused.
 
     Args:
         data: A name of torchvision's (``cifar10``, ``cifar100``, ``mnist``, ``fashion_mnist``, ``svhn``,

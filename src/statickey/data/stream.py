@@ -25,7 +25,7 @@ from .sources import open_sources
 
 @dataclass(frozen=True)
 class StreamedImages:
-    """A data set that is decoded as it is needed; in place of an ``ImageData``."""
+    """A data set that is decoded on demand, where ``ImageData`` is in memory."""
 
     name: str
     sources: Sources
@@ -58,7 +58,7 @@ def open_stream(
     """A data set to decode while training.
 
     Args:
-        data: As in ``load_images``, but for ``digits``.
+        data: As in ``load_images``, except ``digits``.
         data_dir: Where downloads are kept.
         img_size: Side of the images in pixels; default 224.
         on_bad_image: Stop at an unreadable image, or take the next one in its place.
@@ -85,9 +85,9 @@ class ImageStream(Dataset[tuple[Tensor, Tensor]]):
         transform: Makes uint8 pixels (C, H, W), a tensor or an array, of an RGB image. It may draw from the global
             generators of Python, NumPy and torch, as timm's transforms do.
         num_classes: Labels are below this.
-        on_bad_image: Refuse an unreadable image, or warn and do without it.
-        substitute: Take the next readable image of the source in the place of an unreadable one, as training needs
-            for whole batches; else leave it out.
+        on_bad_image: Refuse an unreadable image, or warn and skip it.
+        substitute: Replace an unreadable image by the next readable one, as training needs full batches; otherwise
+            leave it out.
 
     Raises:
         DataError: A label is missing or outside the classes; for unreadable images, see ``on_bad_image``.

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image
 
+from .._files import one_line
 from ..errors import DataError
 from .source import Source, Sources, check_numbered, data_files
 
@@ -92,7 +93,7 @@ def hub_sources(name: str, data_dir: Path | None) -> Sources:
         splits = datasets.load_dataset(path, config, cache_dir=None if data_dir is None else str(data_dir))
     except (OSError, ValueError, TypeError, LookupError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"cannot load {HUB}{name} ({_first_line(error)}); check the name and the network, "
+            f"cannot load {HUB}{name} ({one_line(error)}); check the name and the network, "
             "or give a folder that has it"
         ) from error
     sources = {split: _TableSource(f"{HUB}{name} {split}", table) for split, table in splits.items()}
@@ -171,7 +172,7 @@ def _parquet_table(root: Path, stems: Sequence[str], data_dir: Path | None) -> A
         try:
             tables.append(pq.read_table(path) if in_memory else pq.read_schema(path))
         except (OSError, pa.ArrowException) as error:
-            raise DataError(f"cannot read {path}: {_first_line(error)}; replace this file") from error
+            raise DataError(f"cannot read {path}: {one_line(error)}; replace this file") from error
     try:
         if in_memory:
             return datasets.Dataset(datasets.table.InMemoryTable(pa.concat_tables(tables)))
@@ -179,17 +180,12 @@ def _parquet_table(root: Path, stems: Sequence[str], data_dir: Path | None) -> A
         cache = None if data_dir is None else str(data_dir)
         return datasets.Dataset.from_parquet([str(path) for path in files], cache_dir=cache)
     except pa.ArrowException as error:
-        raise DataError(f"the parquet files under {root} differ in their columns: {_first_line(error)}") from error
+        raise DataError(f"the parquet files under {root} differ in their columns: {one_line(error)}") from error
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise DataError(
-            f"cannot unpack the parquet files under {root}: {_first_line(error)}; mend them or free space"
+            f"cannot unpack the parquet files under {root}: {one_line(error)}; mend them or free space"
         ) from error
     except (ValueError, TypeError, LookupError) as error:
         raise DataError(
-            f"the metadata of {files[0]} cannot be read ({_first_line(error)}); "
-            "write the file anew, or without metadata"
+            f"the metadata of {files[0]} cannot be read ({one_line(error)}); write the file anew, or without metadata"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]

@@ -71,7 +71,7 @@ def torchvision_sources(data: str, data_dir: Path | None) -> Sources:
 
 
 def _torchvision_parts(cls: Any, root: Path, known: _TorchvisionSet) -> list[Any]:
-    """The parts as they lie there, or else downloaded; torchvision checks the MD5 of what it reads."""
+    """Both parts, downloaded if they are missing; torchvision checks the MD5 of what it reads."""
     try:
         return [cls(root=root, download=False, **options) for options in known.options]
     except RuntimeError:

@@ -98,14 +98,9 @@ def attend_in_windows(
 
 
 def num_window_logits(feat_size: Size2, window_size: Size2, num_prefix_tokens: int) -> int:
-    """Logits per head that grid queries make in windows."""
-    return sum(
-        rows * cols * (rows * cols + num_prefix_tokens)
-        for rows in _window_extents(feat_size[0], window_size[0])
-        for cols in _window_extents(feat_size[1], window_size[1])
+    """Logits per head that grid queries make in windows, which are cut at the border."""
+    rows, cols = (
+        [min(window, extent - start) for start in range(0, extent, window)]
+        for extent, window in zip(feat_size, window_size, strict=True)
     )
-
-
-def _window_extents(extent: int, window: int) -> list[int]:
-    """Window extents along one axis, the last one cut at the border."""
-    return [min(window, extent - start) for start in range(0, extent, window)]
+    return sum(height * width * (height * width + num_prefix_tokens) for height in rows for width in cols)

@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .._checks import check_mapping, check_model_args, check_positive
+from .._files import one_line
 from ..convert import convert, token_mixers
 from ..errors import StaticKeyError
 from ..layers import AttentionMixer
-from .names import HUB_REMEDY, look_up, one_line
+from .names import HUB_REMEDY, look_up
 from .swaps import Swap
 from .weights import read_weights, start_from
 
@@ -46,7 +47,7 @@ def build_model(
     In a vision transformer that is every block; in a MetaFormer of this package, the stage its name stands for.
 
     Args:
-        name: What ``timm.create_model`` takes: a vision transformer of timm's, perhaps with a tag
+        name: What ``timm.create_model`` takes: a vision transformer of timm's, optionally with a tag
             (``"vit_tiny_patch16_224.augreg_in21k"``), a name of this package (``"small_vit"``,
             ``"skaformer_nano"``), whose own mixer is replaced, ``"hf-hub:OWNER/NAME"``, or ``"local-dir:FOLDER"``,
             where the folder may be a finished run. The last two bring arguments of their own, under those given.

@@ -103,9 +103,8 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
     }
     for name, target in own.items():
         source, rows = _source(name, given)
-        if source is None or not isinstance(given[source], Tensor) or name.rpartition(".")[0] in foreign:
-            continue
-        if name.rpartition(".")[0].rpartition(".")[0] in foreign:
+        module = name.rpartition(".")[0]
+        if source is None or not isinstance(given[source], Tensor) or foreign & {module, module.rpartition(".")[0]}:
             continue
         if rows is not None and given[source].ndim == 0:
             continue

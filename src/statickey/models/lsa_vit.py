@@ -18,10 +18,7 @@ from .._checks import check_mapping
 from ..convert import MixerSlot, convert
 from ..errors import StaticKeyError
 from .reference import accept_reference_layout
-from .registration import register
-
-CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
-CIFAR10_STD = (0.2023, 0.1994, 0.2010)
+from .registration import CIFAR_VIT_CFG, VIT_FEATURES, register
 
 SHIFTS = ((1, -1, 0, 0), (-1, 1, 0, 0), (0, 0, 1, -1), (0, 0, -1, 1))
 """Padding (left, right, top, bottom) of the four shifted copies of an image, in pixels."""
@@ -144,18 +141,7 @@ NAMES = register(
         )
         for prefix, mixer in {"": "mhsa", "ska_": "ska", "cska_": "cska", "fcska_": "fcska"}.items()
     },
-    cfg={
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "fixed_input_size": True,
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": CIFAR10_MEAN,
-        "std": CIFAR10_STD,
-        "first_conv": (),  # no convolution: checkpoint_filter_fn adapts in_chans
-        "classifier": "head",
-    },
-    feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+    cfg=CIFAR_VIT_CFG | {"first_conv": ()},  # no convolution: checkpoint_filter_fn adapts in_chans
+    feature_cfg=VIT_FEATURES,
     host=lambda name: "vit_small_patch16_224",
 )

@@ -1,4 +1,4 @@
-"""What a model's name stands for: one of timm's registry, perhaps with a tag, on the hub, or in a folder."""
+"""What a model's name stands for: one of timm's registry, optionally with a tag, on the hub, or in a folder."""
 
 import json
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ import timm
 from timm.models import get_arch_pretrained_cfgs, parse_model_name, resolve_model_input_args, split_model_name_tag
 
 from .._checks import check_name
+from .._files import one_line
 from ..errors import StaticKeyError, UnknownNameError
 from .weights import CONFIG_FILE, WEIGHTS_FILE
 
@@ -50,7 +51,7 @@ def look_up(name: str) -> NamedModel:
             json.loads((Path(model_id) / CONFIG_FILE).read_text(encoding="utf-8")) if source == "local-dir" else {}
         )
         own = config.get("statickey")
-    except Exception as error:  # the hub and its transport raise of all kinds
+    except Exception as error:  # the hub and its transport raise many kinds
         remedy = "give a folder with the config.json of a timm model" if source == "local-dir" else HUB_REMEDY
         raise StaticKeyError(f"cannot read the model {name!r}: {one_line(error)}; {remedy}") from error
     if not isinstance(own, dict):
@@ -62,12 +63,6 @@ def look_up(name: str) -> NamedModel:
 HUB_REMEDY = (
     "connect to the network once, or give local-dir:FOLDER for a name, or checkpoint_path in model_args, with a copy"
 )
-
-
-def one_line(error: BaseException) -> str:
-    """What an error of another library says, in one line of bearable length."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 def _check_tag(architecture: str, tag: str) -> None:

@@ -11,6 +11,21 @@ from ..errors import StaticKeyError
 from .checkpoint import checkpoint_filter_fn
 
 Builder = Callable[..., nn.Module]
+CIFAR_VIT_CFG: dict[str, Any] = {
+    "num_classes": 10,
+    "input_size": (3, 32, 32),
+    "fixed_input_size": True,
+    "pool_size": None,
+    "crop_pct": 1.0,
+    "interpolation": "bicubic",
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.2023, 0.1994, 0.2010),
+    "first_conv": "patch_embed.proj",
+    "classifier": "head",
+}
+"""The pretrained configuration, without weights, of a vision transformer for CIFAR-10."""
+VIT_FEATURES = {"out_indices": 3, "feature_cls": "getter"}
+"""How ``features_only=True`` reads the features of a vision transformer."""
 
 
 def register(

@@ -11,8 +11,7 @@ from torch import nn
 from .._checks import check_head_dim, check_img_size, check_mapping, check_positive, nearest_divisors
 from ..convert import convert
 from ..errors import StaticKeyError
-from .lsa_vit import CIFAR10_MEAN, CIFAR10_STD
-from .registration import register
+from .registration import CIFAR_VIT_CFG, VIT_FEATURES, register
 
 POS_EMBED_STD = 0.3
 
@@ -90,17 +89,6 @@ def small_transformer(
 NAMES = register(
     __name__,
     {"small_vit": (small_transformer, {})},
-    cfg={
-        "num_classes": 10,
-        "input_size": (3, 32, 32),
-        "fixed_input_size": True,
-        "pool_size": None,
-        "crop_pct": 1.0,
-        "interpolation": "bicubic",
-        "mean": CIFAR10_MEAN,
-        "std": CIFAR10_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-    },
-    feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+    cfg=CIFAR_VIT_CFG,
+    feature_cfg=VIT_FEATURES,
 )

@@ -39,7 +39,7 @@ def static_key_former(
     dims: Sequence[int],
     **host_args: Any,
 ) -> MetaFormer:
-    """A timm MetaFormer with a token mixer of one's choice in every stage.
+    """A timm MetaFormer with any token mixer in each stage.
 
     It runs on any input size; a stage with a static key resamples it, or tiles the map
     (``mixer_args={"ska": {"off_grid": "window"}}``).

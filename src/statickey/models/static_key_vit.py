@@ -10,7 +10,7 @@ from timm.models.vision_transformer import VisionTransformer
 from ..convert import MixerSlot, convert
 from ..errors import StaticKeyError
 from .reference import accept_reference_layout
-from .registration import register
+from .registration import CIFAR_VIT_CFG, VIT_FEATURES, register
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -47,18 +47,14 @@ NAMES = register(
         for mixer in ("ska", "cska", "fcska")
         for size, sizes in SIZES.items()
     },
-    cfg={
+    cfg=CIFAR_VIT_CFG
+    | {
         "num_classes": 1000,
         "input_size": (3, 224, 224),
-        "fixed_input_size": True,
-        "pool_size": None,
         "crop_pct": 0.9,
-        "interpolation": "bicubic",
         "mean": IMAGENET_INCEPTION_MEAN,
         "std": IMAGENET_INCEPTION_STD,
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
     },
-    feature_cfg={"out_indices": 3, "feature_cls": "getter"},
+    feature_cfg=VIT_FEATURES,
     host=lambda name: name.split("_", 1)[1],
 )

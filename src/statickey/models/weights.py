@@ -7,6 +7,7 @@ import safetensors
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
+from .._files import one_line
 from ..errors import OutputError, StaticKeyError
 from .checkpoint import LoadReport, checkpoint_filter_fn, warm_start
 
@@ -25,7 +26,7 @@ def read_weights(path: str | Path) -> dict[str, Any]:
     try:
         state = dict(load_state_dict(str(path), weights_only=True))
     except Exception as error:  # foreign bytes make the unpickler fail in any way
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        reason = one_line(error)
         if isinstance(error, safetensors.SafetensorError):
             reason = f"not a safetensors file ({reason})"
         raise OutputError(

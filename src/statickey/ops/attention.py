@@ -47,7 +47,7 @@ def static_key_attention(
             zeros, and gets a gradient of zero, whatever the backend.
         dropout_p: Dropout rate on the attention weights.
         unfold: ``(feat_size, kernel_size)`` to attend with ``unfold_queries(query, feat_size, kernel_size)``, which
-            is then not stored where the backend can do without; N is the number of unfolded queries.
+            is then not stored where the backend does not need it; N is the number of unfolded queries.
         backend: ``"sdpa"`` runs torch's fused attention, or on the CPU, where the static key is wider than the
             value, products for the whole batch a tile of the map at a time; neither stores a large N x M map
             (except with dropout on the CPU). ``"math"`` always stores it. ``"triton"``, on CUDA in float32, bfloat16
@@ -113,23 +113,12 @@ def static_key_weights(
 ) -> Tensor:
     """Compute the attention map ``softmax(scale * (query @ static_key^T + key_bias) + attn_mask)``.
 
-    Args:
-        query: Queries, (B, h, N, dk).
-        static_key: Keys, (h, M, dk), or (B, h, M, dk).
-        key_bias: Added to every query's logit of a key, (h, M).
-        scale: Factor on the logits, bias included. Default ``dk ** -0.5``.
-        mask_diagonal: If true, query i does not attend to key ``i + query_offset``.
-        query_offset: Index of the first query among the keys' tokens.
-        attn_mask: Added to the logits after scaling, or, if boolean, true where attention is allowed; broadcasts
-            to (B, h, N, M). A position bias that is learned, for example.
-        head_mix: A function of the scaled logits, (B, h, N, M) to the same, before mask and softmax.
+    Arguments and errors are those of ``static_key_attention``. ``head_mix`` is applied to the scaled logits, before
+    mask and softmax: a function of (B, h, N, M) to the same.
 
     Returns:
         Weights that sum to one over the last axis, or are all zero where the mask allows nothing, (B, h, N, M), in
         the dtype of the query.
-
-    Raises:
-        StaticKeyError: Shapes, dtypes or devices do not fit together, or the scale is not finite.
     """
     check_static_key_attention(query, static_key, None, key_bias, scale, mask_diagonal, query_offset, attn_mask)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -150,7 +139,11 @@ def _mask(
 
     Empty rows, in which nothing is allowed, have no softmax: they are opened here, and zeroed in the result.
     """
-    diagonal = _diagonal_mask(query, num_queries, num_keys, query_offset) if mask_diagonal else None
+    diagonal = None
+    if mask_diagonal:  # minus infinity where a query would meet its own token
+        own = torch.arange(num_queries, device=query.device).unsqueeze(1) + query_offset
+        zeros = torch.zeros(num_queries, num_keys, dtype=query.dtype, device=query.device)
+        diagonal = zeros.masked_fill(own == torch.arange(num_keys, device=query.device), float("-inf"))
     if attn_mask is None:
         return diagonal, None  # the diagonal alone leaves a key to every query
     mask = attn_mask.reshape((1,) * (2 - attn_mask.ndim) + attn_mask.shape)  # fused attention wants two axes
@@ -163,14 +156,6 @@ def _mask(
         mask = diagonal + mask
     empty = (mask == float("-inf")).all(dim=-1, keepdim=True)
     return mask.masked_fill(empty, 0.0), empty
-
-
-def _diagonal_mask(query: Tensor, num_queries: int, num_keys: int, query_offset: int) -> Tensor:
-    """Minus infinity where a query would meet its own token, (N, M)."""
-    own = torch.arange(num_queries, device=query.device).unsqueeze(1) + query_offset
-    hidden = own == torch.arange(num_keys, device=query.device)
-    zeros = torch.zeros(num_queries, num_keys, dtype=query.dtype, device=query.device)
-    return zeros.masked_fill(hidden, float("-inf"))
 
 
 def _sdpa(

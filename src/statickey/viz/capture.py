@@ -80,7 +80,7 @@ def key_colours(key: Tensor, num_prefix_tokens: int, feat_size: tuple[int, int])
         (h, H, W, 3) in [0, 1].
 
     Raises:
-        StaticKeyError: The key does not hold a row for every prefix token and every place of the grid.
+        StaticKeyError: The key does not have one row for each prefix token and grid position.
     """
     height, width = check_feat_size(feat_size)
     rows_wanted = num_prefix_tokens + height * width

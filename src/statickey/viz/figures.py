@@ -258,7 +258,5 @@ def _frame(token: tuple[int, int]) -> Rectangle:
 
 
 def _blank(axes: Any) -> None:
-    axes.set_xticks([])
-    axes.set_yticks([])
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from .._files import write_atomic, write_text
+from .._files import one_line, write_atomic, write_text
 
 _SCREEN_DPI, _DPI = 96, 144
 
@@ -74,7 +74,7 @@ def details(summary: str, content: str) -> str:
 
 
 def row(*parts: str) -> str:
-    """Pictures side by side, as many as the page is wide."""
+    """Pictures side by side, wrapped to the width of the page."""
     return f"<div class=row>{''.join(parts)}</div>" if parts else ""
 
 
@@ -101,8 +101,7 @@ def drawn(what: str, draw: Callable[[], str]) -> str:
     try:
         return draw()
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        return note(f"{what} is left out: {reason or type(error).__name__}.")
+        return note(f"{what} is left out: {one_line(error)}.")
 
 
 def save_png(figure: Figure, path: Path) -> None:
