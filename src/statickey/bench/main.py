@@ -13,9 +13,9 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from .._checks import check_folder, check_name, check_positive
+from .._checks import check_arguments, check_folder, check_name, check_positive
 from .._environment import environment
-from .._files import check_writable, write_atomic, write_json, write_text
+from .._files import check_writable, regular, write_atomic, write_json, write_text
 from ..errors import OutputError, StaticKeyError
 from ..layers import MIXERS
 from ..ops.kernel import INSTALLED
@@ -80,6 +80,7 @@ def bench(
         StaticKeyError: An argument is not usable, or a contender differs from its twin.
         OutputError: A file cannot be read or written.
     """
+    check_arguments(bench, locals())
     console = Console() if console is None else console
     check_folder(out=str(out))
     if not suites:
@@ -244,7 +245,7 @@ def _accuracy(folder: Path) -> dict[str, tuple[float, float | None]]:
         OutputError: It is no such folder, or has no finished run.
     """
     try:
-        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        summary = json.loads(regular(folder / "summary.json").read_text(encoding="utf-8"))
         return {row["mixer"]: (row["accuracy_mean"], row["accuracy_std"]) for row in summary["mixers"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise OutputError(f"compared={str(folder)!r} is not a folder that compare has filled ({error})") from error
@@ -255,7 +256,7 @@ def _earlier(out: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(regular(path).read_text(encoding="utf-8"))
         assert all({"suite", *(f"time_in_{kind}" for kind in KINDS)} <= row.keys() for row in rows)
     except (OSError, ValueError, TypeError, AttributeError, AssertionError) as error:
         raise OutputError(f"{path} was not written by this version of bench; choose another --out") from error
