@@ -6,11 +6,14 @@ stands beside the package and reads its sources where others would import them.
 
 import ast
 import difflib
+import errno
+import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
+from typing import TypeVar
 
 COMMANDS = {
     "compare": "Train one network with several token mixers and seeds, and compare them.",
@@ -25,6 +28,7 @@ COMMANDS = {
 EVERYWHERE = {"config", "debug", "help", "plugin", "print_config"}
 """Options of every command."""
 
+T = TypeVar("T")
 _PACKAGE = Path(__file__).with_name("statickey")
 RECIPES = _PACKAGE / "recipes"
 _SIGNATURES = {
@@ -45,12 +49,33 @@ _NO_OPTIONS = {"recipe", "machine", "console"}
 def main() -> int:
     """Run one command; the exit code of ``statickey.cli.main``."""
     args = sys.argv[1:]
-    code = answer(args)
+    code = to_the_end(lambda: answer(args))
     if code is None:
         from statickey.cli import main as run
 
         code = run(args)
     return code
+
+
+def to_the_end(command: Callable[[], T]) -> T | int:
+    """Run a command, and see what it printed through.
+
+    Returns:
+        What it returns; 2 where standard output is full, in one line, and 1 where whoever read it has left.
+    """
+    try:
+        try:
+            return command()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.EPIPE, errno.ENOSPC, errno.EIO):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter tries once more
+        if error.errno == errno.EPIPE:
+            return 1
+        return _refuse(f"cannot write to standard output: {error.strerror}; free some space or write elsewhere")
 
 
 def answer(args: Sequence[str]) -> int | None:

@@ -2,7 +2,8 @@
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+import reprlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -66,17 +67,37 @@ def check_types(options: Any) -> None:
     """Refuse a dataclass of options in which one is not of its annotated type, or a number is not finite."""
     hints = get_type_hints(type(options))
     for field in fields(options):
-        value = getattr(options, field.name)
-        if isinstance(value, float) and not math.isfinite(value):
-            raise StaticKeyError(f"{field.name}={value} must be a finite number")
-        if not _is_of(value, hints[field.name]):
-            raise StaticKeyError(f"{field.name}={value!r} must be {type_in_words(hints[field.name])}")
+        _check_type(field.name, getattr(options, field.name), hints[field.name])
 
 
-def _is_of(value: Any, hint: Any) -> bool:
+def check_arguments(function: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments of a function that are not of their annotated types; text and paths stand for each other."""
+    hints = get_type_hints(function)
+    for name, value in arguments.items():
+        if name in hints:
+            _check_type(name, value, hints[name], paths=True)
+
+
+def _check_type(name: str, value: Any, hint: Any, paths: bool = False) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise StaticKeyError(f"{name}={value} must be a finite number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise StaticKeyError(f"{name}={value} is more than torch counts; choose a smaller number")
+    if "\0" in (value if isinstance(value, str) else ""):
+        raise StaticKeyError(f"{name}={value!r} holds a null character, which no name has; leave it out")
+    if not _is_of(value, hint, paths):
+        raise StaticKeyError(f"{name}={reprlib.repr(value)} must be {type_in_words(hint)}")
+
+
+def _is_of(value: Any, hint: Any, paths: bool = False) -> bool:
     origin, args = get_origin(hint), get_args(hint)
+    if paths and hint in (str, Path):
+        return isinstance(value, str | Path)
+    if origin is Sequence:
+        whole = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return whole and all(_is_of(item, args[0], paths) for item in value)
     if origin in (Union, UnionType):
-        return any(_is_of(value, arg) for arg in args)
+        return any(_is_of(value, arg, paths) for arg in args)
     if origin is Literal:
         return value in args
     if origin is tuple:
@@ -95,6 +116,10 @@ def type_in_words(hint: Any) -> str:
         return " or ".join(map(repr, args))
     if get_origin(hint) is tuple:
         return "a list of finite numbers"
+    if get_origin(hint) is Sequence:
+        return f"a list, each {type_in_words(get_args(hint)[0])}"
+    if isinstance(hint, type) and hint.__module__.startswith(("statickey.", "rich.")):
+        return f"a {hint.__name__}"
     words = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", Path: "a path"}
     return words.get(hint, "names and their values")
 
@@ -112,6 +137,8 @@ def check_positive(**values: int) -> None:
     for name, value in values.items():
         if not _is_whole(value, 1):
             raise StaticKeyError(f"{name}={value!r} must be a positive integer")
+        if value >= 2**63:
+            raise StaticKeyError(f"{name}={value} is more than torch counts; choose a smaller number")
 
 
 def check_count(**values: int) -> None:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import secrets
+import stat
 import tempfile
 import zipfile
 import zlib
@@ -106,6 +107,17 @@ def write_csv(path: Path, fields: Sequence[str], rows: Iterable[Mapping[str, Any
     write_text(path, text.getvalue())
 
 
+def regular(path: Path) -> Path:
+    """The path of a file; refuses a pipe or a device, whose reading may never end.
+
+    Raises:
+        OSError: It is one, or there is nothing.
+    """
+    if not (stat.S_ISREG(mode := path.stat().st_mode) or stat.S_ISDIR(mode)):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return path
+
+
 @contextmanager
 def explained_read(path: Path, remedy: str) -> Iterator[None]:
     """Turn a file that is missing, broken or of other content into one line with the remedy.
@@ -142,7 +154,7 @@ def read_yaml(path: Path, remedy: str, kind: type = dict) -> Any:
 
 def _read(path: Path, parse: Callable[[str], Any], remedy: str, kind: type) -> Any:
     with explained_read(path, remedy):
-        value = parse(path.read_text(encoding="utf-8"))
+        value = parse(regular(path).read_text(encoding="utf-8"))
         if not isinstance(value, kind):
             raise TypeError(f"a {kind.__name__} is expected, not a {type(value).__name__}")
         return value

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from ._checks import check_name
+from ._checks import check_arguments, check_name
 from ._files import check_writable, write_text
 from .errors import StaticKeyError, UnknownNameError
 from .models import ModelFigures, lsa_vit, model_figures, small_vit, static_key_former, static_key_vit
@@ -56,6 +56,7 @@ def summary(
         StaticKeyError: A model refuses the image size or the mixers.
         OutputError: A file cannot be written.
     """
+    check_arguments(summary, locals())
     console = Console() if console is None else console
     if not console.is_terminal and console.width < 140:
         console = Console(file=console.file, width=140)

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from .._checks import check_folder, check_name, check_positive
+from .._checks import check_arguments, check_folder, check_name, check_positive
 from .._environment import environment
 from .._files import check_writable, explained_read, read_json, write_csv, write_json, write_text
 from ..errors import StaticKeyError
@@ -77,6 +77,7 @@ def bench(
         StaticKeyError: An argument is not usable, or a contender differs from its twin.
         OutputError: A file cannot be read or written.
     """
+    check_arguments(bench, locals())
     console = Console() if console is None else console
     check_folder(out=str(out))
     if not suites:

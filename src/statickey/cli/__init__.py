@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from statickey_cli import answer
+from statickey_cli import answer, to_the_end
 
 from ..errors import StaticKeyError
 
@@ -21,6 +21,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         where it arose), or 130 after Ctrl-C.
     """
     args = sys.argv[1:] if argv is None else list(argv)
+    return to_the_end(lambda: _run(args))
+
+
+def _run(args: list[str]) -> int:
     code = answer(args)
     if code is not None:
         return code
@@ -39,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         print(f"statickey: {error}", file=sys.stderr)  # noqa: T201
+        return 2
+    except OSError as error:
+        if debug or error.filename is None:
+            raise
+        print(f"statickey: cannot use {str(error.filename)!r}: {error.strerror}", file=sys.stderr)  # noqa: T201
         return 2
     except KeyboardInterrupt:
         if debug:

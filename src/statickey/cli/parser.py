@@ -1,5 +1,6 @@
 """Parsers made from the signatures of the commands' functions."""
 
+import json
 import re
 from argparse import SUPPRESS, Action
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from jsonargparse import ActionConfigFile, ArgumentError, ArgumentParser, Namesp
 from statickey_cli import COMMANDS, EVERYWHERE, RECIPES, TRAINING, option_name
 
 from .._checks import check_mapping, check_name, type_in_words
+from .._files import regular
 from .._plugins import load_plugins, loaded_plugins
 from ..errors import StaticKeyError
 
@@ -139,9 +141,13 @@ def _config_file(command: str, word: str) -> Path:
 
 def _content(path: Path) -> dict[str, Any]:
     try:
-        return check_mapping("the content", yaml.safe_load(path.read_text(encoding="utf-8")))
-    except (StaticKeyError, OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        values = check_mapping("the content", yaml.safe_load(regular(path).read_text(encoding="utf-8")))
+        json.dumps(values, default=str, skipkeys=True)  # fails where a list or mapping contains itself
+    except RecursionError as error:
+        raise StaticKeyError(f"{path}: its values are nested too deeply") from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise StaticKeyError(f"{path}: {_one_line(str(error))}") from error
+    return values
 
 
 def _plugins_of(path: Path, values: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from .._checks import check_folder
+from .._checks import check_arguments, check_folder
 from .._files import read_json, write_text
 from ..errors import StaticKeyError
 from ..models import Swap
@@ -77,6 +77,7 @@ def compare(
         StaticKeyError: An argument, the data or the folder is not usable; the message says what to do.
         KeyboardInterrupt: Ctrl-C; the same call continues.
     """
+    check_arguments(compare, locals())
     check_folder(out=str(out))
     machine = Machine() if machine is None else machine
     recipe = ClassificationRecipe() if recipe is None else recipe

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from .._files import explained_read, write_csv, write_json
+from .._files import explained_read, regular, write_csv, write_json
 from ..errors import OutputError
 from ..tasks import PREDICTIONS_FILE, RESULT_FILE, Evidence, Task, counted, read_result
 from .config import CompareConfig, run_name
@@ -55,7 +55,7 @@ def read_runs(task: Task, root: Path, ids: Collection[str]) -> list[FinishedRun]
     remedy = "delete this folder to repeat the run"
     for path in sorted(place.parent for place in root.glob(f"runs/*/{RESULT_FILE}")):
         result = read_result(path)
-        with explained_read(path, remedy), np.load(path / PREDICTIONS_FILE, allow_pickle=False) as arrays:
+        with explained_read(path, remedy), np.load(regular(path / PREDICTIONS_FILE), allow_pickle=False) as arrays:
             evidence = task.evidence_from(arrays)
             for key in (*_NEEDED, task.metric.name):
                 result[key]

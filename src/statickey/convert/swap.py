@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .._checks import check_mapping, check_name, check_positive
+from .._checks import check_arguments, check_mapping, check_name, check_positive
 from .._typing import Size2
 from ..errors import StaticKeyError, UnsupportedHostError
 from ..layers import MIXERS, AttentionMixer, SelfAttention, TokenMixer
@@ -203,6 +203,10 @@ def _build_mixer(
         "device": like.device,
         "dtype": like.dtype,
     }
+    try:
+        check_arguments(MIXERS[mixer].__init__, args)
+    except StaticKeyError as error:
+        raise StaticKeyError(f"mixer {mixer!r}: {error}") from error
     try:
         new = MIXERS[mixer](site.dim, **(settings | args))
     except TypeError as error:

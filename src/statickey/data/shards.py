@@ -14,6 +14,7 @@ from .source import Source, Sources, check_numbered, data_files
 
 SHARD_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 _TEST_STEMS = ("test", "val")
+_MOST_CLASSES = 1_000_000
 
 
 class ShardImage(NamedTuple):
@@ -106,6 +107,8 @@ def shard_sources(root: Path) -> Sources:
         names = listing.read_text(encoding="utf-8").split("\n")
         return Sources(train, test, tuple(name.strip() for name in names if name.strip()))
     highest = max([*train.labels, *test.labels], default=-1)
+    if highest >= _MOST_CLASSES:
+        raise DataError(f"{root} has a sample of class {highest}; number the classes from 0 on, without gaps")
     return Sources(train, test, tuple(map(str, range(highest + 1))))
 
 

@@ -51,6 +51,8 @@ class _TableSource(Source):
         self.table = table.cast_column(self.column, datasets.Image(decode=False))
         self.labels: list[Any] = table.data.column(labels[0]).to_pylist()
         names = getattr(features[labels[0]], "names", None)
+        if names and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+            raise DataError(f"{place} has the class names {names!r} of {labels[0]!r}; write them as a list of texts")
         if names is not None and not names:
             raise DataError(f"{place} has a ClassLabel column {labels[0]!r} without class names; write them with it")
         self.class_names: tuple[str, ...] | None = None if names is None else tuple(names)

@@ -8,7 +8,7 @@ import timm
 from timm.models import get_arch_pretrained_cfgs, parse_model_name, resolve_model_input_args, split_model_name_tag
 
 from .._checks import check_name
-from .._files import one_line
+from .._files import one_line, regular
 from ..errors import StaticKeyError, UnknownNameError
 from .weights import CONFIG_FILE, WEIGHTS_FILE
 
@@ -48,7 +48,9 @@ def look_up(name: str) -> NamedModel:
     try:
         architecture = resolve_model_input_args(name)["model_name"]
         config = (
-            json.loads((Path(model_id) / CONFIG_FILE).read_text(encoding="utf-8")) if source == "local-dir" else {}
+            json.loads(regular(Path(model_id) / CONFIG_FILE).read_text(encoding="utf-8"))
+            if source == "local-dir"
+            else {}
         )
         own = config.get("statickey")
     except Exception as error:  # the hub and its transport raise many kinds

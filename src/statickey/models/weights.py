@@ -39,8 +39,16 @@ def read_weights(path: str | Path) -> dict[str, Any]:
 
 
 def start_from(model: nn.Module, path: str | Path) -> LoadReport:
-    """Load everything of a weights file that fits; see ``warm_start``."""
-    return warm_start(model, read_weights(path))
+    """Load everything of a weights file that fits; see ``warm_start``.
+
+    Raises:
+        OutputError: The file cannot be read, or nothing of it fits.
+    """
+    state = read_weights(path)
+    try:
+        return warm_start(model, state)
+    except StaticKeyError as error:
+        raise OutputError(f"{path}: {error}") from error
 
 
 def load_exactly(model: nn.Module, path: str | Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from .._files import write_atomic
+from .._files import regular, write_atomic
 from ..errors import OutputError
 
 _CHECKSUM = "statickey-sha256"
@@ -58,7 +58,7 @@ def check_whole(path: Path) -> None:
         OutputError: The file is foreign, torn or cannot be read.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(regular(path)) as archive:
             stored = [archive.read(name).decode() for name in archive.namelist() if name.endswith("/" + _CHECKSUM)]
             found = _checksum(archive)
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:

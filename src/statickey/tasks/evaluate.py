@@ -8,7 +8,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.markup import escape
 
-from .._checks import check_choice, check_folder
+from .._checks import check_arguments, check_choice, check_folder
 from .._environment import environment
 from .._files import check_writable, write_csv, write_json
 from ..errors import DataError, OutputError
@@ -58,6 +58,7 @@ def evaluate(
     Raises:
         StaticKeyError: There is no such network, or the data do not fit it; the message says what to do.
     """
+    check_arguments(evaluate, locals())
     check_choice(split=(split, ("test", "holdout")))
     if out is not None:
         check_folder(out=out)

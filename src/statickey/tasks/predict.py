@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
 
-from .._checks import check_folder
+from .._checks import check_arguments, check_folder
 from .._files import check_writable, write_csv, write_text
 from ..data import UNREADABLE, image_files
 from ..errors import OutputError, StaticKeyError
@@ -73,7 +73,8 @@ def predict(
     Raises:
         StaticKeyError: No such network or layer, or no readable image; the message says what to do.
     """
-    files = [files] if isinstance(files, str) else list(map(str, files))
+    check_arguments(predict, locals())
+    files = [str(files)] if isinstance(files, str | Path) else list(map(str, files))
     if out is not None and Path(out).suffix not in (".csv", ".json"):
         raise OutputError(f"out={out!r} must end in .csv or .json")
     if attention is not None:

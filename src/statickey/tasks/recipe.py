@@ -11,11 +11,13 @@ import torch
 from timm.optim import list_optimizers
 
 from .._checks import check_mapping, check_name, check_positive, check_rate, check_types
+from .._files import regular
 from ..data import OnBadImage
 from ..errors import OutputError, StaticKeyError
 
 _PLACES = ("data", "data_dir")
 """Where the data lie; in the identity of a run they count by their content."""
+_MOST_PROCESSES = 1024
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 
 
@@ -170,7 +172,7 @@ def _digest(value: Any) -> str:
 
 def _content(path: Path) -> str:
     try:
-        with path.open("rb") as file:
+        with regular(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise OutputError(
@@ -218,6 +220,11 @@ class Machine:
             raise StaticKeyError("strategy='fsdp' keeps weights contiguous; leave out channels_last")
         if self.num_workers < 0:
             raise StaticKeyError(f"num_workers={self.num_workers} must not be negative")
+        for name in ("devices", "num_workers"):
+            if getattr(self, name) > _MOST_PROCESSES:
+                raise StaticKeyError(
+                    f"{name}={getattr(self, name)} would start so many processes; at most {_MOST_PROCESSES:,}"
+                )
 
 
 def difference(

@@ -1,5 +1,6 @@
 """One run: what it is, where it lies, and whether it is finished."""
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import safetensors
 from torch import nn
 
-from .._files import explained_read, read_json
+from .._files import explained_read, read_json, regular
 from ..data import DataSet, PlannedDataModule
 from ..errors import OutputError
 from ..models import start_from
@@ -16,6 +17,12 @@ from .task import ScoreOn, Task
 from .weights import WEIGHTS_FILES
 
 RESULT_FILE, PREDICTIONS_FILE = "run.json", "predictions.npz"
+_NEEDED = {
+    **dict.fromkeys(("config_hash", "data"), str),
+    **dict.fromkeys(("mixer", "data_dir"), str | None),
+    **{"seed": int, "config": dict, "curve": list},
+}
+"""What a result is read for, and of which kind it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,11 +96,14 @@ def read_result(path: Path) -> dict[str, Any]:
     remedy = "delete this folder to repeat the run, or choose another --out"
     result: dict[str, Any] = read_json(path / RESULT_FILE, remedy)
     with explained_read(path, remedy):
-        for name in ("config_hash", "mixer", "seed", "config", "curve", "data", "data_dir"):
-            result[name]
+        for name, kind in _NEEDED.items():
+            if not isinstance(result[name], kind):
+                raise TypeError(f"its {name} is {reprlib.repr(result[name])}")
     for name in WEIGHTS_FILES.values():
         try:
-            with safetensors.safe_open(path / name, "pt"):  # reads the header, and holds the file's size against it
+            with safetensors.safe_open(
+                regular(path / name), "pt"
+            ):  # reads the header, and holds the file's size against it
                 pass
         except (OSError, safetensors.SafetensorError) as error:
             raise OutputError(f"{path / name} is missing or torn ({error}); {remedy}") from error

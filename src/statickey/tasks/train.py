@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogg
 from rich.console import Console
 from rich.markup import escape
 
-from .._checks import check_choice, check_folder, check_seed
+from .._checks import check_arguments, check_choice, check_folder, check_seed
 from .._files import read_yaml, write_csv, write_text
 from .._plugins import loaded_plugins
 from ..errors import OutputError, StaticKeyError
@@ -69,6 +69,7 @@ def train(
         StaticKeyError: An argument, the data or the folder is not usable; the message says what to do.
         KeyboardInterrupt: Ctrl-C; the same call continues.
     """
+    check_arguments(train, locals())
     check_folder(out=out)
     check_choice(
         resume=(resume, ("auto", "never")),

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors.torch
 from torch import nn
 
-from .._files import write_atomic, write_json
+from .._files import regular, write_atomic, write_json
 from ..convert import token_mixers
 from ..errors import OutputError, StaticKeyError
 from ..layers import MIXERS
@@ -99,7 +99,7 @@ class ModelCard:
             OutputError: It is not one of this program; the message names the field.
         """
         try:
-            value = json.loads(path.read_text(encoding="utf-8"))
+            value = json.loads(regular(path).read_text(encoding="utf-8"))
             own, cfg = value["statickey"], value["pretrained_cfg"]
             sizes = {name: value["model_args"][name] for name in _SIZES if name in value["model_args"]}
             fields = {
