@@ -359,7 +359,7 @@ def data_cases() -> Iterator[Case]:
             ("data",),
             _laid(place, damage),
         )
-    for kind, (verdict, content) in IMAGES.items():
+    for kind, (_, content) in IMAGES.items():
         says = ("picture.png",)
         single: Verdict = _resized(kind)
         prepare = _writes("picture.png", content)
