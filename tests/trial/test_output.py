@@ -40,7 +40,7 @@ def _run(folder, words, redirect):
         reader, writer = os.pipe()
         os.close(reader)
         os.dup2(writer, 1)
-    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: PTH123, SIM115
+    sys.stdout, sys.stderr = open(1, "w"), open(2, "w")  # noqa: SIM115
     sys.exit(main(words))
 
 

@@ -92,8 +92,8 @@ def _state(change: Callable[[dict[str, torch.Tensor]], Any], name: str = "model.
     return rewrite
 
 
-def _filled(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
-    return lambda state: state["head.weight"].fill_(value) and None
+def _filled(value: float) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda state: state | {"head.weight": torch.full_like(state["head.weight"], value)}
 
 
 def _first(state: dict[str, torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -121,7 +121,7 @@ TENSORS: dict[str, Damage] = {
     "integers": _state(lambda state: {name: tensor.to(torch.int32) for name, tensor in state.items()}),
     "one of integers": _state(lambda state: _first(state, lambda tensor: tensor.to(torch.int64))),
     "bool": _state(lambda state: _first(state, lambda tensor: tensor > 0)),
-    "lacking one": _state(lambda state: state.pop("head.weight") is None),
+    "lacking one": _state(lambda state: {name: state[name] for name in list(state)[1:]}),
     "one more": _state(lambda state: state | {"more": torch.zeros(3)}),
     "none": _state(lambda state: {}),
     "other shape": _state(lambda state: _first(state, lambda tensor: tensor[:, :4].contiguous())),
@@ -148,12 +148,38 @@ _WRONG_CARD: dict[tuple[str, ...], list[Any]] = {
     ("label_names",): [None, 3, [], "ab", [1, 2], ["a"], ["a", "b"], [None] * 10, {}, ["a"] * 10],
     ("model_args",): [None, 3, [], "x"],
     ("pretrained_cfg",): [None, 3, [], {}],
-    ("pretrained_cfg", "input_size"): [None, 3, [], [1, 8], [1, 8, 9], [3, 8, 8], [1, -8, -8], ["1", 8, 8], [1, 8.5, 8.5], [0, 8, 8], [1, 10**9, 10**9], [1, 10**23, 10**23]],
+    ("pretrained_cfg", "input_size"): [
+        None,
+        3,
+        [],
+        [1, 8],
+        [1, 8, 9],
+        [3, 8, 8],
+        [1, -8, -8],
+        ["1", 8, 8],
+        [1, 8.5, 8.5],
+        [0, 8, 8],
+        [1, 10**9, 10**9],
+        [1, 10**23, 10**23],
+    ],
     ("pretrained_cfg", "mean"): [None, 3, [], "x", ["x"], [0.5] * 3, [None], [1e999], [True]],
     ("pretrained_cfg", "std"): [None, 0, [], "x", ["x"], [0.5] * 3, [0], [-1], [1e999]],
     ("statickey",): [None, 3, [], {}, "x"],
     ("statickey", "mixer"): [3, [], "skaa", "ska", {}, "", "ska:", "ska:kernel_size=5"],
-    ("statickey", "model_args"): [None, 3, [], "x", {"depth": 2}, {"depth": -1}, {"depth": "x"}, {"nonsense": 1}, {"embed_dim": 10**12}, {"drop_path_rate": 5}, {"num_classes": 3}, {"img_size": 4}],
+    ("statickey", "model_args"): [
+        None,
+        3,
+        [],
+        "x",
+        {"depth": 2},
+        {"depth": -1},
+        {"depth": "x"},
+        {"nonsense": 1},
+        {"embed_dim": 10**12},
+        {"drop_path_rate": 5},
+        {"num_classes": 3},
+        {"img_size": 4},
+    ],
     ("statickey", "streamed"): [None, 3, "no", []],
     ("statickey", "fp32_logits"): [None, 3, "no"],
     ("statickey", "task"): [None, 3, "clasify", [], ""],
@@ -307,8 +333,17 @@ def run_cases() -> Iterator[Case]:
         yield _of_run(f"train from weights {kind}", words, damage, allowed)
     for kind, damage in CARDS.items():
         for reader in ("evaluate", "predict"):
-            allowed = "either" if kind in _CARDS_THAT_MAY_DO or (reader == "predict" and kind.startswith("label_names")) else "refused"
-            if "input_size" in kind or kind.startswith("statickey.model_args {'") or kind.startswith("model_args") or kind == "without model_args":
+            allowed = (
+                "either"
+                if kind in _CARDS_THAT_MAY_DO or (reader == "predict" and kind.startswith("label_names"))
+                else "refused"
+            )
+            if (
+                "input_size" in kind
+                or kind.startswith("statickey.model_args {'")
+                or kind.startswith("model_args")
+                or kind == "without model_args"
+            ):
                 allowed = "either"
             yield _of_run(f"{reader}, card {kind}", readers[reader], damage, allowed)
     for kind, damage in RESULTS.items():
@@ -318,7 +353,9 @@ def run_cases() -> Iterator[Case]:
     for kind, damage in CONFIGS.items():
         yield _of_run(f"train again, configuration {kind}", ("train", *QUICK, "--out", "here"), damage, "either")
         again = ("compare", *QUICK, "--mixers", "ska", "identity", "--seeds", "0", "--out", "here")
-        yield _of_comparison(f"compare again, configuration {kind}", again, damage, "either" if kind == "folder" else "refused")
+        yield _of_comparison(
+            f"compare again, configuration {kind}", again, damage, "either" if kind == "folder" else "refused"
+        )
     for kind, damage in CHECKPOINTS.items():
         yield Case(
             f"train on, checkpoint {kind}",
@@ -330,8 +367,29 @@ def run_cases() -> Iterator[Case]:
         )
         yield Case(f"evaluate, checkpoint {kind}", readers["evaluate"], "refused", ("here",), _laid("begun", damage))
     again = ("compare", *QUICK, "--mixers", "ska", "identity", "--seeds", "0", "--out", "here")
-    for kind, damage in {**PREDICTIONS, **{f"result {k}": d for k, d in RESULTS.items()}, **{f"weights {k}": d for k, d in WEIGHTS.items()}}.items():
-        allowed = "either" if kind.removeprefix("result ") in ("unknown option", "config a list", "config null", "config a number", "data a number", "data null", "data_dir a list", "option of another type", "option out of range", "option null", "model of another") else "refused"
+    for kind, damage in {
+        **PREDICTIONS,
+        **{f"result {k}": d for k, d in RESULTS.items()},
+        **{f"weights {k}": d for k, d in WEIGHTS.items()},
+    }.items():
+        allowed = (
+            "either"
+            if kind.removeprefix("result ")
+            in (
+                "unknown option",
+                "config a list",
+                "config null",
+                "config a number",
+                "data a number",
+                "data null",
+                "data_dir a list",
+                "option of another type",
+                "option out of range",
+                "option null",
+                "model of another",
+            )
+            else "refused"
+        )
         yield _of_comparison(f"compare again, a run's {kind}", again, _in_run(damage), allowed)
     for name in ("ska-seed1", "copy", "ska-seed0 (copy)", "zzz", "mhsa-seed0"):
         yield _of_comparison(f"compare again, a copy {name}", again, _copied(name), "refused")
@@ -369,7 +427,14 @@ def run_cases() -> Iterator[Case]:
         "bench compared a run": ("bench", "training", "--compared", "{run}", "--rounds", "1"),
         "bench into nonsense": ("bench", "--out", "nonsense", "--rounds", "1"),
     }.items():
-        yield Case(kind, words, "either" if kind in ("train into a comparison", "compare into a run") else "refused", (), _odds, quick=True)
+        yield Case(
+            kind,
+            words,
+            "either" if kind in ("train into a comparison", "compare into a run") else "refused",
+            (),
+            _odds,
+            quick=True,
+        )
     for kind, words in {
         "std": ("--std", "[-1]"),
         "std zero": ("--std", "[0]"),
@@ -428,7 +493,7 @@ def run_cases() -> Iterator[Case]:
         "mixer argument": ("--mixer", "cska:kernel_size=4"),
         "mixer argument zero": ("--mixer", "cska:kernel_size=0"),
         "mixer argument negative": ("--mixer", "cska:kernel_size=-3"),
-        "mixer argument huge": ("--mixer", "cska:kernel_size=1001"),
+        "mixer argument large": ("--mixer", "cska:kernel_size=51"),
         "mixer argument billions": ("--mixer", "cska:kernel_size=99999999999"),
         "mixer argument word": ("--mixer", "cska:kernel_size=x"),
         "mixer argument list": ("--mixer", "cska:kernel_size=[3,3]"),
@@ -472,16 +537,38 @@ def run_cases() -> Iterator[Case]:
         "data_dir a file": ("--data", "cifar10", "--data-dir", "binary.bin"),
     }.items():
         allowed = "either" if kind in _MAY_RUN else "refused"
-        yield Case(f"train, {kind}", ("train", *QUICK, *words), allowed, (), _odds, begins=kind in _MAY_BEGIN, quick=True)
+        yield Case(
+            f"train, {kind}", ("train", *QUICK, *words), allowed, (), _odds, begins=kind in _MAY_BEGIN, quick=True
+        )
     for kind, content in MALICIOUS.items():
         words = ("train", *QUICK, "--weights", "bad.pth")
         yield Case(f"train from {kind}", words, "refused", ("bad.pth",), _writes(content), quick=True)
-        yield Case(f"predict with {kind}", ("predict", "here/bad.pth", "image.png"), "refused", ("bad.pth",), _beside(content))
+        yield Case(
+            f"predict with {kind}",
+            ("predict", "here/bad.pth", "image.png"),
+            "refused",
+            ("bad.pth",),
+            _beside(content),
+        )
         model_args = '{"depth": 1, "embed_dim": 8, "num_heads": 2, "checkpoint_path": "bad.pth"}'
-        yield Case(f"checkpoint_path {kind}", ("train", *QUICK, "--model-args", model_args), "refused", (), _writes(content))
+        yield Case(
+            f"checkpoint_path {kind}", ("train", *QUICK, "--model-args", model_args), "refused", (), _writes(content)
+        )
 
 
-_MAY_RUN = {"batch too large", "limit of one", "holdout of none", "mixer argument huge", "mixer layer twice", "decay", "mixup", "cutmix", "ratio negative", "augmentation strong", "augmentation empty"}
+_MAY_RUN = {
+    "batch too large",
+    "limit of one",
+    "holdout of none",
+    "mixer argument large",
+    "mixer layer twice",
+    "decay",
+    "mixup",
+    "cutmix",
+    "ratio negative",
+    "augmentation strong",
+    "augmentation empty",
+}
 _MAY_BEGIN = {"lr", "decay", "mean enormous", "std tiny", "mixup", "cutmix"}
 MALICIOUS: dict[str, Callable[[Path], object]] = {
     "a pickle": lambda path: path.write_bytes(pickle.dumps(Malicious())),
@@ -497,7 +584,9 @@ MALICIOUS: dict[str, Callable[[Path], object]] = {
     "a state of none": lambda path: torch.save({"state_dict": None}, path),
     "an empty state": lambda path: torch.save({}, path),
     "a state of sparse tensors": lambda path: torch.save({"head.weight": torch.zeros(10, 8).to_sparse()}, path),
-    "a state of complex numbers": lambda path: torch.save({"head.weight": torch.zeros(10, 8, dtype=torch.complex64)}, path),
+    "a state of complex numbers": lambda path: torch.save(
+        {"head.weight": torch.zeros(10, 8, dtype=torch.complex64)}, path
+    ),
 }
 
 
@@ -521,11 +610,11 @@ def _odds(folder: Path, stock: Stock) -> None:
 
 
 def _of_run(name: str, words: tuple[str, ...], damage: Damage, verdict: Verdict) -> Case:
-    return Case(name, words, verdict, ("here",), _laid("run", damage))
+    return Case(name, words, verdict, ("here", "digits", "unknown task"), _laid("run", damage))
 
 
 def _of_comparison(name: str, words: tuple[str, ...], damage: Damage, verdict: Verdict) -> Case:
-    return Case(name, words, verdict, ("here", "configuration"), _laid("comparison", damage))
+    return Case(name, words, verdict, ("here", "configuration", "different images"), _laid("comparison", damage))
 
 
 def _in_run(damage: Damage) -> Damage:

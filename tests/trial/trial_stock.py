@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from image_folders import make_folder, make_parquet, make_shards
 
+from image_folders import make_folder, make_parquet, make_shards
 from statickey.cli import main
 
 MODEL = '{"depth": 1, "embed_dim": 8, "num_heads": 2}'

@@ -48,7 +48,9 @@ def look_up(name: str) -> NamedModel:
     try:
         architecture = resolve_model_input_args(name)["model_name"]
         config = (
-            json.loads(regular(Path(model_id) / CONFIG_FILE).read_text(encoding="utf-8")) if source == "local-dir" else {}
+            json.loads(regular(Path(model_id) / CONFIG_FILE).read_text(encoding="utf-8"))
+            if source == "local-dir"
+            else {}
         )
         own = config.get("statickey")
     except Exception as error:  # the hub and its transport raise of all kinds

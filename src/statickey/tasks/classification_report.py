@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from torchmetrics.functional.classification import (
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .._checks import check_positive
-from ..data import normalize, square, stream_transforms, to_mode
+from ..data import normalize, open_image, square, stream_transforms, to_mode
 from ..viz import confusion_matrix
 from .display import counted
 from .weights import ModelCard
@@ -112,7 +111,7 @@ class Classifier:
 
     def read(self, path: Path) -> Tensor:
         """Pixels (C, H, W) in uint8, prepared as the training images were."""
-        with Image.open(path) as file:
+        with open_image(path) as file:
             image = to_mode(file, "L" if self.card.in_chans == 1 else "RGB")
             if self.transform is not None:
                 return torch.as_tensor(self.transform(image))

@@ -100,7 +100,9 @@ def read_result(path: Path) -> dict[str, Any]:
                 raise TypeError(f"its {name} is {reprlib.repr(result[name])}")
     for name in WEIGHTS_FILES.values():
         try:
-            with safetensors.safe_open(regular(path / name), "pt"):  # reads the header, and holds the file's size against it
+            with safetensors.safe_open(
+                regular(path / name), "pt"
+            ):  # reads the header, and holds the file's size against it
                 pass
         except (OSError, safetensors.SafetensorError) as error:
             raise OutputError(f"{path / name} is missing or torn ({error}); {remedy}") from error
