@@ -92,8 +92,8 @@ def _state(change: Callable[[dict[str, torch.Tensor]], Any], name: str = "model.
     return rewrite
 
 
-def _filled(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
-    return lambda state: state["head.weight"].fill_(value) and None
+def _filled(value: float) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda state: state | {"head.weight": torch.full_like(state["head.weight"], value)}
 
 
 def _first(state: dict[str, torch.Tensor], change: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -121,7 +121,7 @@ TENSORS: dict[str, Damage] = {
     "integers": _state(lambda state: {name: tensor.to(torch.int32) for name, tensor in state.items()}),
     "one of integers": _state(lambda state: _first(state, lambda tensor: tensor.to(torch.int64))),
     "bool": _state(lambda state: _first(state, lambda tensor: tensor > 0)),
-    "lacking one": _state(lambda state: state.pop("head.weight") is None),
+    "lacking one": _state(lambda state: {name: state[name] for name in list(state)[1:]}),
     "one more": _state(lambda state: state | {"more": torch.zeros(3)}),
     "none": _state(lambda state: {}),
     "other shape": _state(lambda state: _first(state, lambda tensor: tensor[:, :4].contiguous())),
@@ -493,7 +493,7 @@ def run_cases() -> Iterator[Case]:
         "mixer argument": ("--mixer", "cska:kernel_size=4"),
         "mixer argument zero": ("--mixer", "cska:kernel_size=0"),
         "mixer argument negative": ("--mixer", "cska:kernel_size=-3"),
-        "mixer argument huge": ("--mixer", "cska:kernel_size=1001"),
+        "mixer argument large": ("--mixer", "cska:kernel_size=51"),
         "mixer argument billions": ("--mixer", "cska:kernel_size=99999999999"),
         "mixer argument word": ("--mixer", "cska:kernel_size=x"),
         "mixer argument list": ("--mixer", "cska:kernel_size=[3,3]"),
@@ -560,7 +560,7 @@ _MAY_RUN = {
     "batch too large",
     "limit of one",
     "holdout of none",
-    "mixer argument huge",
+    "mixer argument large",
     "mixer layer twice",
     "decay",
     "mixup",
@@ -610,11 +610,11 @@ def _odds(folder: Path, stock: Stock) -> None:
 
 
 def _of_run(name: str, words: tuple[str, ...], damage: Damage, verdict: Verdict) -> Case:
-    return Case(name, words, verdict, ("here",), _laid("run", damage))
+    return Case(name, words, verdict, ("here", "digits", "unknown task"), _laid("run", damage))
 
 
 def _of_comparison(name: str, words: tuple[str, ...], damage: Damage, verdict: Verdict) -> Case:
-    return Case(name, words, verdict, ("here", "configuration"), _laid("comparison", damage))
+    return Case(name, words, verdict, ("here", "configuration", "different images"), _laid("comparison", damage))
 
 
 def _in_run(damage: Damage) -> Damage:

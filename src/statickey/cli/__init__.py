@@ -42,7 +42,7 @@ def _run(args: list[str]) -> int:
     except StaticKeyError as error:
         if debug:
             raise
-        print(f"statickey: {error}", file=sys.stderr)  # noqa: T201
+        print(f"statickey: {_on_one_line(error)}", file=sys.stderr)  # noqa: T201
         return 2
     except OSError as error:
         if debug or error.filename is None:
@@ -54,3 +54,8 @@ def _run(args: list[str]) -> int:
             raise
         print("statickey: interrupted; the same command continues where it stopped", file=sys.stderr)  # noqa: T201
         return 130
+
+
+def _on_one_line(error: StaticKeyError) -> str:
+    """What an error says, with line breaks and other control characters of quoted names written out."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in str(error))

@@ -104,7 +104,10 @@ def shard_sources(root: Path) -> Sources:
     train, test = _shard_source(root, ("train",)), _shard_source(root, _TEST_STEMS)
     listing = root / "classes.txt"
     if listing.is_file():
-        names = listing.read_text(encoding="utf-8").split("\n")
+        try:
+            names = listing.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {listing}: {error}; write one name a line, in UTF-8") from error
         return Sources(train, test, tuple(name.strip() for name in names if name.strip()))
     highest = max([*train.labels, *test.labels], default=-1)
     if highest >= _MOST_CLASSES:

@@ -1,6 +1,8 @@
 """Where images come from: one name or folder, and the kind of data that is there."""
 
 import warnings
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import DataError
@@ -35,7 +37,7 @@ def open_sources(data: str, data_dir: Path | None = None) -> Sources:
         sources = torchvision_sources(data, data_dir)
     elif data.startswith(HUB):
         sources = hub_sources(data.removeprefix(HUB), data_dir)
-    elif not (root := Path(data)).is_dir():
+    elif not data or not (root := Path(data)).is_dir():
         raise DataError(
             f"data {data!r} is neither a folder nor one of digits, {', '.join(TORCHVISION_SETS)}, {HUB}NAME; give "
             "the path of an image folder (train/CLASS/*.jpg, val/CLASS/*.jpg), of parquet files or of tar shards"
@@ -46,6 +48,7 @@ def open_sources(data: str, data_dir: Path | None = None) -> Sources:
         sources = shard_sources(root)
     else:
         sources = folder_sources(root)
+    _check_names(data, sources.class_names)
     for split, source in (("train", sources.train), ("test", sources.test)):
         if not len(source):
             raise DataError(f"the {split} part of {data} has no image; add some")
@@ -58,3 +61,12 @@ def open_sources(data: str, data_dir: Path | None = None) -> Sources:
             stacklevel=2,
         )
     return sources
+
+
+def _check_names(data: str, names: Sequence[str]) -> None:
+    """Refuse names of classes that results could not be written with, or be told apart by."""
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise DataError(f"{data} has {count} classes {name!r}; give each a name of its own")
+        if name.encode(errors="replace").decode() != name:
+            raise DataError(f"the class name {name!r} of {data} is not UTF-8; rename it")

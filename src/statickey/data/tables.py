@@ -59,7 +59,7 @@ class _TableSource(Source):
 
     def open(self, i: int) -> Image.Image:
         cell = self.table[i][self.column]
-        if cell is None:
+        if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise ValueError("the cell is empty")
         return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
 

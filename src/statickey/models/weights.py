@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from timm.models import load_state_dict
 from torch import Tensor, nn
 
@@ -33,6 +34,8 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             f"cannot read weights from {path}: {reason}; give a .safetensors file or a timm checkpoint"
         ) from error
     for name, tensor in state.items():
+        if isinstance(tensor, Tensor) and tensor.layout != torch.strided:
+            raise OutputError(f"{path}: {name} is a {tensor.layout} tensor; save it as a dense one")
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.float().isnan().any():
             raise OutputError(f"{path}: {name} holds NaN; the run behind it diverged, give weights from before that")
     return state

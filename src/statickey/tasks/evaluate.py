@@ -11,7 +11,7 @@ from rich.markup import escape
 from .._checks import check_arguments, check_choice, check_folder
 from .._environment import environment
 from .._files import check_writable, write_csv, write_json
-from ..errors import DataError, OutputError
+from ..errors import DataError, OutputError, StaticKeyError
 from ..viz import save_png
 from .display import Display, counted, facts_table
 from .engine import new_trainer
@@ -143,7 +143,10 @@ def _recipe(
     if data_dir is not None:
         known["data_dir"] = data_dir
     prepared = {"stream": card.streamed, "mean": card.mean, "std": card.std}
-    return task.recipe_class(**known | {k: v for k, v in prepared.items() if k in options} | {"weights": None})
+    try:
+        return task.recipe_class(**known | {k: v for k, v in prepared.items() if k in options} | {"weights": None})
+    except StaticKeyError as error:
+        raise OutputError(f"{source} and the options make no recipe: {error}") from error
 
 
 def _with_holdout(task: Task, recipe: Any, source: str, result: dict[str, Any] | None, elsewhere: str | None) -> Any:
