@@ -144,6 +144,10 @@ def test_a_recipe_counts_more_than_a_folder_of_its_name_and_a_file_more_than_a_r
 def test_words_may_come_from_a_file(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("source: nowhere")
     assert refusal(["evaluate", "--config", "c.yaml"], capsys).startswith("there is no nowhere; give the folder")
+    (tmp_path / "c.yaml").write_text("models: [skaformer_nan]")
+    assert refusal(["summary", "--config", "c.yaml"], capsys).startswith("unknown model 'skaformer_nan'")
+    (tmp_path / "c.yaml").write_text("suites: layer")
+    assert refusal(["bench", "--config", "c.yaml"], capsys).startswith("unknown suite 'layer'; did you mean layers")
 
 
 def test_a_place_that_takes_no_file_is_refused_before_anything_is_computed(tmp_path, capsys, monkeypatch):

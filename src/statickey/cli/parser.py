@@ -49,6 +49,8 @@ def run(command: str, args: Sequence[str]) -> int:
         places |= dict.fromkeys(values, path)
     for word in words:
         places.pop(option_name(word) or "", None)
+    for name in given.keys() & {name for name, action in actions.items() if action.nargs == "*"}:
+        actions[name].default = given[name]  # which argparse takes where no word is given
     try:
         namespace = parser.parse_args(words, namespace=Namespace(given | {"plugin": list(loaded_plugins())}))
     except ArgumentError as error:

@@ -69,7 +69,6 @@ def train(
         StaticKeyError: An argument, the data or the folder is not usable; the message says what to do.
         KeyboardInterrupt: Ctrl-C; the same call continues.
     """
-    check_arguments(train, locals())
     check_folder(out=out)
     check_choice(
         resume=(resume, ("auto", "never")),
@@ -77,6 +76,7 @@ def train(
         logger=(logger, ("tensorboard", "wandb", "mlflow")),
     )
     check_seed(seed)
+    check_arguments(train, locals())
     machine = Machine() if machine is None else machine
     recipe = (ClassificationRecipe() if recipe is None else recipe).on(machine)
     task = task_of(recipe)
