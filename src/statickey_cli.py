@@ -51,7 +51,10 @@ def main() -> int:
     args = sys.argv[1:]
     code = to_the_end(lambda: answer(args))
     if code is None:
-        from statickey.cli import main as run
+        try:
+            from statickey.cli import main as run
+        except KeyboardInterrupt:
+            return 130
 
         code = run(args)
     return code

@@ -289,7 +289,7 @@ def test_peak_memory_is_what_was_held(processes):
         (("layers",), {"rounds": 0}, StaticKeyError, "rounds=0"),
         ((), {}, StaticKeyError, "no suite to measure; name any of layers"),
         (("layers",), {"device": "cuda"}, StaticKeyError, "device='cuda' is not available"),
-        (("layers",), {"dtype": "float8"}, UnknownNameError, "unknown dtype 'float8'"),
+        (("layers",), {"dtype": "float8"}, StaticKeyError, "dtype='float8' must be 'float32'"),
         (
             ("training",),
             {"compared": "nowhere"},

@@ -1,10 +1,12 @@
 import csv
+import importlib
 import io
 import json
 import re
 import shutil
 import time
 from dataclasses import fields
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,14 +15,15 @@ from filelock import FileLock
 from rich.console import Console
 from safetensors.torch import load_file
 
-from statickey import MIXERS
+from statickey import MIXERS, ConvStaticKeyAttention
 from statickey.compare import compare
 from statickey.compare.config import CONFIG_FILE
+from statickey.compare.main import _summary_of_another
 from statickey.compare.table import results_table
 from statickey.convert import token_mixers
 from statickey.data import ImageData, LabelledImages
 from statickey.errors import DivergedError, OutputError, StaticKeyError
-from statickey.tasks import ClassificationRecipe, Machine, TrainingModule, load_model
+from statickey.tasks import Classification, ClassificationRecipe, Machine, TrainingModule, load_model
 
 TINY = {
     "limit": 120,
@@ -376,6 +379,54 @@ def test_mixers_with_arguments_and_layers(tmp_path):
     assert list(token_mixers(model)) == ["blocks.1.attn"]
     _again, text = run(tmp_path, mixers=mixers, seeds=(0,), epochs=1)
     assert "3 of 3 runs are finished already: reused" in text
+
+
+def test_mixers_that_cannot_have_folders_of_their_own(tmp_path):
+    with pytest.raises(StaticKeyError, match=r"mixers 'ska@blocks.\*' and 'ska@blocks.\?' would share a folder"):
+        run(tmp_path, mixers=("ska@blocks.*", "ska@blocks.?"))
+    with pytest.raises(StaticKeyError, match="is too long for a folder's name; use patterns of layers"):
+        run(tmp_path, mixers=("ska@" + ",".join(f"blocks.{i}.attn" for i in range(25)),))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_that_diverges_does_not_keep_the_others_from_their_turn(tmp_path, monkeypatch):
+    losses = Classification.losses
+
+    def poisoned(self, model, batch, recipe):
+        bad = any(isinstance(module, ConvStaticKeyAttention) for module in model.modules())
+        return {
+            name: value * (float("nan") if bad else 1) for name, value in losses(self, model, batch, recipe).items()
+        }
+
+    monkeypatch.setattr(Classification, "losses", poisoned)
+    with pytest.raises(
+        DivergedError, match=r"^cska seed 0: loss is nan .*; the other runs are finished and in the rep"
+    ):
+        run(tmp_path, mixers=("mhsa", "cska", "ska"), seeds=(0,), epochs=1)
+    rows = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [row["mixer"] for row in rows] == ["mhsa", "ska"]
+    assert (tmp_path / "report.html").is_file()
+
+
+def test_what_another_process_wrote_is_taken_only_if_it_tells_of_all_runs(finished):
+    out, *_ = finished
+    told = [SimpleNamespace(mixer=mixer, seed=seed) for mixer in ("mhsa", "ska") for seed in (0, 1)]
+    assert _summary_of_another(out, told) == json.loads((out / "summary.json").read_text())
+    assert _summary_of_another(out, [*told, SimpleNamespace(mixer="fcska", seed=0)]) is None
+    assert _summary_of_another(out / "runs", told) is None
+
+
+def test_runs_of_earlier_code_of_a_mixer_are_not_todays(tmp_path, monkeypatch):
+    def register(name, code):
+        (tmp_path / f"{name}.py").write_text(f"from statickey import MIXERS\nclass Own(MIXERS['ska']):\n    {code}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(MIXERS, "own", importlib.import_module(name).Own)
+
+    register("first_own_mixer", "pass")
+    run(tmp_path / "out", mixers=("own",), seeds=(0,), epochs=1)
+    register("second_own_mixer", "extra = 1")
+    with pytest.raises(OutputError, match="own-seed0 is of earlier code of the mixer 'own'; choose another --out"):
+        run(tmp_path / "out", mixers=("own",), seeds=(0,), epochs=1)
 
 
 def test_wrong_kinds_of_lists(tmp_path):

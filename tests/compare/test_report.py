@@ -196,7 +196,7 @@ def test_broken_runs_are_refused_in_one_line(finished):
     for name, content, message in (
         ("predictions.npz", b"PK torn", "ska-seed0 is broken"),
         ("run.json", b"[]", "run.json is broken .*a dict is expected"),
-        ("run.json", b'{"config_hash": "0"}', "ska-seed0 is broken .it has no 'mixer'"),
+        ("run.json", b'{"config_hash": "0"}', "ska-seed0 is broken .it has no 'data'"),
     ):
         path = out / "runs" / "ska-seed0" / name
         kept = path.read_bytes()

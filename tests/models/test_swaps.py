@@ -13,6 +13,7 @@ TEXTS = {
     "ska:off_grid=window,qkv_bias=true@0": Swap(
         "ska", layers=[0], mixer_args={"off_grid": "window", "qkv_bias": True}
     ),
+    "ska:scale=0.001": Swap("ska", mixer_args={"scale": 1e-3}),
     "ska:scale=0.5,size=[7,7]": Swap("ska", mixer_args={"scale": 0.5, "size": [7, 7]}),
 }
 
@@ -27,6 +28,8 @@ def test_text_and_back(text):
 def test_the_order_of_arguments_does_not_matter():
     assert str(Swap.parse("fcska:kernel_size=5,head_dim=16")) == "fcska:head_dim=16,kernel_size=5"
     assert str(Swap.parse("ska@all")) == "ska"
+    assert Swap.parse("ska:scale=1e-3").mixer_args == {"scale": 0.001}
+    assert Swap("ska", layers=-1) == Swap("ska", layers=[-1]) == Swap.parse("ska@-1")
 
 
 @pytest.mark.parametrize(

@@ -32,9 +32,17 @@ def trained(tmp_path_factory):
     return out
 
 
+def scores(logits, labels):
+    """Of two batches."""
+    found = ClassificationScores(tuple("abc"))
+    for part in (slice(0, 1), slice(1, None)):
+        found.update(logits[part], labels[part])
+    return found.to_json()
+
+
 def test_metrics_of_known_logits():
     logits = torch.log(torch.tensor([[0.8, 0.2, 1e-9], [0.6, 0.4, 1e-9], [0.1, 0.9, 1e-9], [0.3, 0.1, 0.6]]))
-    found = ClassificationScores(logits, torch.tensor([0, 1, 1, 2]), tuple("abc")).to_json()
+    found = scores(logits, torch.tensor([0, 1, 1, 2]))
     assert found["top1"] == 75.0
     assert found["top5"] == 100.0
     assert [row["accuracy"] for row in found["per_class"]] == [100.0, 50.0, 100.0]
@@ -46,7 +54,7 @@ def test_metrics_of_known_logits():
 
 
 def test_a_class_without_images_has_no_accuracy():
-    found = ClassificationScores(torch.eye(3)[:2], torch.tensor([0, 1]), tuple("abc")).to_json()
+    found = scores(torch.eye(3)[:2], torch.tensor([0, 1]))
     assert found["per_class"][2]["accuracy"] is None
     assert found["mean_per_class"] == 100.0
 

@@ -44,6 +44,10 @@ def test_what_counts():
     assert len({base, *(ids[0] for ids in different)}) == 7
 
 
+def test_one_number_is_one_identity():
+    assert identity(ClassificationRecipe(weight_decay=1)) == identity(ClassificationRecipe(weight_decay=1.0))
+
+
 def test_weights_count_by_their_content(tmp_path):
     first, moved, other = (tmp_path / name for name in ("a.safetensors", "b.safetensors", "c.safetensors"))
     first.write_bytes(b"same")

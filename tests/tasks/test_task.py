@@ -17,7 +17,7 @@ from statickey.compare import compare
 from statickey.data import Augmentation, ImageDataModule, load_images
 from statickey.errors import StaticKeyError
 from statickey.models import build_model
-from statickey.tasks import TASKS, Machine, Metric, ModelCard, Recipe, Task, evaluate, load_model, train
+from statickey.tasks import TASKS, Machine, Metric, ModelCard, Recipe, Task, evaluate, load_model, task_named, train
 
 CPU = Machine(accelerator="cpu")
 
@@ -95,13 +95,17 @@ class Brightness(Task):
     def evidence_from(self, arrays):
         return Errors(arrays["said"], arrays["truth"])
 
-    def evaluation(self, outputs, targets, class_names):
-        errors = self.evidence(outputs, targets)
-        row = {"class": class_names[0], "error": errors.value()}
+    def evaluation(self, class_names):
+        found = []
+
+        def errors():
+            return self.evidence(*zip(*found, strict=True))
+
         return SimpleNamespace(
-            to_json=lambda: {"images": errors.num_images, "error": errors.value()},
-            rows=lambda: {"mean error": f"{errors.value():.3f}"},
-            per_class=lambda: [row],
+            update=lambda outputs, targets: found.append((outputs, targets)),
+            to_json=lambda: {"images": errors().num_images, "error": errors().value()},
+            rows=lambda: {"mean error": f"{errors().value():.3f}"},
+            per_class=lambda: [{"class": class_names[0], "error": errors().value()}],
             figures=dict,
         )
 
@@ -153,6 +157,52 @@ def test_compare(tmp_path):
     assert "mean error" in page
     assert "accuracy" not in page.split("<svg")[0]
     assert json.loads((tmp_path / "summary.json").read_text())["mixers"][0]["error_mean"] < 0.5
+
+
+class OwnNetwork(torch.nn.Module):
+    """Of no registry."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = torch.nn.Linear(64, 1)
+
+    def forward(self, images):
+        return self.line(images.flatten(1))
+
+
+class WithOwnNetwork(Brightness):
+    def build(self, recipe, data, mixer, seed):
+        torch.manual_seed(seed)
+        return OwnNetwork()
+
+    def rebuild(self, card, img_size=None):
+        return OwnNetwork()
+
+
+def test_a_network_of_no_registry(tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "brightness", WithOwnNetwork())
+    result = train(recipe(), out=str(tmp_path), machine=CPU, console=Console(file=io.StringIO()))
+    found = evaluate(str(tmp_path), accelerator="cpu", console=Console(file=io.StringIO()))
+    assert found["error"] == pytest.approx(result["error"])
+
+
+def test_tasks_that_cannot_be_told_apart(monkeypatch):
+    other = Brightness()
+    other.name = "other"
+    monkeypatch.setitem(TASKS, "other", other)
+    with pytest.raises(StaticKeyError, match="the tasks brightness and other share BrightnessRecipe"):
+        train(recipe(), out="nowhere")
+    monkeypatch.setitem(TASKS, "another", other)
+    with pytest.raises(
+        StaticKeyError, match=r"TASKS\['another'\] calls itself 'other'; register it under its own name"
+    ):
+        task_named("another")
+
+
+def test_a_task_without_a_learning_rate(tmp_path, monkeypatch):
+    monkeypatch.setattr(Brightness, "settled", Task.settled)
+    with pytest.raises(StaticKeyError, match="task 'brightness' knows no default for lr; give one"):
+        train(recipe(), out=str(tmp_path), machine=CPU, console=Console(file=io.StringIO()))
 
 
 def test_a_recipe_of_no_task():

@@ -15,12 +15,13 @@ import timm
 import torch
 import yaml
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from image_folders import make_folder
+from statickey.convert import token_mixers
 from statickey.data import ImageData, LabelledImages
 from statickey.errors import DataError, OutputError, StaticKeyError
 from statickey.models import build_model
@@ -273,6 +274,32 @@ def test_a_finished_run_that_is_not_whole_is_no_finished_run(tmp_path):
     (tmp_path / "run.json").write_text('{"accuracy": 100}')
     with pytest.raises(OutputError, match=r"is broken \(it has no 'config_hash'\)"):
         run(tmp_path, epochs=1)
+
+
+def test_a_run_from_a_run_knows_its_mixer(tmp_path):
+    run(tmp_path / "first", epochs=1, mixer="cska:kernel_size=5@-1")
+    again = f"local-dir:{tmp_path / 'first'}"
+    run(tmp_path / "second", epochs=1, mixer=None, model=again, model_args={"pretrained": True})
+    model, card = load_model(tmp_path / "second")
+    assert card.mixer == "cska:kernel_size=5@-1"
+    assert card.architecture == "small_vit"
+    assert [mixer.kernel_size for mixer in token_mixers(model).values()] == [5]
+    with pytest.raises(OutputError, match="on other data or under another configuration"):
+        weights_of = tmp_path / "first" / "model.safetensors"
+        state = load_file(weights_of)
+        save_file(
+            {name: value + 1 if value.is_floating_point() else value for name, value in state.items()}, weights_of
+        )
+        run(tmp_path / "second", epochs=1, mixer=None, model=again, model_args={"pretrained": True})
+
+
+def test_weights_may_lie_elsewhere(tmp_path):
+    run(tmp_path / "first", epochs=1)
+    (tmp_path / "first" / "model.safetensors").rename(tmp_path / "a.safetensors")
+    run(tmp_path / "out", epochs=1, weights=str(tmp_path / "a.safetensors"))
+    (tmp_path / "a.safetensors").rename(tmp_path / "b.safetensors")
+    _, text = run(tmp_path / "out", epochs=1, weights=str(tmp_path / "b.safetensors"))
+    assert "finished already" in text
 
 
 def test_min_lr_above_the_peak_that_the_data_choose(tmp_path):

@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-from statickey_cli import answer, to_the_end
+from statickey_cli import TRAINING, answer, to_the_end
 
 from ..errors import StaticKeyError
 
@@ -52,7 +52,8 @@ def _run(args: list[str]) -> int:
     except KeyboardInterrupt:
         if debug:
             raise
-        print("statickey: interrupted; the same command continues where it stopped", file=sys.stderr)  # noqa: T201
+        goes_on = "; the same command continues where it stopped" if command in TRAINING else ""
+        print(f"statickey: interrupted{goes_on}", file=sys.stderr)  # noqa: T201
         return 130
 
 

@@ -16,8 +16,18 @@ from ..models import Swap
 from ..tasks import Machine, Recipe, ScoreOn, Task, difference, identities, task_of
 
 CONFIG_FILE = "config.yaml"
-_MAY_DIFFER = ("data", "data_dir", "mixers", "seeds", "out", "plugin", *(field.name for field in fields(Machine)))
-"""Options that may differ between calls into one folder; data count by their content."""
+_LONGEST_NAME = 200
+_MAY_DIFFER = (
+    "data",
+    "data_dir",
+    "weights",
+    "mixers",
+    "seeds",
+    "out",
+    "plugin",
+    *(field.name for field in fields(Machine)),
+)
+"""Options that may differ between calls into one folder; data and weights count by their content."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +40,7 @@ class CompareConfig:
     seeds: tuple[int, ...]
     score_on: ScoreOn
     out: str
+    plugins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("mixers", "seeds"):
@@ -38,6 +49,16 @@ class CompareConfig:
                 raise StaticKeyError(f"{name}={list(values)} must name at least one, none twice")
         for seed in self.seeds:
             check_seed(seed)
+        names: dict[str, str] = {}
+        for mixer in self.mixers:
+            name = run_name(mixer, 0)
+            if len(name) > _LONGEST_NAME:
+                raise StaticKeyError(f"mixer {mixer!r} is too long for a folder's name; use patterns of layers")
+            if name in names:
+                raise StaticKeyError(
+                    f"mixers {names[name]!r} and {mixer!r} would share a folder; write one differently"
+                )
+            names[name] = mixer
         check_choice(score_on=(self.score_on, ("test", "holdout")))
         if getattr(self.recipe, "stream", False):
             raise StaticKeyError("stream=True: a comparison keeps its images in memory; leave out --stream")
@@ -68,6 +89,7 @@ class CompareConfig:
             seeds=tuple(seeds),
             score_on=score_on,
             out=out,
+            plugins=loaded_plugins(),
         )
 
     @property
@@ -77,7 +99,7 @@ class CompareConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The arguments as plain values, as ``--config`` reads them."""
-        plugins = {"plugin": list(loaded_plugins())} if loaded_plugins() else {}
+        plugins = {"plugin": list(self.plugins)} if self.plugins else {}
         which = {"mixers": list(self.mixers), "seeds": list(self.seeds), "score_on": self.score_on}
         task = {"task": self.task.name}
         return plugins | task | self.recipe.to_dict() | which | asdict(self.machine) | {"out": self.out}
@@ -90,7 +112,7 @@ class CompareConfig:
         """Check that this comparison belongs into ``out``, and join it with what is there.
 
         Returns:
-            This configuration, with the mixers and seeds of earlier calls first: their runs are joined.
+            This configuration, with the mixers, seeds and plugins of earlier calls first: their runs are joined.
 
         Raises:
             OutputError: ``out`` holds a comparison under another protocol.
@@ -108,9 +130,10 @@ class CompareConfig:
         try:
             mixers = dict.fromkeys([*map(str, earlier["mixers"]), *self.mixers])
             seeds = dict.fromkeys([*map(int, earlier["seeds"]), *self.seeds])
+            plugins = dict.fromkeys([*map(str, earlier.get("plugin", ())), *self.plugins])
         except (KeyError, TypeError, ValueError) as error:
             raise OutputError(f"{path} is not a comparison's configuration; choose another --out") from error
-        return replace(self, mixers=tuple(mixers), seeds=tuple(seeds))
+        return replace(self, mixers=tuple(mixers), seeds=tuple(seeds), plugins=tuple(plugins))
 
     def write(self, out: Path) -> None:
         """Write the configuration, which ``--config`` reads.

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from .._checks import check_arguments, check_folder
 from .._files import read_json, write_text
-from ..errors import StaticKeyError
+from ..errors import DivergedError, StaticKeyError
 from ..models import Swap
 from ..tasks import (
     ClassificationRecipe,
@@ -95,18 +95,21 @@ def compare(
         read_runs(config.task, root, ids)  # refuses runs from other data before hours are spent beside them
         merged.write(root)
         write_text(root / "README.txt", README)
-    waited = _train_missing(config, runs, display)
-    with locked(root, wait=_PATIENCE):
+    waited, diverged = _train_missing(config, runs, display)
+    if diverged and not any(run.finished for run in runs):
+        raise DivergedError("; ".join(diverged))
+    with display.busy("writing the results"), locked(root, wait=-1):  # another process may be at it
         merged = config.joined(root)
-        summary = _summary_of_another(root, runs) if waited else None
+        summary = _summary_of_another(root, runs) if waited and not diverged else None
         if summary is None:
             finished = read_runs(config.task, root, ids)
             summary = summarize(merged, data, finished)
             write_results(root, summary, finished)
-            with display.busy("drawing the report"):
-                write_report(root, merged, data, summary, finished)
+            write_report(root, merged, data, summary, finished)
     display.console.print(results_table(summary, display.console.width))
     display.say(f"report: {escape(str(root / REPORT_FILE))}")
+    if diverged:
+        raise DivergedError(f"{'; '.join(diverged)}; the other runs are finished and in the report")
     return summary
 
 
@@ -133,19 +136,21 @@ def _check_before_writing(config: CompareConfig, runs: Sequence[Run]) -> None:
     new_trainer(config.recipe, config.machine)
 
 
-def _train_missing(config: CompareConfig, runs: Sequence[Run], display: Display) -> bool:
+def _train_missing(config: CompareConfig, runs: Sequence[Run], display: Display) -> tuple[bool, list[str]]:
     """Train what no process has trained yet, one run after the other, and wait for those that others train.
 
-    A process that is killed loses its locks, so another takes its run up at the last finished epoch.
+    A process that is killed loses its locks, so another takes its run up at the last finished epoch. A run that
+    diverges does not keep the others from their turn.
 
     Returns:
-        Whether a process other than this one may have finished last.
+        Whether a process other than this one may have finished last, and what is to be said of runs that diverged.
     """
+    diverged: list[str] = []
     missing = [run for run in runs if not run.finished]
     if len(missing) < len(runs):
         display.say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already: reused")
     if not missing:
-        return False
+        return False, diverged
     waited = False
     with display.runs(len(missing)) as bars:
         while missing:
@@ -154,7 +159,11 @@ def _train_missing(config: CompareConfig, runs: Sequence[Run], display: Display)
                 if not run.finished:
                     with free(run.path) as ours:
                         if ours and not run.finished:
-                            _train(config, run, bars)
+                            try:
+                                _train(config, run, bars)
+                            except DivergedError as error:
+                                diverged.append(str(error))
+                                missing.remove(run)
                             trained = True
                 if run.finished:
                     missing.remove(run)
@@ -164,7 +173,7 @@ def _train_missing(config: CompareConfig, runs: Sequence[Run], display: Display)
             if missing:
                 bars.wait(f"other processes train the last {counted(len(missing), 'run')}")
                 time.sleep(_POLL)
-    return waited
+    return waited, diverged
 
 
 def _train(config: CompareConfig, run: Run, bars: RunsDisplay) -> None:
@@ -186,7 +195,8 @@ def _train(config: CompareConfig, run: Run, bars: RunsDisplay) -> None:
 def _summary_of_another(root: Path, runs: Sequence[Run]) -> dict[str, Any] | None:
     """What the process that finished last wrote, where it has written already."""
     place = root / SUMMARY_FILE
-    newest = max(run.result.stat().st_mtime_ns for run in runs)
-    if not place.is_file() or place.stat().st_mtime_ns < newest or not (root / REPORT_FILE).is_file():
+    if not place.is_file() or not (root / REPORT_FILE).is_file():
         return None
-    return dict(read_json(place, "delete it to write it anew"))
+    summary: dict[str, Any] = read_json(place, "delete it to write it anew")
+    told = {(row["mixer"], seed) for row in summary["mixers"] for seed in row["seeds"]}
+    return summary if {(run.mixer, run.seed) for run in runs} <= told else None

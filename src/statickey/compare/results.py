@@ -11,6 +11,7 @@ import numpy as np
 from .._files import explained_read, regular, write_csv, write_json
 from ..errors import OutputError
 from ..tasks import PREDICTIONS_FILE, RESULT_FILE, Evidence, Task, counted, read_result
+from ..tasks.run import check_mixer_source
 from .config import CompareConfig, run_name
 from .statistics import mean_and_std, paired_differences
 from .table import difference_unit
@@ -55,6 +56,7 @@ def read_runs(task: Task, root: Path, ids: Collection[str]) -> list[FinishedRun]
     remedy = "delete this folder to repeat the run"
     for path in sorted(place.parent for place in root.glob(f"runs/*/{RESULT_FILE}")):
         result = read_result(path)
+        check_mixer_source(path, result)
         with explained_read(path, remedy), np.load(regular(path / PREDICTIONS_FILE), allow_pickle=False) as arrays:
             evidence = task.evidence_from(arrays)
             for key in (*_NEEDED, task.metric.name):

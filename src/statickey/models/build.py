@@ -44,7 +44,8 @@ def build_model(
 ) -> nn.Module:
     """Build a model with the given mixer in place of its attention.
 
-    In a vision transformer that is every block; in a MetaFormer of this package, the stage its name stands for.
+    In a vision transformer that is every block, or the layers that a swap names; in a MetaFormer of this package, the
+    stage its name stands for.
 
     Args:
         name: What ``timm.create_model`` takes: a vision transformer of timm's, optionally with a tag
@@ -79,7 +80,9 @@ def build_model(
     found = look_up(name)
     text = found.run_mixer if mixer is None else mixer
     swap = None if text is None else Swap.parse(text)
-    args = given | _placed(found.architecture, None if mixer is None else swap, given)
+    placed = _placed(found.architecture, None if mixer is None else swap, given)
+    args = given | placed
+    to_convert = None if placed else swap
     of_run = found.run_weights if args.get("pretrained") else None
     if of_run is not None:
         del args["pretrained"]
@@ -87,18 +90,27 @@ def build_model(
     if checkpoint is not None and Path(checkpoint).suffix not in (".npz", ".npy"):
         read_weights(checkpoint)  # refuses what timm stumbles over
     sizes = {"num_classes": num_classes, "in_chans": in_chans}
-    _check_memory(name, swap, img_size, sizes | {k: v for k, v in args.items() if k not in PRETRAINED_ARGS})
+    _check_memory(
+        name,
+        to_convert,
+        mixer is not None,
+        img_size,
+        sizes | {k: v for k, v in args.items() if k not in PRETRAINED_ARGS},
+    )
     torch.manual_seed(seed)
-    model = _build(name, swap, img_size, sizes | args)
+    model: Any = _build(name, to_convert, mixer is not None, img_size, sizes | args)
+    if placed:
+        model.mixer_text = str(swap)
     if of_run is not None:
         start_from(model, of_run)
     for module in model.modules() if fp32_logits else ():
         if isinstance(module, AttentionMixer):
             module.backend = "math"
-    return model
+    return model  # type: ignore[no-any-return]
 
 
-def _build(name: str, swap: Swap | None, img_size: int, args: dict[str, Any]) -> nn.Module:
+def _build(name: str, swap: Swap | None, asked: bool, img_size: int, args: dict[str, Any]) -> nn.Module:
+    """Build a host and convert it; a swap that nobody asked for is a saved run's, whose host may hold it already."""
     host: Any
     try:
         host = _timm_host(name, img_size, args)
@@ -116,16 +128,18 @@ def _build(name: str, swap: Swap | None, img_size: int, args: dict[str, Any]) ->
             f"the patch size {patch} of {name!r} does not divide img_size={img_size}; resize to "
             f"img_size={max(img_size // patch, 1) * patch}, or pass another patch_size in model_args"
         )
-    if swap is not None and not token_mixers(host):
+    host.mixer_text = None  # what its arguments do not say, and a card must
+    if swap is not None and (asked or not token_mixers(host)):
+        host.mixer_text = str(swap)
         convert(host, swap.mixer, layers=swap.layers, mixer_args=swap.mixer_args)
     return host  # type: ignore[no-any-return]
 
 
-def _check_memory(name: str, swap: Swap | None, img_size: int, args: dict[str, Any]) -> None:
+def _check_memory(name: str, swap: Swap | None, asked: bool, img_size: int, args: dict[str, Any]) -> None:
     """Refuse a model that is larger than the machine's memory, before it fills it."""
     try:
         with torch.device("meta"):
-            model = _build(name, swap, img_size, args)
+            model = _build(name, swap, asked, img_size, args)
     except StaticKeyError as error:
         if "meta" in str(error.__cause__):  # a host that computes while it is built
             return

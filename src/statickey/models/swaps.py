@@ -12,6 +12,8 @@ from ..convert.swap import Layers
 from ..errors import StaticKeyError
 from ..layers import MIXERS
 
+_FLOAT = re.compile(r"[-+]?\d*\.?\d+[eE][-+]?\d+")
+"""Numbers such as 1e-3, which YAML takes for text without a point."""
 FORM = "MIXER[:NAME=VALUE,...][@LAYER,...], such as cska:kernel_size=5 or ska@-3,-2,-1"
 
 
@@ -35,12 +37,20 @@ class Swap:
     def __post_init__(self) -> None:
         check_name("mixer", self.mixer, MIXERS)
         check_mapping("mixer_args", self.mixer_args)
+        if self.layers != "all":
+            one = isinstance(self.layers, str | int)
+            layers: Any = (self.layers,) if one else self.layers
+            object.__setattr__(self, "layers", tuple(layers))
 
     def __str__(self) -> str:
         args = ",".join(f"{name}={_shown(value)}" for name, value in sorted(self.mixer_args.items()))
-        layers = [self.layers] if isinstance(self.layers, str | int) else self.layers
-        where = "" if self.layers == "all" else "@" + ",".join(map(str, layers))
+        where = "" if self.layers == "all" else "@" + ",".join(map(str, self.layers))  # type: ignore[arg-type]
         return self.mixer + (f":{args}" if args else "") + where
+
+    @staticmethod
+    def name_in(text: str) -> str:
+        """The mixer's name in a swap's text, whether or not it is known."""
+        return text.partition("@")[0].partition(":")[0]
 
     @classmethod
     def parse(cls, text: "str | Swap") -> "Swap":
@@ -70,7 +80,7 @@ def _arguments(text: str, args: str) -> dict[str, Any]:
         if not equals or not name.isidentifier() or name in found:
             raise StaticKeyError(f"mixer {text!r} has {item!r}; write {FORM}")
         try:
-            found[name] = yaml.safe_load(value)
+            found[name] = float(value) if _FLOAT.fullmatch(value) else yaml.safe_load(value)
         except yaml.YAMLError as error:
             raise StaticKeyError(f"mixer {text!r} has {item!r}, whose value cannot be read; write {FORM}") from error
     return found

@@ -7,6 +7,7 @@ from .display import Display, RunProgress, RunsDisplay, counted, facts_table
 from .engine import new_trainer, train_run
 from .evaluate import evaluate
 from .folder import free, locked
+from .loading import load_model
 from .predict import Predictions, predict
 from .recipe import Machine, Recipe, difference, identities
 from .registry import TASKS, task_named, task_of
@@ -14,7 +15,7 @@ from .run import PREDICTIONS_FILE, RESULT_FILE, Run, read_result
 from .task import Evidence, Metric, ScoreOn, Task
 from .train import train
 from .training import TrainingModule
-from .weights import WEIGHTS_FILES, ModelCard, load_model
+from .weights import WEIGHTS_FILES, ModelCard
 
 __all__ = [
     "PREDICTIONS_FILE",

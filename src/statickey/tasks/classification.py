@@ -174,11 +174,9 @@ class Classification(Task):
         """From ``predicted`` and ``truth``; version 0.1 called the former ``last``."""
         return Accuracy(arrays["predicted"] if "predicted" in arrays else arrays["last"], arrays["truth"])
 
-    def evaluation(
-        self, outputs: Sequence[Tensor], targets: Sequence[Tensor], class_names: Sequence[str]
-    ) -> ClassificationScores:
+    def evaluation(self, class_names: Sequence[str]) -> ClassificationScores:
         """Accuracies, calibration, and what is taken for what."""
-        return ClassificationScores(torch.cat(list(outputs)), torch.cat(list(targets)), tuple(class_names))
+        return ClassificationScores(tuple(class_names))
 
     def predictor(self, model: nn.Module, card: ModelCard, *, img_size: int | None, top_k: int) -> Classifier:
         """The likeliest classes of an image."""

@@ -1,7 +1,6 @@
 """What a classifier got right, and what it says of images: numbers, tables and pictures."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,15 +28,32 @@ CALIBRATION_BINS = 15
 _SHOWN = 20
 
 
-@dataclass(frozen=True)
 class ClassificationScores:
-    """Logits of a network for labelled images."""
+    """Logits of a network for labelled images, and what they are worth.
 
-    logits: Tensor
-    """(N, num_classes)."""
-    labels: Tensor
-    """(N,)."""
-    class_names: tuple[str, ...]
+    Args:
+        class_names: Names of the classes, in the order of the logits.
+    """
+
+    def __init__(self, class_names: tuple[str, ...]) -> None:
+        self.class_names = class_names
+        self._logits: list[Tensor] = []
+        self._labels: list[Tensor] = []
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Add a batch of logits (B, num_classes) and labels (B,)."""
+        self._logits.append(outputs)
+        self._labels.append(targets)
+
+    @cached_property
+    def logits(self) -> Tensor:
+        """Of all images, (N, num_classes); no batch is added after the first look."""
+        return torch.cat(self._logits)
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """Of all images, (N,)."""
+        return torch.cat(self._labels)
 
     @cached_property
     def counts(self) -> Tensor:

@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -25,7 +26,7 @@ from ..layers import AttentionMixer
 from ..models import count_macs
 from .checkpoint import SUFFIX, AtomicCheckpointIO, newest_whole
 from .recipe import Machine, Recipe
-from .run import PREDICTIONS_FILE, Run
+from .run import PREDICTIONS_FILE, Run, mixer_source
 from .scoring import explained_workers, score
 from .training import TrainingModule
 from .weights import write_model
@@ -100,6 +101,8 @@ def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[
     start = time.perf_counter()
     model, module = run.new_model(), run.data_module()
     recipe = run.task.settled(run.recipe, run.data)
+    if recipe.lr is None:
+        raise StaticKeyError(f"task {run.task.name!r} knows no default for lr; give one")
     training = TrainingModule(model, run.task, recipe, run.data, seed=run.seed, run_ids=run.ids)
     if run.machine.channels_last:
         for layer in model.modules():
@@ -150,13 +153,15 @@ def _finish(
         scores[f"{mark}{metric.name}"] = evidence.value()
         arrays |= {f"{mark}{name}": array for name, array in evidence.arrays().items()}
         if first:
-            write_model(run.path, which, model, task.card(run.recipe, run.data, module, run.mixer))
+            card = replace(task.card(run.recipe, run.data, module, run.mixer), task=task.name)
+            write_model(run.path, which, model, card)
     if not first:
         return None
     curve, given = training.curve, run.recipe.to_dict()
     result = {
         "task": task.name,
         "mixer": run.mixer,
+        "mixer_source": mixer_source(run.mixer),
         "seed": run.seed,
         **scores,
         "scored_on": run.score_on,

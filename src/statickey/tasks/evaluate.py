@@ -15,12 +15,13 @@ from ..errors import DataError, OutputError, StaticKeyError
 from ..viz import save_png
 from .display import Display, counted, facts_table
 from .engine import new_trainer
+from .loading import load_model
 from .recipe import Machine
 from .registry import task_named
 from .run import RESULT_FILE, read_result
 from .scoring import explained_workers, outputs_on
 from .task import Task
-from .weights import WEIGHTS_FILES, ModelCard, load_model
+from .weights import WEIGHTS_FILES, ModelCard
 
 
 def evaluate(
@@ -72,7 +73,8 @@ def evaluate(
     result = read_result(place) if (place / RESULT_FILE).is_file() else None
     recipe = _recipe(task, source, card, result, data, data_dir, split)
     size = card.img_size if img_size is None else img_size
-    recipe_here = replace(recipe, img_size=size, precision=precision)
+    has_size = "img_size" in task.recipe_class.defaults()
+    recipe_here = replace(recipe, precision=precision, **({"img_size": size} if has_size else {}))
     trainer = new_trainer(recipe_here, machine)
     with display.busy("reading images"):
         images = None if split == "test" else _with_holdout(task, recipe, source, result, data or data_dir)
@@ -82,13 +84,13 @@ def evaluate(
     _check_classes(card, images.class_names, recipe.data)
     module = task.data_module(recipe_here, images, 0, num_workers)
     loader = module.scoring_dataloader(split)
+    found = task.evaluation(card.class_names)
     start = time.perf_counter()
     with display.busy("scoring"), explained_workers():
-        outputs, targets = outputs_on(
-            task, model.to(trainer.strategy.root_device), module, loader, str(trainer.precision)
-        )
+        model.to(trainer.strategy.root_device)
+        for outputs, targets in outputs_on(task, model, module, loader, str(trainer.precision)):
+            found.update(outputs, targets)
     seconds = time.perf_counter() - start
-    found = task.evaluation(outputs, targets, card.class_names)
     numbers = found.to_json()
     report = {
         "source": source,
@@ -126,12 +128,12 @@ def _recipe(
     split: str,
 ) -> Any:
     """The recipe of the run, for its data or those asked for, with the card's normalisation."""
-    known: dict[str, Any] = {"img_size": card.img_size}
+    options = task.recipe_class.defaults()
+    known: dict[str, Any] = {"img_size": card.img_size} if "img_size" in options else {}
     if result is not None:
         known |= {"data": result["data"], "data_dir": result["data_dir"]} | result["config"]
     elif data is None:
         raise DataError(f"{source} does not say what it was trained on; give --data")
-    options = task.recipe_class.defaults()
     unknown = sorted(known.keys() - options.keys())
     if unknown:
         raise OutputError(

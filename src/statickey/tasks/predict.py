@@ -20,10 +20,10 @@ from ..layers import TokenMixer
 from ..viz import attention_overlay, capture_attention, save_png
 from .display import Display
 from .engine import new_trainer
+from .loading import load_model
 from .recipe import Machine, Recipe
 from .registry import task_named
 from .task import Predictor
-from .weights import load_model
 
 _BATCH = 64
 

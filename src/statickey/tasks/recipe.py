@@ -5,7 +5,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from timm.optim import list_optimizers
@@ -14,6 +14,7 @@ from .._checks import check_mapping, check_name, check_positive, check_rate, che
 from .._files import regular
 from ..data import OnBadImage
 from ..errors import OutputError, StaticKeyError
+from ..models import WEIGHTS_FILE
 
 _PLACES = ("data", "data_dir")
 """Where the data lie; in the identity of a run they count by their content."""
@@ -77,6 +78,11 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_types(self)
+        hints = get_type_hints(type(self))
+        for option in fields(self):  # 1 and 1.0 are one number, and one identity
+            value = getattr(self, option.name)
+            if isinstance(value, int) and not isinstance(value, bool) and hints[option.name] in (float, float | None):
+                object.__setattr__(self, option.name, float(value))
         check_mapping("model_args", self.model_args)
         check_name("opt", self.opt, list_optimizers())
         check_positive(epochs=self.epochs, batch_size=self.batch_size, grad_accum_steps=self.grad_accum_steps)
@@ -159,8 +165,14 @@ def identities(recipe: Recipe, task: str, data_fingerprint: str, others: Mapping
     changed = {k: v for k, v in values.items() if v != defaults[k]}
     if recipe.weights is not None:
         changed["weights"] = _content(Path(recipe.weights))
+    loaded = [recipe.model_args.get("checkpoint_path")]
+    if recipe.model.startswith("local-dir:") and recipe.model_args.get("pretrained"):
+        loaded.append(Path(recipe.model.removeprefix("local-dir:")) / WEIGHTS_FILE)
+    contents = [_content(Path(place)) for place in loaded if place is not None and Path(place).is_file()]
+    if contents:
+        changed["loaded"] = contents
     now = _digest([changed | {k: v for k, v in others.items() if v is not None}, task, data_fingerprint])
-    if task != "classify" or not changed.keys() <= set(_OPTIONS_OF_0_1):
+    if task != "classify" or not changed.keys() <= {*_OPTIONS_OF_0_1, "loaded"}:
         return (now,)
     known = {k: v for k, v in values.items() if k in _OPTIONS_OF_0_1}
     return now, _digest([known | dict(others), data_fingerprint])

@@ -1,5 +1,7 @@
 """One run: what it is, where it lies, and whether it is finished."""
 
+import hashlib
+import inspect
 import reprlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,8 @@ from torch import nn
 from .._files import explained_read, read_json, regular
 from ..data import DataSet, PlannedDataModule
 from ..errors import OutputError
-from ..models import start_from
+from ..layers import MIXERS
+from ..models import Swap, start_from
 from .recipe import Machine, Recipe
 from .task import ScoreOn, Task
 from .weights import WEIGHTS_FILES
@@ -68,6 +71,7 @@ class Run:
             OutputError: It is not whole, or not this run's.
         """
         result = read_result(self.path)
+        check_mixer_source(self.path, result)
         if result["config_hash"] not in self.ids:
             raise OutputError(
                 f"{self.path} holds a finished run on other data or under another configuration "
@@ -85,6 +89,33 @@ class Run:
     def data_module(self) -> PlannedDataModule:
         """The run's batches."""
         return self.task.data_module(self.recipe, self.data, self.seed, self.machine.num_workers)
+
+
+def mixer_source(mixer: str | None) -> str | None:
+    """A hash of the code of a mixer that is not this package's; its runs are of that code alone."""
+    cls = None if mixer is None else MIXERS[Swap.parse(mixer).mixer]
+    if cls is None or cls.__module__.startswith("statickey."):
+        return None
+    try:
+        return hashlib.sha256(inspect.getsource(cls).encode()).hexdigest()[:16]
+    except (OSError, TypeError):  # defined at a prompt, say
+        return None
+
+
+def check_mixer_source(path: Path, result: dict[str, Any]) -> None:
+    """Refuse a finished run of other code of its mixer than today's.
+
+    Raises:
+        OutputError: It is.
+    """
+    mixer = result["mixer"]
+    if mixer is None or Swap.name_in(mixer) not in MIXERS:  # of a plugin that is not loaded
+        return
+    now = mixer_source(mixer)
+    if result.get("mixer_source", now) != now:
+        raise OutputError(
+            f"{path} is of earlier code of the mixer {mixer!r}; choose another --out, or delete this folder"
+        )
 
 
 def read_result(path: Path) -> dict[str, Any]:

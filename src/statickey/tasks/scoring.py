@@ -11,14 +11,14 @@ from torch import distributed, nn
 
 from ..data import PlannedDataModule
 from ..errors import DataError
-from .task import Evidence, Task
+from .task import Arrays, Evidence, Task
 
 
 @torch.inference_mode()
 def outputs_on(
     task: Task, model: nn.Module, module: PlannedDataModule, loader: Any, precision: str = "32-true"
-) -> tuple[list[Any], list[Any]]:
-    """What a network says of all batches of a loader, and the truth.
+) -> Iterator[tuple[Any, Any]]:
+    """What a network says of each batch of a loader, and the truth.
 
     Args:
         task: What the network has learned.
@@ -27,20 +27,17 @@ def outputs_on(
         loader: Yields its evaluation batches.
         precision: Lightning's precision; mixed ones score under autocast.
 
-    Returns:
-        The task's outputs and targets, one each a batch, on the CPU.
+    Yields:
+        The task's outputs and targets, on the CPU.
     """
     model.eval()
     device = next(model.parameters()).device
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-    outputs, targets = [], []
-    with torch.autocast(device.type, dtype, enabled=dtype is not None):
-        for batch in loader:
-            prepared = module.on_after_batch_transfer(move_data_to_device(batch, device), 0)
-            said, truth = task.outputs(model, prepared)
-            outputs.append(move_data_to_device(said, "cpu"))
-            targets.append(move_data_to_device(truth, "cpu"))
-    return outputs, targets
+    for batch in loader:
+        prepared = module.on_after_batch_transfer(move_data_to_device(batch, device), 0)
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            said = task.outputs(model, prepared)
+        yield move_data_to_device(said, "cpu")
 
 
 def score(
@@ -57,19 +54,29 @@ def score(
 
     Returns:
         The evidence, the same on every process.
+
+    Raises:
+        DataError: An image cannot be read, here or on another process, which would else wait for this one.
     """
-    outputs, targets = outputs_on(task, model, module, loader, precision)
-    own = task.evidence(outputs, targets) if outputs else None
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        if own is None:
-            raise DataError("there is no image to score; mend the data")
-        return own
-    parts: list[Any] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, None if own is None else dict(own.arrays()))
-    present = [part for part in parts if part is not None]
+    own: list[Arrays] = []
+    failure = None
+    try:
+        with explained_workers():
+            for outputs, targets in outputs_on(task, model, module, loader, precision):
+                own.append(task.evidence([outputs], [targets]).arrays())
+    except DataError as error:
+        failure = str(error)
+    parts: list[Any] = [(own, failure)]
+    if distributed.is_available() and distributed.is_initialized():
+        parts = [None] * distributed.get_world_size()
+        distributed.all_gather_object(parts, ([dict(arrays) for arrays in own], failure))
+    for _, reason in parts:
+        if reason is not None:
+            raise DataError(reason)
+    present = [arrays for arrays_of_process, _ in parts for arrays in arrays_of_process]
     if not present:
         raise DataError("there is no image to score; mend the data")
-    return task.evidence_from({name: np.concatenate([part[name] for part in present]) for name in present[0]})
+    return task.evidence_from({name: np.concatenate([arrays[name] for arrays in present]) for name in present[0]})
 
 
 @contextmanager

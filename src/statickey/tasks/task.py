@@ -50,21 +50,25 @@ class Evidence(Protocol):
     def arrays(self) -> Arrays:
         """All of it as arrays whose first axes run over the images or parts of them, in the order of the images.
 
-        Those of several processes are put one behind the other, and the task makes evidence of them again.
+        Those of several batches and processes are put one behind the other, and the task makes evidence of them
+        again: so where images have several parts, the arrays hold how many each has, not which image a part is of.
         """
 
 
 class Evaluation(Protocol):
-    """What ``evaluate`` says of a network on some images."""
+    """What ``evaluate`` says of a network on some images, which come batch by batch."""
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Take a batch's ``outputs``."""
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers, as plain values."""
+        """The numbers, as plain values, the number of ``images`` among them."""
 
     def rows(self) -> dict[str, str]:
         """The numbers worth a line on the terminal, by what they are."""
 
     def per_class(self) -> list[dict[str, Any]]:
-        """One row a class, as plain values."""
+        """One row a class, one at least, as plain values."""
 
     def figures(self) -> dict[str, Figure]:
         """Pictures, by the stem of their file's name."""
@@ -76,10 +80,10 @@ class Predictor(Protocol):
     def read(self, path: Path) -> Tensor:
         """Pixels (C, H, W) in uint8; raises one of ``statickey.data.UNREADABLE``."""
 
-    def prepare(self, pixels: Sequence[Tensor]) -> Tensor:
-        """What the network takes, (B, C, H, W) on its device."""
+    def prepare(self, pixels: Sequence[Tensor]) -> Any:
+        """What the network takes of these images, on its device."""
 
-    def predict(self, images: Tensor) -> list[dict[str, Any]]:
+    def predict(self, images: Any) -> list[dict[str, Any]]:
         """What it says of each image, as plain values."""
 
     def title(self, row: Mapping[str, Any]) -> str:
@@ -116,8 +120,15 @@ class Task(ABC):
         """The batches of a recipe."""
 
     def settled(self, recipe: Any, data: Any) -> Any:
-        """The recipe with the defaults that depend on the data filled in, its learning rate among them."""
+        """The recipe with the defaults that depend on the data filled in; training needs a learning rate.
+
+        ``train`` and ``compare`` call it before they write anything, so it may refuse what does not fit the data.
+        """
         return recipe
+
+    def rebuild(self, card: ModelCard, img_size: int | None = None) -> nn.Module:
+        """The network that a card describes, with fresh weights, for its own or another image size."""
+        return card.build(img_size)
 
     @abstractmethod
     def build(self, recipe: Any, data: Any, mixer: str | None, seed: int) -> nn.Module:
@@ -132,16 +143,16 @@ class Task(ABC):
         """How to build the network again, for beside its weights."""
 
     @abstractmethod
-    def examples(self, data: Any, module: Any, split: ScoreOn, number: int) -> tuple[list[Tensor], Tensor, list[str]]:
+    def examples(self, data: Any, module: Any, split: ScoreOn, number: int) -> tuple[list[Tensor], Any, list[str]]:
         """A few images to draw a network's attention on.
 
         Returns:
-            Their pixels (C, H, W) in uint8, the same as the network takes them (B, C, H, W), and a caption each.
+            Their pixels (C, H, W) in uint8, the same as the network takes them, and a caption each.
         """
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any, recipe: Any) -> dict[str, Tensor]:
-        """The losses of a training batch, scalars, by name; their sum is what is minimised."""
+        """The losses of a training batch, scalars, by the same names each time; their sum is what is minimised."""
 
     @abstractmethod
     def outputs(self, model: nn.Module, batch: Any) -> tuple[Any, Any]:
@@ -149,7 +160,7 @@ class Task(ABC):
 
     @abstractmethod
     def validation_metric(self, data: Any) -> torchmetrics.Metric:
-        """The metric of the learning curve, between 0 and 1 where its unit is %."""
+        """The metric of the learning curve; it computes one number, between 0 and 1 where the unit is %."""
 
     @abstractmethod
     def evidence(self, outputs: Sequence[Any], targets: Sequence[Any]) -> Evidence:
@@ -160,8 +171,8 @@ class Task(ABC):
         """Evidence from its arrays, as they are stored; raises KeyError where one is missing."""
 
     @abstractmethod
-    def evaluation(self, outputs: Sequence[Any], targets: Sequence[Any], class_names: Sequence[str]) -> Evaluation:
-        """What ``evaluate`` prints and writes."""
+    def evaluation(self, class_names: Sequence[str]) -> Evaluation:
+        """What ``evaluate`` prints and writes, before the first batch."""
 
     @abstractmethod
     def predictor(self, model: nn.Module, card: ModelCard, *, img_size: int | None, top_k: int) -> Predictor:

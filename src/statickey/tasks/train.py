@@ -63,12 +63,13 @@ def train(
         console: Where to print; default the terminal.
 
     Returns:
-        What is in ``out/run.json``; None on all processes but the first.
+        What is in ``out/run.json``; None on all processes but the first, unless the run was finished already.
 
     Raises:
         StaticKeyError: An argument, the data or the folder is not usable; the message says what to do.
         KeyboardInterrupt: Ctrl-C; the same call continues.
     """
+    out = str(out)
     check_folder(out=out)
     check_choice(
         resume=(resume, ("auto", "never")),
@@ -169,7 +170,7 @@ def _check_folder(run: Run, config: dict[str, Any], resume: str) -> None:
         )
 
 
-_MAY_DIFFER = ("data", "data_dir", "out", "resume", "logger", "plugin", *Machine.__dataclass_fields__)
+_MAY_DIFFER = ("data", "data_dir", "weights", "out", "resume", "logger", "plugin", *Machine.__dataclass_fields__)
 """Options that may differ when a run is taken up again."""
 
 

@@ -11,11 +11,8 @@ import safetensors.torch
 from torch import nn
 
 from .._files import regular, write_atomic, write_json
-from ..convert import token_mixers
-from ..errors import OutputError, StaticKeyError
-from ..layers import MIXERS
-from ..models import CONFIG_FILE, PRETRAINED_ARGS, WEIGHTS_FILE, build_model, is_ours, load_exactly, timm_args
-from .checkpoint import SUFFIX
+from ..errors import OutputError
+from ..models import CONFIG_FILE, PRETRAINED_ARGS, WEIGHTS_FILE, build_model, timm_args
 
 WEIGHTS_FILES = {"last": WEIGHTS_FILE, "ema": "model_ema.safetensors"}
 _SIZES = ("patch_size", "embed_dim")
@@ -57,14 +54,13 @@ class ModelCard:
         behind the name, the arguments and mixer saved there, and the sizes that followed the image size.
         """
         built: Any = model
+        if not hasattr(model, "mixer_text"):  # not of build_model
+            return self
         given = _without_weights(self.model_args)
-        architecture, mixer = built.pretrained_cfg["architecture"], self.mixer
+        architecture, mixer = built.pretrained_cfg["architecture"], built.mixer_text
         args = {k: v for k, v in built._model_args.items() if k not in ("num_classes", "in_chans", "img_size")}
         if mixer is not None:
             args = {k: v for k, v in args.items() if k not in ("mixer", "mixers", "mixer_args")}
-        elif not is_ours(architecture):
-            classes = {type(module) for module in token_mixers(model).values()}
-            mixer = next((name for name, cls in MIXERS.items() if cls in classes), None)
         return replace(self, architecture=architecture, mixer=mixer, model_args=args | given)
 
     def to_json(self) -> dict[str, Any]:
@@ -170,39 +166,3 @@ def write_model(folder: Path, which: str, model: nn.Module, card: ModelCard) -> 
     weights = safetensors.torch.save({k: v.contiguous().cpu() for k, v in model.state_dict().items()})
     write_atomic(folder / WEIGHTS_FILES[which], lambda file: file.write(weights))
     write_json(folder / CONFIG_FILE, card.completed(model).to_json())
-
-
-def load_model(source: str | Path, *, img_size: int | None = None, ema: bool = False) -> tuple[nn.Module, ModelCard]:
-    """A trained network and how it was made.
-
-    Args:
-        source: Folder of a run, or a weights file with its ``config.json`` beside it.
-        img_size: Build the network for this size; keys and position embeddings are resampled.
-        ema: The averaged weights, where ``source`` is a folder.
-
-    Returns:
-        The network in evaluation mode, and its card.
-
-    Raises:
-        OutputError: There is no trained network, or it cannot be read.
-    """
-    path = Path(source)
-    if not path.exists():
-        raise OutputError(f"there is no {source}; give the folder of a finished run, or a weights file")
-    folder = path if path.is_dir() else path.parent
-    weights = path / WEIGHTS_FILES["ema" if ema else "last"] if path.is_dir() else path
-    if ema and weights.name != WEIGHTS_FILES["ema"]:
-        raise OutputError(f"{source} is one file, not the averaged weights; give its folder, or leave out --ema")
-    if not weights.is_file():
-        if any(path.glob(f"*{SUFFIX}")):
-            raise OutputError(f"{source} holds an interrupted run; the same command that began it finishes it")
-        raise OutputError(f"{source} holds no {weights.name}; give the folder of a finished run")
-    if not (folder / CONFIG_FILE).is_file():
-        raise OutputError(f"{weights} has no {CONFIG_FILE} beside it; give the folder of a finished run")
-    card = ModelCard.read(folder / CONFIG_FILE)
-    try:
-        model = card.build(img_size)
-    except StaticKeyError as error:
-        raise OutputError(f"cannot build the network of {folder}: {error}") from error
-    load_exactly(model, weights)
-    return model.eval(), card
