@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from image_folders import make_folder, make_parquet, make_shards
 from statickey.data.plan import BatchPlan, mix_seed, seeded
 from statickey.data.sources import open_sources
-from statickey.data.stream import ImageStream, stream_transforms
+from statickey.data.stream import ImageStream, open_stream, stream_transforms
 from statickey.errors import DataError, StaticKeyError
 
 POLICY = "rand-m9-n2-mstd0.5-inc1"
@@ -185,3 +185,14 @@ def test_refuses(case):
 def test_refuses_an_unknown_choice(tmp_path):
     with pytest.raises(StaticKeyError, match="on_bad_image='warn' must be one of fail, skip"):
         make_stream(make_folder(tmp_path), "warn")
+
+
+def test_a_stream_is_known_by_the_names_of_its_images(tmp_path):
+    first, second = (make_folder(tmp_path / name, per_class=3) for name in ("a", "b"))
+    one, other = (open_stream(str(folder), img_size=8) for folder in (first, second))
+    assert one.fingerprint() == other.fingerprint()  # wherever it lies
+    files = sorted((second / "train" / "a").iterdir())
+    files[0].rename(files[0].with_name("zzz.png"))
+    renamed = open_stream(str(second), img_size=8)
+    assert renamed.fingerprint() != one.fingerprint()
+    assert renamed.fingerprint_of_0_1() == one.fingerprint_of_0_1()

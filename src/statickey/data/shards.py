@@ -90,6 +90,10 @@ class _ShardSource(Source):
             file.seek(image.offset)
             return Image.open(io.BytesIO(file.read(image.size)))
 
+    def names(self) -> Sequence[str]:
+        """Shard and key of each sample."""
+        return [f"{image.path.name}/{image.key}" for image in self.images]
+
     def describe(self, i: int) -> str:
         return f"{self.images[i].path} sample {self.images[i].key}"
 

@@ -54,6 +54,10 @@ class Source(ABC):
     def describe(self, i: int) -> str:
         """Where image ``i`` is, for messages."""
 
+    def names(self) -> Sequence[str]:
+        """What images are called within the data set, in their order; none where they have no names."""
+        return ()
+
     def label(self, i: int, num_classes: int) -> int:
         """Class of image ``i``.
 
@@ -90,6 +94,10 @@ class FileSource(Source):
     def describe(self, i: int) -> str:
         """The path of its file."""
         return str(self.files[i])
+
+    def names(self) -> Sequence[str]:
+        """Folder and name of each file."""
+        return ["/".join(file.parts[-2:]) for file in self.files]
 
 
 class SourcePart(Source):

@@ -45,10 +45,19 @@ class StreamedImages:
         return self.sources.class_names
 
     def fingerprint(self) -> str:
-        """A hash of all labels, in their order; pixels are not read."""
+        """A hash of all labels and, where they have some, names of images, in their order; pixels are not read."""
+        return self._digest(names=True)
+
+    def fingerprint_of_0_1(self) -> str:
+        """As version 0.1 made it: of the labels alone."""
+        return self._digest(names=False)
+
+    def _digest(self, *, names: bool) -> str:
         digest = hashlib.sha256(repr(self.class_names).encode())
         for part in (self.sources.train, self.sources.test):
             digest.update(repr(list(part.labels)).encode())
+            if names:
+                digest.update(repr(list(part.names())).encode(errors="surrogatepass"))
         return digest.hexdigest()
 
 

@@ -147,7 +147,13 @@ _OPTIONS_OF_0_1 = (
 )
 
 
-def identities(recipe: Recipe, task: str, data_fingerprint: str, others: Mapping[str, Any]) -> tuple[str, ...]:
+def identities(
+    recipe: Recipe,
+    task: str,
+    data_fingerprint: str,
+    others: Mapping[str, Any],
+    fingerprint_of_0_1: str | None = None,
+) -> tuple[str, ...]:
     """What tells a run's circumstances from others: its recipe, the content of its data, and what else counts.
 
     Only what differs from the defaults enters, so that a new option leaves older runs their identity.
@@ -157,6 +163,7 @@ def identities(recipe: Recipe, task: str, data_fingerprint: str, others: Mapping
         task: Name of what it learns.
         data_fingerprint: Of the data it sees.
         others: What else decides its result; values of None do not count.
+        fingerprint_of_0_1: The data's fingerprint as version 0.1 made it, where that was another.
 
     Returns:
         Its identity, and the one that version 0.1 gave it by all options it had, where it could make such a run.
@@ -175,7 +182,7 @@ def identities(recipe: Recipe, task: str, data_fingerprint: str, others: Mapping
     if task != "classify" or not changed.keys() <= {*_OPTIONS_OF_0_1, "loaded"}:
         return (now,)
     known = {k: v for k, v in values.items() if k in _OPTIONS_OF_0_1}
-    return now, _digest([known | dict(others), data_fingerprint])
+    return now, _digest([known | dict(others), fingerprint_of_0_1 or data_fingerprint])
 
 
 def _digest(value: Any) -> str:

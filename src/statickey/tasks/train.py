@@ -17,6 +17,7 @@ from rich.markup import escape
 from .._checks import check_arguments, check_choice, check_folder, check_seed
 from .._files import read_yaml, write_csv, write_text
 from .._plugins import loaded_plugins
+from ..data import StreamedImages
 from ..errors import OutputError, StaticKeyError
 from ..models import Swap, start_from
 from .checkpoint import SUFFIX
@@ -104,7 +105,13 @@ def train(
         mixer=mixer,
         seed=seed,
         path=Path(out),
-        ids=identities(recipe, task.name, data.fingerprint(), others),
+        ids=identities(
+            recipe,
+            task.name,
+            data.fingerprint(),
+            others,
+            data.fingerprint_of_0_1() if isinstance(data, StreamedImages) else None,
+        ),
         score_on=score_on,
     )
     run.data_module().plan(0, trainer.world_size)
