@@ -160,7 +160,10 @@ def test_build_model_of_wrong_types(name):
             assert value is None or value == {} or (name == "mixer" and value in MIXERS), (name, value)
 
 
-@pytest.mark.parametrize("mixer", sorted(MIXERS))
+@pytest.mark.parametrize(
+    "mixer",
+    [name if name in ("cska", "sepconv") else pytest.param(name, marks=pytest.mark.slow) for name in sorted(MIXERS)],
+)
 def test_mixer_arguments_of_wrong_types(mixer):
     for name in (
         "num_heads",

@@ -37,9 +37,10 @@ class Swap:
     def __post_init__(self) -> None:
         check_name("mixer", self.mixer, MIXERS)
         check_mapping("mixer_args", self.mixer_args)
+        if not isinstance(self.layers, str | int | list | tuple):
+            raise StaticKeyError(f'layers={self.layers!r} names no module; pass "all", indices or name patterns')
         if self.layers != "all":
-            one = isinstance(self.layers, str | int)
-            layers: Any = (self.layers,) if one else self.layers
+            layers: Any = (self.layers,) if isinstance(self.layers, str | int) else self.layers
             object.__setattr__(self, "layers", tuple(layers))
 
     def __str__(self) -> str:

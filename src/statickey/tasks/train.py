@@ -70,7 +70,7 @@ def train(
         StaticKeyError: An argument, the data or the folder is not usable; the message says what to do.
         KeyboardInterrupt: Ctrl-C; the same call continues.
     """
-    out = str(out)
+    out = str(out) if isinstance(out, Path) else out
     check_folder(out=out)
     check_choice(
         resume=(resume, ("auto", "never")),
