@@ -199,8 +199,8 @@ def test_a_head_has_a_width(args):
     "layers", [value for value in VALUES if value not in (0, -1)], ids=lambda value: repr(value)[:20]
 )
 def test_layers_of_wrong_types(layers):
-    swap = Swap("ska", layers=layers)
     with pytest.raises(StaticKeyError) as error:
+        swap = Swap("ska", layers=layers)
         build_model(
             "vit_tiny_patch16_224", swap, img_size=32, num_classes=2, model_args={"depth": 1, "embed_dim": 12}
         )
