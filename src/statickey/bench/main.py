@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from .._checks import check_arguments, check_folder, check_name, check_positive
@@ -121,7 +122,7 @@ def bench(
     for table in tables(rows, wide=console.width >= WIDE):
         console.print(table)
     console.print(reading(rows), style="dim")
-    console.print(f"results: {out}", highlight=False)
+    console.print(f"results: {escape(str(out))}", highlight=False)
     return rows
 
 
