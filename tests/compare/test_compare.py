@@ -2,6 +2,7 @@ import csv
 import importlib
 import io
 import json
+import os
 import re
 import shutil
 import time
@@ -410,10 +411,22 @@ def test_a_run_that_diverges_does_not_keep_the_others_from_their_turn(tmp_path, 
 
 def test_what_another_process_wrote_is_taken_only_if_it_tells_of_all_runs(finished):
     out, *_ = finished
-    told = [SimpleNamespace(mixer=mixer, seed=seed) for mixer in ("mhsa", "ska") for seed in (0, 1)]
+
+    def a_run(mixer, seed):
+        return SimpleNamespace(mixer=mixer, seed=seed, result=out / "runs" / f"{mixer}-seed{seed}" / "run.json")
+
+    told = [a_run(mixer, seed) for mixer in ("mhsa", "ska") for seed in (0, 1)]
     assert _summary_of_another(out, told) == json.loads((out / "summary.json").read_text())
-    assert _summary_of_another(out, [*told, SimpleNamespace(mixer="fcska", seed=0)]) is None
+    untold = SimpleNamespace(mixer="fcska", seed=0, result=told[0].result)
+    assert _summary_of_another(out, [*told, untold]) is None
     assert _summary_of_another(out / "runs", told) is None
+    times = told[0].result.stat()
+    later = (out / "summary.json").stat().st_mtime_ns + 1
+    try:
+        os.utime(told[0].result, ns=(later, later))
+        assert _summary_of_another(out, told) is None
+    finally:
+        os.utime(told[0].result, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def test_runs_of_earlier_code_of_a_mixer_are_not_todays(tmp_path, monkeypatch):

@@ -11,13 +11,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
+from PIL import Image
 from rich.console import Console
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from statickey.compare import compare
 from statickey.data import Augmentation, ImageDataModule, load_images
 from statickey.errors import StaticKeyError
 from statickey.models import build_model
-from statickey.tasks import TASKS, Machine, Metric, ModelCard, Recipe, Task, evaluate, load_model, task_named, train
+from statickey.tasks import (
+    TASKS,
+    Machine,
+    Metric,
+    ModelCard,
+    Recipe,
+    Task,
+    evaluate,
+    facts_table,
+    load_model,
+    predict,
+    task_named,
+    train,
+)
 
 CPU = Machine(accelerator="cpu")
 
@@ -110,7 +125,18 @@ class Brightness(Task):
         )
 
     def predictor(self, model, card, *, img_size, top_k):
-        raise NotImplementedError
+        def read(path):
+            with Image.open(path) as file:
+                return pil_to_tensor(file.convert("L").resize((8, 8)))
+
+        return SimpleNamespace(
+            read=read,
+            prepare=lambda pixels: torch.stack(pixels).float() / 255,
+            predict=lambda images: [{"brightness": value.item()} for value in model(images)[:, 0]],
+            title=lambda row: f"{row['brightness']:.2f}",
+            csv=lambda rows: (list(rows[0]), rows),
+            table=lambda rows: facts_table("brightness", {row["file"]: str(row["brightness"]) for row in rows}),
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -138,6 +164,26 @@ def test_train_and_evaluate(tmp_path):
     assert load_model(tmp_path)[1].task == "brightness"
     found = evaluate(str(tmp_path), accelerator="cpu", console=Console(file=io.StringIO()))
     assert found["error"] == pytest.approx(result["error"])
+
+
+def test_predict(tmp_path):
+    train(recipe(), mixer="ska", out=str(tmp_path / "run"), machine=CPU, console=Console(file=io.StringIO()))
+    Image.new("L", (9, 9), 200).save(tmp_path / "light.png")
+    text = io.StringIO()
+    found = predict(
+        str(tmp_path / "run"),
+        str(tmp_path / "light.png"),
+        out=str(tmp_path / "said.csv"),
+        attention=str(tmp_path / "maps"),
+        accelerator="cpu",
+        console=Console(file=text, width=200),
+    )
+    (row,) = found.rows
+    assert row["attention"] == str(tmp_path / "maps" / "light.png")
+    assert (tmp_path / "maps" / "light.png").is_file()
+    (line,) = csv.DictReader((tmp_path / "said.csv").open())
+    assert float(line["brightness"]) == pytest.approx(row["brightness"])
+    assert "light.png" in text.getvalue()
 
 
 def test_compare(tmp_path):

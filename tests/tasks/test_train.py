@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -543,6 +544,8 @@ def assert_trained_alike(alone, together):
         assert curves[0] == pytest.approx(curves[1], rel=tolerance), name
     assert double["accuracy"] == pytest.approx(single["accuracy"], abs=0.3)
     assert double["scored_images"] == 360
+    truths = [np.load(out / "predictions.npz")["truth"] for out in (alone, together)]
+    assert np.array_equal(*truths)  # the parts of the processes in the order of the images
     for which, tensors in weights(alone).items():
         for name, value in weights(together)[which].items():
             torch.testing.assert_close(value, tensors[name], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -195,8 +195,9 @@ def _train(config: CompareConfig, run: Run, bars: RunsDisplay) -> None:
 def _summary_of_another(root: Path, runs: Sequence[Run]) -> dict[str, Any] | None:
     """What the process that finished last wrote, where it has written already."""
     place = root / SUMMARY_FILE
-    if not place.is_file() or not (root / REPORT_FILE).is_file():
-        return None
+    newest = max(run.result.stat().st_mtime_ns for run in runs)
+    if not place.is_file() or place.stat().st_mtime_ns < newest or not (root / REPORT_FILE).is_file():
+        return None  # a summary older than a run is an earlier call's
     summary: dict[str, Any] = read_json(place, "delete it to write it anew")
     told = {(row["mixer"], seed) for row in summary["mixers"] for seed in row["seeds"]}
     return summary if {(run.mixer, run.seed) for run in runs} <= told else None

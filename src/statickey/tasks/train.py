@@ -115,13 +115,7 @@ def train(
         score_on=score_on,
     )
     run.data_module().plan(0, trainer.world_size)
-    model = task.build(recipe, data, mixer, seed)
-    if recipe.weights is not None:
-        report = start_from(model, recipe.weights)
-        display.say(
-            f"{escape(recipe.weights)}: {len(report.taken)} tensors taken, {len(report.fresh)} start fresh, "
-            f"{len(report.unused)} not used"
-        )
+    _check_model(run, display)
     config = _config(run, out, resume, logger)
     with locked(run.path) if first else nullcontext():
         if first:  # the other processes come when the first has begun
@@ -145,6 +139,17 @@ def train(
         display.console.print(facts_table(title, _facts(run, result)))
         display.say(f"weights: {escape(str(run.path / WEIGHTS_FILES['last']))}")
     return result
+
+
+def _check_model(run: Run, display: Display) -> None:
+    """Build the network once before anything is written, and say what of the weights it starts from fits."""
+    model = run.task.build(run.recipe, run.data, run.mixer, run.seed)
+    if run.recipe.weights is not None:
+        report = start_from(model, run.recipe.weights)
+        display.say(
+            f"{escape(run.recipe.weights)}: {len(report.taken)} tensors taken, {len(report.fresh)} start fresh, "
+            f"{len(report.unused)} not used"
+        )
 
 
 def _config(run: Run, out: str, resume: str, logger: str) -> dict[str, Any]:
