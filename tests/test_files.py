@@ -1,9 +1,11 @@
 import csv
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from statickey._files import explained_read, read_json, read_yaml, write_csv
+from statickey._files import check_writable, explained_read, read_json, read_yaml, write_csv, write_text
 from statickey.errors import OutputError
 
 
@@ -57,3 +59,18 @@ def test_broken_arrays_are_named(tmp_path, content):
     (tmp_path / "x.npz").write_bytes(content)
     with pytest.raises(OutputError, match=r"x\.npz is broken"), explained_read(tmp_path / "x.npz", "repeat it"):
         np.load(tmp_path / "x.npz", allow_pickle=False)["last"]
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes there")
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "device"])
+def test_devices_and_pipes_are_not_replaced(tmp_path, kind):
+    """Root may put a file in the place of /dev/null."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link to a pipe").symlink_to(tmp_path / "pipe")
+    path = Path(os.devnull) if kind == "device" else tmp_path / kind
+    before = path.lstat()
+    for refuse in (lambda: write_text(path, "x"), lambda: check_writable(out=path)):
+        with pytest.raises(OutputError, match=r"cannot write .*: it is a device or a pipe; choose another --out$"):
+            refuse()
+    assert path.lstat() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"pipe", "link to a pipe"}

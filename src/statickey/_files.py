@@ -42,7 +42,7 @@ def explained_write(path: Path, option: str = "--out") -> Iterator[None]:
             remedy = "the disk is full; free some space and run the same command again, nothing done is lost"
         elif error.errno in (errno.EEXIST, errno.ENOTDIR):
             remedy = f"a file is where a folder should be; choose another {option}"
-        elif error.errno == errno.EISDIR:
+        elif error.errno in (errno.EISDIR, errno.EINVAL):
             remedy = f"choose another {option}"
         else:
             remedy = f"choose another {option} or change its permissions"
@@ -62,10 +62,17 @@ def check_writable(**files: str | Path | None) -> None:
             continue
         path = Path(file)
         with explained_write(path, f"--{option}"):
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, "it is a folder")
+            _check_replaceable(path)
             place = next(parent for parent in path.absolute().parents if parent.exists())
             tempfile.TemporaryFile(dir=place).close()
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse what a file may not take the place of: a folder, and a device or pipe, which root could replace."""
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is a device or a pipe")
 
 
 def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
@@ -75,6 +82,7 @@ def write_atomic(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         OutputError: The file cannot be written; what was there before is untouched.
     """
     with explained_write(path):
+        _check_replaceable(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
         try:
