@@ -1,6 +1,5 @@
 import csv
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -62,12 +61,12 @@ def test_broken_arrays_are_named(tmp_path, content):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes there")
-@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "device"])
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe"])  # a device would be lost if this went wrong
 def test_devices_and_pipes_are_not_replaced(tmp_path, kind):
     """Root may put a file in the place of /dev/null."""
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link to a pipe").symlink_to(tmp_path / "pipe")
-    path = Path(os.devnull) if kind == "device" else tmp_path / kind
+    path = tmp_path / kind
     before = path.lstat()
     for refuse in (lambda: write_text(path, "x"), lambda: check_writable(out=path)):
         with pytest.raises(OutputError, match=r"cannot write .*: it is a device or a pipe; choose another --out$"):
