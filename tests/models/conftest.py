@@ -1,4 +1,4 @@
-"""The capability matrix: ``pytest tests/models --capabilities FILE`` writes what the contract tests found."""
+"""The capability matrix: ``pytest -n 0 tests/models --capabilities FILE`` writes what the contract tests found."""
 
 import re
 from collections import defaultdict
@@ -8,7 +8,7 @@ import pytest
 
 HEAD = """# What the models can do
 
-Made by `pytest tests/models --capabilities docs/capabilities.md`: a cell is filled when the contract test behind it
+Made by `pytest -n 0 tests/models --capabilities docs/capabilities.md`: a cell is filled when the contract test behind it
 passed for every size of the family, and says how where it is not simply yes.
 
 """
@@ -20,6 +20,8 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if config.option.capabilities and config.getoption("numprocesses", 0):
+        raise pytest.UsageError("--capabilities collects in one process: add -n 0")
     config.addinivalue_line("markers", "capability(label): a column of the capability matrix")
     config.stash[CELLS] = defaultdict(lambda: defaultdict(list))
 

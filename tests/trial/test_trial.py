@@ -29,7 +29,7 @@ CASES = {
 }
 ALWAYS = {"options": 60, "yaml": 10, "plugins": 10, "data": 60, "runs": 60}
 """How many of each kind are drawn for every run of the tests; the rest are slow."""
-SECONDS = 10
+SECONDS = 20
 
 
 def _parameters():
