@@ -219,25 +219,26 @@ def check_rank(name: str, tensor: torch.Tensor, axes: str) -> None:
         raise StaticKeyError(f"{name} {tuple(tensor.shape)} must be ({', '.join(axes.split())})")
 
 
-def check_feat_size(feat_size: Size2) -> Size2:
+def check_feat_size(feat_size: Size2, name: str = "feat_size") -> Size2:
     """A (H, W) pair of positive integers, as a plain tuple."""
     if not isinstance(feat_size, tuple | list) or len(feat_size) != 2:
-        raise FeatSizeError(f"feat_size={feat_size!r} must be a pair (H, W) of token counts")
+        raise FeatSizeError(f"{name}={feat_size!r} must be a pair (H, W) of token counts")
     height, width = feat_size
     if not _is_whole(height, 1) or not _is_whole(width, 1):
-        raise FeatSizeError(f"feat_size={feat_size!r} must hold two positive integers")
+        raise FeatSizeError(f"{name}={feat_size!r} must hold two positive integers")
     return height, width
 
 
-def check_saved_grid(state: Any, name: str = "_extra_state") -> Size2:
-    """The grid (H, W) that a checkpoint carries beside a key, a tensor of two positive whole numbers."""
+def check_saved_grid(state: Any, name: str = "_extra_state") -> tuple[Size2, Size2]:
+    """The grids (H, W) of tokens and of keys that a checkpoint carries, a tensor of two or, if they differ, four."""
     shown = type(state).__name__
     if isinstance(state, torch.Tensor):
         shown = str(state.tolist()) if state.numel() <= 4 else f"{tuple(state.shape)} of {state.dtype}"
-        if state.shape == (2,) and state.dtype != torch.bool and not state.is_complex():
-            height, width = state.tolist()
-            if all(extent >= 1 and extent % 1 == 0 for extent in (height, width)):
-                return int(height), int(width)
+        if state.shape in ((2,), (4,)) and state.dtype != torch.bool and not state.is_complex():
+            extents = state.tolist()
+            if all(extent >= 1 and extent % 1 == 0 for extent in extents):
+                height, width, *key_grid = map(int, extents)
+                return (height, width), (key_grid[0], key_grid[1]) if key_grid else (height, width)
     raise FeatSizeError(
         f"{name} in the checkpoint is {shown}, but must be a grid (H, W), a tensor of two positive integers; "
         "save the checkpoint again with model.state_dict()"
@@ -294,6 +295,7 @@ def check_static_key_attention(
     mask_diagonal: bool,
     query_offset: int,
     attn_mask: torch.Tensor | None,
+    key_count: torch.Tensor | None,
     query_shape: torch.Size | None = None,
 ) -> None:
     """Refuse inputs of the op whose shapes or dtypes do not fit together, the query as if it had ``query_shape``."""
@@ -317,6 +319,8 @@ def check_static_key_attention(
         raise StaticKeyError(f"value {tuple(value.shape)} must be ({batch}, {heads}, {num_keys}, head_dim)")
     if key_bias is not None and key_bias.shape != (heads, num_keys):
         raise StaticKeyError(f"key_bias {tuple(key_bias.shape)} must be ({heads}, {num_keys})")
+    if key_count is not None and (key_count.shape != (num_keys,) or not key_count.is_floating_point()):
+        raise StaticKeyError(f"key_count {tuple(key_count.shape)} of {key_count.dtype} must be floats ({num_keys},)")
     named = {"key": key, "value": value, "key_bias": key_bias}
     for name, tensor in named.items():
         if tensor is not None and tensor.dtype != query.dtype:

@@ -8,7 +8,10 @@ Size2: TypeAlias = tuple[int, int]
 Backend: TypeAlias = Literal["sdpa", "math", "triton"]
 """How the op computes attention."""
 
-OffGrid: TypeAlias = Literal["resample", "window"]
+Key: TypeAlias = Literal["grid", "continuous"]
+"""A static key with a row for each position of a grid, or a function of position."""
+
+OffGrid: TypeAlias = Literal["resample", "window", "pool"]
 """What a layer does on a grid its key was not built for."""
 
 InputFmt: TypeAlias = Literal["NLC", "NHWC", "NCHW"]

@@ -26,14 +26,49 @@ HEAD = [
 NEEDS_A_GRID_ONLY = {"pool", "sepconv"}
 
 
-@pytest.fixture(params=MIXERS)
+class Variant(str):
+    """The name of a mixer, and arguments it is made with."""
+
+    def __new__(cls, name, **kwargs):
+        made = super().__new__(cls, name)
+        made.kwargs = kwargs
+        return made
+
+    @property
+    def id(self):
+        return ":".join([self, *(f"{k}={v}" for k, v in self.kwargs.items())])
+
+    @property
+    def continuous(self):
+        return self.kwargs.get("key") == "continuous"
+
+    @property
+    def pooled(self):
+        return "key_size" in self.kwargs
+
+
+STATIC = ("ska", "cska", "fcska")
+VARIANTS = [
+    *map(Variant, MIXERS),
+    *(Variant(name, key="continuous") for name in STATIC),
+    *(Variant(name, key_size=(3, 2)) for name in STATIC),
+    *(Variant(name, key="continuous", key_size=(3, 2)) for name in STATIC),
+    *(Variant(name, off_grid="pool") for name in STATIC),
+]
+
+
+@pytest.fixture(params=VARIANTS, ids=lambda variant: variant.id)
 def name(request):
     return request.param
 
 
+def build(name, *args, **kwargs):
+    return MIXERS[name](*args, **getattr(name, "kwargs", {}) | kwargs)
+
+
 def make(name, feat_size=(7, 5), **kwargs):
     prefix = 0 if name in NEEDS_A_GRID_ONLY else 2
-    return MIXERS[name](12, 3, feat_size=feat_size, num_prefix_tokens=prefix, **kwargs)
+    return build(name, 12, 3, feat_size=feat_size, num_prefix_tokens=prefix, **kwargs)
 
 
 def tokens(mixer, feat_size=None):
@@ -53,9 +88,9 @@ def test_constructor_head(name):
 LOGITS = ["scale", "learned_temperature", "mask_diagonal"]
 OPTIONS = {
     "mhsa": LOGITS,
-    "ska": [*LOGITS, "query_proj", "off_grid"],
-    "cska": [*LOGITS, "query_proj", "off_grid", "kernel_size"],
-    "fcska": [*LOGITS, "query_proj", "off_grid", "kernel_size"],
+    "ska": [*LOGITS, "query_proj", "key", "key_size", "off_grid"],
+    "cska": [*LOGITS, "query_proj", "key", "key_size", "off_grid", "kernel_size"],
+    "fcska": [*LOGITS, "query_proj", "key", "key_size", "off_grid", "kernel_size"],
 }
 
 
@@ -77,6 +112,10 @@ WRONG = {
     "named dtype": ({"dtype": "float32"}, "dtype='float32' must be a floating-point torch.dtype"),
     "nan scale": ({"scale": float("nan")}, "scale=nan must be a finite number"),
     "infinite temperature": ({"scale": float("inf"), "learned_temperature": True}, "scale=inf must be a finite"),
+    "key": ({"key": "grids"}, "key='grids' must be one of 'grid', 'continuous'"),
+    "key_size": ({"key_size": (0, 2)}, r"key_size=\(0, 2\) must hold two positive integers"),
+    "off_grid": ({"off_grid": "pooled"}, "off_grid='pooled' must be one of 'resample', 'window', 'pool'"),
+    "windows of cells": ({"off_grid": "window", "key_size": (2, 2)}, r"key_size=\(2, 2\) with off_grid='window'"),
     "kernel_size": ({"kernel_size": True}, "kernel_size=True must be an odd positive integer"),
 }
 
@@ -87,13 +126,13 @@ def test_constructor_refuses(name, case):
     if not arguments.keys() <= {*HEAD, *OPTIONS.get(name, ())}:
         pytest.skip("has no such option")
     with pytest.raises(StaticKeyError, match=message):
-        MIXERS[name](**{"dim": 12, "num_heads": 3, "feat_size": (7, 5)} | arguments)
+        build(name, **{"dim": 12, "num_heads": 3, "feat_size": (7, 5)} | arguments)
 
 
 @pytest.mark.parametrize("dim", ["12", 12.0, 0])
 def test_width_of_the_wrong_type_is_refused(name, dim):
     with pytest.raises(StaticKeyError, match=f"dim={dim!r} must be a positive integer"):
-        MIXERS[name](dim, 3, feat_size=(7, 5))
+        build(name, dim, 3, feat_size=(7, 5))
 
 
 def test_tokens_to_tokens(name):
@@ -140,7 +179,7 @@ SECOND_DERIVATIVE_MISSING = {("mhsa", "sdpa"), ("ska", "sdpa"), ("fcska", "sdpa"
 def test_second_derivatives(name, backend, masked):
     """Right or refused; CSKA's are right on every backend, its queries unfolded a tile at a time."""
     prefix = 0 if name in {"cska", *NEEDS_A_GRID_ONLY} else 1
-    mixer = MIXERS[name](4, 2, feat_size=(2, 2), num_prefix_tokens=prefix, dtype=torch.float64)
+    mixer = build(name, 4, 2, feat_size=(2, 2), num_prefix_tokens=prefix, dtype=torch.float64)
     if (masked and name not in HAS_A_MAP_OF_THE_INPUT) or (backend == "math" and not hasattr(mixer, "backend")):
         pytest.skip("has no such choice")
     mixer.backend = backend
@@ -219,7 +258,7 @@ def test_masks(name):
 
 def test_maps_in_either_format(name):
     """A map says its grid by its shape; the result is that of its tokens."""
-    mixer = MIXERS[name](12, 3, feat_size=(7, 5)).eval()
+    mixer = build(name, 12, 3, feat_size=(7, 5)).eval()
     maps = torch.randn(2, 6, 4, 12)
     expected = mixer(maps.flatten(1, 2), (6, 4)).reshape(maps.shape)
     mixer.input_fmt = "NHWC"
@@ -239,8 +278,10 @@ def test_maps_in_either_format(name):
 @pytest.mark.parametrize("feat_size", [(7, 5), (9, 8)])
 @pytest.mark.parametrize("kwargs", [{}, {"off_grid": "window"}, {"query_proj": False}], ids=str)
 def test_macs_are_those_the_counter_sees(name, kwargs, feat_size):
-    if kwargs and name not in {"ska", "cska", "fcska"}:
+    if kwargs and name not in STATIC:
         pytest.skip("an option of static keys")
+    if "off_grid" in kwargs and name.kwargs.keys() & {"key_size", "off_grid"}:
+        pytest.skip("a window's key has its grid")
     mixer = make(name, **kwargs)
     if hasattr(mixer, "backend"):
         mixer.backend = "math"
@@ -253,10 +294,18 @@ def test_macs_are_those_the_counter_sees(name, kwargs, feat_size):
 
 def test_grid_is_saved_beside_the_key(name):
     mixer, turned = make(name), make(name, feat_size=(5, 7))
-    if not mixer.grid_parameters:
+    if name in {"mhsa", "identity", "pool", "sepconv"}:
         assert "_extra_state" not in mixer.state_dict()
         return
-    assert mixer.state_dict()["_extra_state"].tolist() == [7, 5]
+    assert mixer.state_dict()["_extra_state"].tolist() == [7, 5, *([3, 2] if name.pooled else [])]
+    if name.continuous or name.pooled:  # nothing is tied to the grid of the tokens
+        turned.load_state_dict(mixer.state_dict())
+        assert mixer.key_rows((4, 9), mixer.key_names[0]).equal(turned.key_rows((4, 9), mixer.key_names[0]))
+        if not name.continuous:
+            finer = make(name, key_size=(3, 3))
+            with pytest.raises(FeatSizeError, match=r"feat_size=\(3, 2\), this layer is built for \(3, 3\)"):
+                finer.load_state_dict(mixer.state_dict())
+        return
     with pytest.raises(FeatSizeError, match=r"feat_size=\(7, 5\), this layer is built for \(5, 7\)"):
         turned.load_state_dict(mixer.state_dict())
 
@@ -279,13 +328,14 @@ BROKEN_GRIDS = {
 @pytest.mark.parametrize("case", BROKEN_GRIDS)
 def test_a_broken_grid_is_refused_in_one_line(name, case):
     mixer = make(name)
-    if not mixer.grid_parameters:
+    if "_extra_state" not in mixer.state_dict():
         pytest.skip("saves no grid")
     state, message = BROKEN_GRIDS[case]
     with pytest.raises(FeatSizeError, match=message) as caught:
         mixer.load_state_dict(mixer.state_dict() | {"_extra_state": state})
     assert "\n" not in str(caught.value)
-    mixer.load_state_dict(mixer.state_dict() | {"_extra_state": torch.tensor([7.0, 5.0]).half()})
+    own = mixer.state_dict()
+    mixer.load_state_dict(own | {"_extra_state": own["_extra_state"].half()})
 
 
 @pytest.mark.parametrize("grid_only", sorted(NEEDS_A_GRID_ONLY))

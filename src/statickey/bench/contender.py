@@ -80,7 +80,12 @@ class PlainConvStaticKeyAttention(ConvStaticKeyAttention):
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
         query, value = self._split_heads(self.qv(x), 2)
         return reference.conv_static_key_attention(
-            query, self.conv_key, self.conv_bias, value, feat_size=feat_size, scale=self._logit_scale()
+            query,
+            self.key_rows(feat_size, "conv_key"),
+            self.key_rows(feat_size, "conv_bias"),
+            value,
+            feat_size=feat_size,
+            scale=self._logit_scale(),
         )
 
 

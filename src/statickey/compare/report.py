@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import StaticKeyError
-from ..layers import ConvStaticKeyAttention, StaticKeyAttention, TokenMixer
+from ..layers import StaticKeyAttention, TokenMixer
 from ..tasks import Machine, Metric, Run, load_model
 from ..viz import (
     attention_of_token,
@@ -188,7 +188,7 @@ def _keys_of(config: CompareConfig, data: Any, run: FinishedRun) -> str:
         return ""
     start = _start(config, data, run)
     layers = [
-        key_colours(_key(mixer) - _key(before), mixer.num_prefix_tokens, mixer.feat_size).numpy()
+        key_colours(_key(mixer) - _key(before), mixer.num_prefix_tokens, mixer.key_grid).numpy()
         for mixer, before in zip(model.modules(), start.modules(), strict=True)
         if isinstance(mixer, StaticKeyAttention)
     ]
@@ -211,8 +211,8 @@ def _start(config: CompareConfig, data: Any, run: FinishedRun) -> nn.Module:
 
 
 def _key(mixer: nn.Module) -> Tensor:
-    name = "conv_key" if isinstance(mixer, ConvStaticKeyAttention) else "static_key"
-    return mixer.get_parameter(name)
+    assert isinstance(mixer, StaticKeyAttention)
+    return mixer.key_rows(name=mixer.key_names[0])
 
 
 def _making(config: CompareConfig, summary: Mapping[str, Any], runs: Sequence[FinishedRun]) -> str:

@@ -12,9 +12,11 @@ from .baselines import (
     SepConvMixer,
     SynthesizerAttention,
 )
-from .mixer import TokenMixer
-from .parts import GridState, HeadMix, TokenGrids
-from .static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention, StaticKeyAttention
+from .continuous import ContinuousKey
+from .conv_static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention
+from .mixer import GridState, TokenMixer
+from .parts import HeadMix, TokenGrids
+from .static_key import StaticKeyAttention
 
 MIXERS: dict[str, Callable[..., TokenMixer]] = {
     "mhsa": SelfAttention,
@@ -34,6 +36,7 @@ __all__ = [
     "MIXERS",
     "AttentionMixer",
     "ConstantAttention",
+    "ContinuousKey",
     "ConvStaticKeyAttention",
     "FactorizedConvStaticKeyAttention",
     "GridState",

@@ -89,8 +89,13 @@ class AttentionMixer(TokenMixer):
             raise FeatSizeError(
                 f"attn_mask needs one map of all tokens, off_grid='window' tiles feat_size={feat_size}"
             )
-        out = self._attend(x, feat_size, partial(self._call_op, attn_mask=attn_mask)).transpose(1, 2).flatten(2)
+        attend = self._attend_to_cells if attn_mask is None and self._pools(feat_size) else self._attend
+        out = attend(x, feat_size, partial(self._call_op, attn_mask=attn_mask)).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(self.out_norm(out)))  # type: ignore[no-any-return]
+
+    def _pools(self, feat_size: Size2) -> bool:
+        """Whether attention on this grid is to means of values, in cells of a coarser one."""
+        return False
 
     def _tiles(self, feat_size: Size2) -> bool:
         """Whether attention on this grid is split into windows."""
@@ -107,6 +112,10 @@ class AttentionMixer(TokenMixer):
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
         """Project and call ``op(query, key, value, key_bias=, query_offset=)``; (B, h, N, ...)."""
 
+    def _attend_to_cells(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+        """What ``_attend`` computes, from means of values; only where ``_pools`` says so."""
+        raise NotImplementedError
+
     def _logit_scale(self) -> float | Tensor:
         return self.scale if self.log_temperature is None else self.log_temperature.exp()
 
@@ -119,6 +128,7 @@ class AttentionMixer(TokenMixer):
         key_bias: Tensor | None = None,
         query_offset: int = 0,
         unfold: tuple[Size2, int] | None = None,
+        key_count: Tensor | None = None,
         attn_mask: Tensor | None = None,
         as_map: bool = False,
     ) -> Tensor:
@@ -129,6 +139,7 @@ class AttentionMixer(TokenMixer):
             "mask_diagonal": self.mask_diagonal,
             "query_offset": query_offset,
             "attn_mask": _query_rows(attn_mask, query_offset, query.shape[2]),
+            "key_count": key_count,
         }
         dropout_p = self.attn_drop.p if self.training else 0.0
         mix = self.head_mix

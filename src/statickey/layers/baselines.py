@@ -12,8 +12,7 @@ from .._checks import check_map, check_no_mask, check_not_causal
 from .._typing import Size2
 from ..errors import StaticKeyError
 from .attention import AttendOp, AttentionMixer
-from .mixer import TokenMixer
-from .parts import GridState
+from .mixer import GridState, TokenMixer
 
 
 class SelfAttention(AttentionMixer):
@@ -86,7 +85,7 @@ class SynthesizerAttention(GridState, AttentionMixer):
         Tay et al., Synthesizer: Rethinking Self-Attention in Transformer Models, arXiv 2005.00743.
     """
 
-    grid_parameters: ClassVar[tuple[str, ...]] = ("static_key", "key_bias")
+    grid_parameters = ("static_key", "key_bias")
 
     def _build(self, qkv_bias: bool, proj_bias: bool, factory: dict[str, Any]) -> None:
         super()._build(qkv_bias, proj_bias, factory)
@@ -111,8 +110,8 @@ class SynthesizerAttention(GridState, AttentionMixer):
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
         query, value = self._split_heads(self.qv(x), 2)
         query = self.q_norm(query).to(value.dtype)
-        key = self._resample(self.static_key, feat_size).to(query.dtype)
-        bias = self._resample(self.key_bias, feat_size).to(query.dtype)
+        key = self._resample(self.static_key, self.feat_size, feat_size).to(query.dtype)
+        bias = self._resample(self.key_bias, self.feat_size, feat_size).to(query.dtype)
         return op(F.relu(query), key, value, key_bias=bias)
 
 
@@ -123,7 +122,7 @@ class ConstantAttention(GridState, TokenMixer):
         The Random Synthesizer of arXiv 2005.00743, trained and fixed.
     """
 
-    grid_parameters: ClassVar[tuple[str, ...]] = ("logits",)
+    grid_parameters = ("logits",)
     trainable: ClassVar[bool] = True
 
     def _build(self, qkv_bias: bool, proj_bias: bool, factory: dict[str, Any]) -> None:
@@ -140,9 +139,9 @@ class ConstantAttention(GridState, TokenMixer):
         """Learned maps start near uniform (std 0.02); frozen ones are drawn unit normal."""
         nn.init.normal_(self.logits, std=0.02 if self.trainable else 1.0)
 
-    def _resample(self, tensor: Tensor, feat_size: Size2) -> Tensor:
+    def _resample(self, tensor: Tensor, grid: Size2, new_grid: Size2) -> Tensor:
         for _ in range(2):  # rows, then columns
-            tensor = super()._resample(tensor, feat_size).transpose(1, 2)
+            tensor = super()._resample(tensor, grid, new_grid).transpose(1, 2)
         return tensor
 
     def attention_weights(
@@ -151,7 +150,7 @@ class ConstantAttention(GridState, TokenMixer):
         """The map of every head, the same for every image, (B, h, N, N); a mask is refused."""
         check_no_mask(type(self).__name__, attn_mask)
         x, feat_size = self._tokens(x, feat_size)
-        weights = self._resample(self.logits, feat_size).softmax(dim=-1)
+        weights = self._resample(self.logits, self.feat_size, feat_size).softmax(dim=-1)
         return weights.expand(x.shape[0], -1, -1, -1)
 
     def macs(self, feat_size: Size2 | None = None) -> int:
@@ -164,7 +163,7 @@ class ConstantAttention(GridState, TokenMixer):
         check_no_mask(type(self).__name__, attn_mask)
         batch, tokens, _ = x.shape
         value = self.v(x).reshape(batch, tokens, self.num_heads, self.head_dim).transpose(1, 2)
-        weights = self._resample(self.logits, feat_size).softmax(dim=-1).to(value.dtype)
+        weights = self._resample(self.logits, self.feat_size, feat_size).softmax(dim=-1).to(value.dtype)
         out = self.attn_drop(weights) @ value
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # type: ignore[no-any-return]
 

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, cast
 
+import torch
 from torch import Tensor, fx, nn
 
 from .._checks import (
@@ -14,9 +15,11 @@ from .._checks import (
     check_map,
     check_not_causal,
     check_rate,
+    check_saved_grid,
     check_tokens,
 )
 from .._typing import InputFmt, Size2
+from ..errors import FeatSizeError
 from ..ops import resample_static_key
 from .parts import TokenGrids
 
@@ -54,8 +57,8 @@ class TokenMixer(nn.Module, ABC):
     layout: ClassVar[Literal["NLC", "NCHW"]] = "NLC"
     """What the mixer computes on; any ``input_fmt`` is brought to it."""
 
-    grid_parameters: ClassVar[tuple[str, ...]] = ()
-    """Parameters and buffers whose second axis runs over the tokens of the grid the mixer is built for."""
+    grid_parameters: tuple[str, ...] = ()
+    """Parameters and buffers whose second axis runs over prefix tokens and the positions of ``key_grid``."""
 
     __call__: Callable[..., Tensor]
 
@@ -95,6 +98,11 @@ class TokenMixer(nn.Module, ABC):
 
     def reset_parameters(self) -> None:
         """Initialise what this class owns; projections initialise themselves."""
+
+    @property
+    def key_grid(self) -> Size2:
+        """The grid (H, W) of the rows of ``grid_parameters``: that of the tokens the mixer is built for."""
+        return self.feat_size
 
     @property
     def num_tokens(self) -> int:
@@ -191,24 +199,29 @@ class TokenMixer(nn.Module, ABC):
             FeatSizeError: Not a pair of positive integers.
         """
         feat_size = check_feat_size(feat_size)
-        if feat_size == self.feat_size:
+        before = self.key_grid
+        self.feat_size = feat_size
+        self._rebuild(before)
+
+    def _rebuild(self, before: Size2) -> None:
+        """Bring what is tied to a grid from the one before to ``key_grid``."""
+        if before == self.key_grid:
             return
         for name in self.grid_parameters:
             old = getattr(self, name)
             if old is None:
                 continue
-            new = self._resample(old.detach(), feat_size)
+            new = self._resample(old.detach(), before, self.key_grid)
             if isinstance(old, nn.Parameter):
                 new = nn.Parameter(new, requires_grad=old.requires_grad)
             setattr(self, name, new)
-        self.feat_size = feat_size
 
-    def resample_state(self, state: dict[str, Tensor], feat_size: Size2) -> dict[str, Tensor]:
-        """Bring the tensors of this mixer that were saved on another grid to the grid it is built for.
+    def resample_state(self, state: dict[str, Tensor], key_grid: Size2) -> dict[str, Tensor]:
+        """Bring the tensors of this mixer that were saved on another grid to its own ``key_grid``.
 
         Args:
             state: Tensors by their names in ``state_dict()``; names that are not tied to a grid pass through.
-            feat_size: The grid (H, W) they were saved on.
+            key_grid: The grid (H, W) they were saved on.
 
         Returns:
             The same names, the tensors of ``grid_parameters`` resampled.
@@ -216,17 +229,14 @@ class TokenMixer(nn.Module, ABC):
         Raises:
             FeatSizeError: A tensor has another number of rows than that grid.
         """
-        wanted, self.feat_size = self.feat_size, check_feat_size(feat_size)
-        try:
-            return {
-                name: self._resample(tensor, wanted) if name in self.grid_parameters else tensor
-                for name, tensor in state.items()
-            }
-        finally:
-            self.feat_size = wanted
+        saved = check_feat_size(key_grid)
+        return {
+            name: self._resample(tensor, saved, self.key_grid) if name in self.grid_parameters else tensor
+            for name, tensor in state.items()
+        }
 
-    def _resample(self, tensor: Tensor, feat_size: Size2) -> Tensor:
-        return resample_static_key(tensor, self.feat_size, feat_size, num_prefix_tokens=self.num_prefix_tokens)
+    def _resample(self, tensor: Tensor, grid: Size2, new_grid: Size2) -> Tensor:
+        return resample_static_key(tensor, grid, new_grid, num_prefix_tokens=self.num_prefix_tokens)
 
     def no_weight_decay(self) -> set[str]:
         """Names of this mixer's parameters that weight decay must leave alone.
@@ -242,3 +252,27 @@ class TokenMixer(nn.Module, ABC):
             f"{self.dim}, {self.num_heads}, feat_size={self.feat_size}, "
             f"num_prefix_tokens={self.num_prefix_tokens}, head_dim={self.head_dim}"
         )
+
+
+class GridState(TokenMixer):
+    """Base of mixers with ``grid_parameters``: a checkpoint carries the grid (H, W) beside the key."""
+
+    def get_extra_state(self) -> Tensor:
+        """The grid of the tokens and, where it is another, that of the keys; a tensor, (2,) or (4,)."""
+        grids = self.feat_size if self.key_grid == self.feat_size else (*self.feat_size, *self.key_grid)
+        return torch.tensor(grids, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Refuse a key that was saved on another grid.
+
+        Raises:
+            FeatSizeError: The checkpoint was saved on another grid, or what it holds is no grid.
+        """
+        if type(state).__module__.startswith("torch.distributed") or getattr(state, "is_meta", False):
+            return  # a placeholder, on the ranks to which another one sends the checkpoint
+        _, saved = check_saved_grid(state)
+        if self.grid_parameters and saved != self.key_grid:
+            raise FeatSizeError(
+                f"the checkpoint's key belongs to feat_size={saved}, this layer is built for {self.key_grid}; build "
+                "the model with the img_size it was saved at, or load through statickey.models.checkpoint_filter_fn"
+            )

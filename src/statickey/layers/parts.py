@@ -1,38 +1,8 @@
-"""Parts of mixers: what a checkpoint keeps beside a key, and heads that talk."""
+"""Parts of mixers: what a host notes about its grids, and heads that talk."""
 
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
-from .._checks import check_saved_grid
 from .._typing import Size2
-from ..errors import FeatSizeError
-
-
-class GridState(nn.Module):
-    """Base of mixers with ``grid_parameters``: a checkpoint carries the grid (H, W) beside the key."""
-
-    feat_size: Size2
-
-    def get_extra_state(self) -> Tensor:
-        """The grid, as a tensor that any checkpoint format can hold, (2,)."""
-        return torch.tensor(self.feat_size, device="cpu")
-
-    def set_extra_state(self, state: Any) -> None:
-        """Refuse a key that was saved on another grid.
-
-        Raises:
-            FeatSizeError: The checkpoint was saved on another grid, or what it holds is no grid.
-        """
-        if type(state).__module__.startswith("torch.distributed") or getattr(state, "is_meta", False):
-            return  # a placeholder, on the ranks to which another one sends the checkpoint
-        saved = check_saved_grid(state)
-        if saved != self.feat_size:
-            raise FeatSizeError(
-                f"the checkpoint's key belongs to feat_size={saved}, this layer is built for {self.feat_size}; build "
-                "the model with the img_size it was saved at, or load through statickey.models.checkpoint_filter_fn"
-            )
 
 
 class TokenGrids:

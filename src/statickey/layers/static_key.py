@@ -1,15 +1,21 @@
 """The layers of static-key attention: SKA, CSKA and the factorised CSKA."""
 
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from math import prod
+from typing import Any, ClassVar, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_kernel_size
-from .._typing import OffGrid, Size2
+from .._checks import check_feat_size
+from .._typing import Key, OffGrid, Size2
 from ..errors import StaticKeyError
+from ..ops import cell_sizes, pool_cells, pooling_macs, repeat_cells
 from .attention import AttendOp, AttentionMixer
-from .parts import GridState
+from .continuous import ContinuousKey
+from .mixer import GridState
 from .windows import Segment, attend_in_windows, num_window_logits
 
 KEY_STD = 1.0
@@ -23,26 +29,38 @@ class StaticKeyAttention(GridState, AttentionMixer):
     changes nothing, so a key is identifiable only up to that.
 
     Attributes: ``qv`` (rows: all q, then all v) or ``v`` when ``query_proj=False``; ``static_key``
-    (h, P + H*W, d); ``proj``; ``log_temperature`` when it is learned; ``backend``, the op's backend.
+    (h, P + H*W, d), or a ``ContinuousKey``; ``proj``; ``log_temperature`` when it is learned; ``backend``, the op's
+    backend. ``key_rows`` evaluates the key on any grid.
 
     The other arguments are those of ``SelfAttention``.
 
     Args:
         feat_size: The token grid (H, W) the key is built for.
         query_proj: Project the queries; if false, the input itself, split into heads, is the query.
-        off_grid: What ``forward`` does on another grid than ``feat_size``: ``"resample"`` the key (attention
-            stays global), or tile the map with ``"window"``s of the built grid (cost linear in tokens; prefix
-            tokens are seen by, and see, the whole map). ``torch.compile`` makes a graph for each way in which
+        key: ``"grid"``, a free row for each position, or ``"continuous"``, a function of position (``ContinuousKey``)
+            with as many parameters whatever the grid, which it is evaluated on.
+        key_size: A grid (h', w') of its own for the key. On larger maps, values are averaged over its cells: exactly
+            the attention whose keys are equal within a cell, at N x M instead of N x N. Cells differ by at most one
+            row and column. A mask, ``mask_diagonal`` and ``attention_weights`` need each token's own key, and cost
+            N x N. Default: the grid of the tokens.
+        off_grid: What ``forward`` does on another grid than ``feat_size``: ``"resample"`` the key, or evaluate a
+            continuous one, there (attention to all tokens); ``"pool"`` the values of a larger map, short for
+            ``key_size=feat_size``; or tile the map with ``"window"``s of the built grid (cost linear in tokens;
+            prefix tokens are seen by, and see, the whole map). ``torch.compile`` makes a graph for each way in which
             windows are cut at the border, so that its ``recompile_limit`` may have to be raised for many grids.
 
     Raises:
-        StaticKeyError: An argument is out of range, or ``query_proj=False`` with ``h*d != dim``.
+        StaticKeyError: An argument is out of range, ``query_proj=False`` with ``h*d != dim``, or a ``key_size`` in
+            windows.
 
     Source:
         Hu, Zhou, Rostami, Static Key Attention in Vision, arXiv 2412.07049.
     """
 
-    grid_parameters: ClassVar[tuple[str, ...]] = ("static_key",)
+    key_names: ClassVar[tuple[str, ...]] = ("static_key",)
+    """Attributes that hold keys: parameters on a grid, or functions of position."""
+
+    static_key: nn.Parameter | ContinuousKey
 
     def __init__(
         self,
@@ -60,13 +78,19 @@ class StaticKeyAttention(GridState, AttentionMixer):
         scale: float | None = None,
         learned_temperature: bool = False,
         mask_diagonal: bool = False,
+        key: Key = "grid",
+        key_size: Size2 | None = None,
         off_grid: OffGrid = "resample",
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        if off_grid not in ("resample", "window"):
-            raise StaticKeyError(f"off_grid={off_grid!r} must be 'resample' or 'window'")
+        for name, value, known in (("key", key, Key), ("off_grid", off_grid, OffGrid)):
+            if value not in get_args(known):
+                raise StaticKeyError(f"{name}={value!r} must be one of {', '.join(map(repr, get_args(known)))}")
+        self.key = key
         self.off_grid = off_grid
+        pooled = key_size is None and off_grid == "pool"
+        self.key_size = check_feat_size(feat_size) if pooled else self._checked_key_size(key_size)
         self.query_proj = query_proj
         super().__init__(
             dim,
@@ -95,10 +119,18 @@ class StaticKeyAttention(GridState, AttentionMixer):
                 f"query_proj=False uses x as the query, so num_heads*head_dim={inner} must equal dim={self.dim}"
             )
         self._build_keys(factory)
+        self.grid_parameters = self.key_names if self.key == "grid" else ()
 
     def _build_keys(self, factory: dict[str, Any]) -> None:
         """Make the parameters that stand for keys, and what shapes the query."""
-        self.static_key = nn.Parameter(torch.empty(self.num_heads, self.num_tokens, self.head_dim, **factory))
+        self.static_key = self._make_key((self.head_dim,), KEY_STD, factory)
+
+    def _make_key(self, shape: tuple[int, ...], std: float, factory: dict[str, Any]) -> nn.Parameter | ContinuousKey:
+        """An empty key, rows of some shape; or a function of position, drawn with a standard deviation."""
+        if self.key == "continuous":
+            return ContinuousKey(self.num_heads, self.num_prefix_tokens, shape, std=std, **factory)
+        rows = self.num_prefix_tokens + prod(self.key_grid)
+        return nn.Parameter(torch.empty(self.num_heads, rows, *shape, **factory))
 
     def reset_parameters(self) -> None:
         """Initialise keys and temperature; the projections initialise themselves."""
@@ -106,11 +138,87 @@ class StaticKeyAttention(GridState, AttentionMixer):
         self._reset_keys()
 
     def _reset_keys(self) -> None:
-        nn.init.normal_(self.static_key, std=KEY_STD)
+        reset_key(self.static_key, partial(nn.init.normal_, std=KEY_STD))
 
-    def _segments(self, query: Tensor, feat_size: Size2) -> list[Segment]:
-        """Queries of all tokens on ``feat_size``, in token order, with their keys for the built grid."""
-        return [Segment(query, self.static_key, None, 0)]
+    @property
+    def key_grid(self) -> Size2:
+        """The grid (H, W) of the key's rows: ``key_size``, else that of the tokens the layer is built for."""
+        return self.feat_size if self.key_size is None else self.key_size
+
+    def set_key_size(self, key_size: Size2 | None) -> None:
+        """Give the key another grid, as ``key_size`` of the constructor: a choice of cost on a built layer.
+
+        A key with rows is resampled; its parameters are new objects: create the optimizer afterwards.
+
+        Args:
+            key_size: The new grid (h', w'); None for that of the tokens.
+
+        Raises:
+            FeatSizeError: Not a pair of positive integers.
+            StaticKeyError: The layer works in windows.
+        """
+        checked, before = self._checked_key_size(key_size), self.key_grid
+        self.key_size = checked
+        self._rebuild(before)
+
+    def _checked_key_size(self, key_size: Size2 | None) -> Size2 | None:
+        if key_size is None:
+            return None
+        if self.off_grid == "window":
+            raise StaticKeyError(
+                f"key_size={key_size!r} with off_grid='window': a window's key has its grid; leave one out"
+            )
+        return check_feat_size(key_size, "key_size")
+
+    def set_key(self, key: Key) -> float:
+        """Turn the key of a built layer into another kind.
+
+        Its parameters are new objects: create the optimizer afterwards.
+
+        Args:
+            key: ``"grid"`` evaluates a continuous key on ``key_grid``, which changes no output there.
+                ``"continuous"`` is the nearest function of position, by least squares.
+
+        Returns:
+            What the new key misses of the old one: the root mean square error of the worst key of the layer, as a
+            share of the key's own. A shift common to all rows, which attention does not see, does not count.
+        """
+        if key not in get_args(Key):
+            raise StaticKeyError(f"key={key!r} must be one of {', '.join(map(repr, get_args(Key)))}")
+        if key == self.key:
+            return 0.0
+        old = {name: getattr(self, name) for name in self.key_names if getattr(self, name) is not None}
+        rows = {name: self.key_rows(self.key_grid, name).detach() for name in old}
+        self.key, error = key, 0.0
+        for name, tensor in rows.items():
+            trainable = any(p.requires_grad for p in _parameters(old[name]))
+            delattr(self, name)
+            made = self._make_key(tuple(tensor.shape[2:]), KEY_STD, {"device": tensor.device, "dtype": tensor.dtype})
+            if isinstance(made, ContinuousKey):
+                error = max(error, made.fit(tensor, self.key_grid))
+            else:
+                made = nn.Parameter(tensor.clone())
+            setattr(self, name, made.requires_grad_(trainable))
+        self.grid_parameters = self.key_names if key == "grid" else ()
+        return error
+
+    def key_rows(self, grid: Size2 | None = None, name: str = "static_key") -> Tensor:
+        """The key on a grid: evaluated, or resampled from ``key_grid``.
+
+        Args:
+            grid: The grid (H, W); default ``key_grid``.
+            name: Which key, of ``key_names``.
+
+        Returns:
+            (h, P + H*W, ...), prefix rows first.
+        """
+        grid = self.key_grid if grid is None else check_feat_size(grid)
+        key = getattr(self, name)
+        return key(grid) if isinstance(key, ContinuousKey) else self._resample(key, self.key_grid, grid)
+
+    def _segments(self, query: Tensor, feat_size: Size2, rows: Callable[[str], Tensor]) -> list[Segment]:
+        """Queries of all tokens on ``feat_size``, in token order, with their keys, whose rows are given by name."""
+        return [Segment(query, rows("static_key"), None, 0)]
 
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
         if self.query_proj:
@@ -119,10 +227,9 @@ class StaticKeyAttention(GridState, AttentionMixer):
             (value,) = self._split_heads(self.v(x), 1)
             query = self._split_heads(x, 1)[0].to(value.dtype)
         query = self.q_norm(query).to(value.dtype)  # under autocast norms answer in float32
-        segments = self._segments(query, feat_size)
         if self._tiles(feat_size):
             return attend_in_windows(
-                segments,
+                self._segments(query, feat_size, partial(self.key_rows, self.feat_size)),
                 value,
                 op,
                 feat_size=feat_size,
@@ -130,157 +237,91 @@ class StaticKeyAttention(GridState, AttentionMixer):
                 num_prefix_tokens=self.num_prefix_tokens,
                 mask_diagonal=self.mask_diagonal,
             )
-        parts = []
-        for segment in segments:
-            key, bias = self._resample(segment.key, feat_size), segment.key_bias
-            bias = None if bias is None else self._resample(bias, feat_size)
-            parts.append(segment._replace(key=key, key_bias=bias).attend(op, value))
-        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        cells = self._cells(feat_size)
+
+        def rows(name: str) -> Tensor:
+            return repeat_cells(
+                self.key_rows(cells, name), cells, feat_size, num_prefix_tokens=self.num_prefix_tokens
+            )
+
+        return attend(self._segments(query, feat_size, rows), value, op)
+
+    def _attend_to_cells(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+        cells, prefix = self._cells(feat_size), self.num_prefix_tokens
+        pool = partial(pool_cells, feat_size=feat_size, key_size=cells, num_prefix_tokens=prefix)
+        if not self.query_proj:
+            query, value = x, self.v(pool(x))
+        elif type(self.qv) is nn.Linear:  # a mean of projections is the projection of the mean, of fewer tokens
+            weights = self.qv.weight.chunk(2)
+            biases = (None, None) if self.qv.bias is None else self.qv.bias.chunk(2)
+            query = F.linear(x, weights[0], biases[0])
+            value = F.linear(pool(x), weights[1], biases[1])
+        else:
+            query, value = self.qv(x).chunk(2, dim=-1)
+            value = pool(value)
+        (query,), (value,) = self._split_heads(query, 1), self._split_heads(value, 1)
+        query = self.q_norm(query.to(value.dtype)).to(value.dtype)
+        count = cell_sizes(feat_size, cells, num_prefix_tokens=prefix, device=x.device)
+        segments = self._segments(query, feat_size, partial(self.key_rows, cells))
+        return attend(segments, value, partial(op, key_count=count))
+
+    def _cells(self, feat_size: Size2) -> Size2:
+        """The grid of the keys on a map: nowhere finer than the map."""
+        wanted = feat_size if self.key_size is None else self.key_size
+        return min(wanted[0], feat_size[0]), min(wanted[1], feat_size[1])
+
+    def _pools(self, feat_size: Size2) -> bool:
+        return not self._tiles(feat_size) and not self.mask_diagonal and self._cells(feat_size) != feat_size
 
     def _tiles(self, feat_size: Size2) -> bool:
         return self.off_grid == "window" and feat_size != self.feat_size
 
-    def _num_logits(self, feat_size: Size2 | None) -> tuple[int, int]:
+    def _num_logits(self, feat_size: Size2) -> tuple[int, int]:
         """Logits per head that prefix queries make, and grid queries, on ``feat_size``."""
-        grid, tokens = self._count(feat_size)
-        prefix = self.num_prefix_tokens
-        if feat_size is None or not self._tiles(feat_size):
-            return prefix * tokens, grid * tokens
-        return prefix * tokens, num_window_logits(feat_size, self.feat_size, prefix)
+        prefix, grid = self.num_prefix_tokens, prod(feat_size)
+        if self._tiles(feat_size):
+            return prefix * (prefix + grid), num_window_logits(feat_size, self.feat_size, prefix)
+        keys = prefix + prod(self._cells(feat_size) if self._pools(feat_size) else feat_size)
+        return prefix * keys, grid * keys
 
     def macs(self, feat_size: Size2 | None = None) -> int:
-        """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""
-        tokens = self._count(feat_size)[1]
-        return self._attention_macs(tokens, sum(self._num_logits(feat_size)), self.head_dim, 1 + self.query_proj)
+        """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``.
+
+        A continuous key is evaluated once for a whole batch, and counted here as if for one image.
+        """
+        feat_size = self.feat_size if feat_size is None else check_feat_size(feat_size)
+        prefix, inner = self.num_prefix_tokens, self.num_heads * self.head_dim
+        tokens = prefix + prod(feat_size)
+        macs = self._attention_macs(tokens, sum(self._num_logits(feat_size)), self.head_dim, 1 + self.query_proj)
+        cells = self.feat_size if self._tiles(feat_size) else self._cells(feat_size)
+        if self._pools(feat_size):
+            saved = (tokens - prefix - prod(cells)) * self.dim * inner
+            macs += pooling_macs(feat_size, cells, self.dim) - saved
+        keys = (getattr(self, name) for name in self.key_names)
+        return macs + prod(cells) * sum(key.weight.numel() for key in keys if isinstance(key, ContinuousKey))
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters of keys; see ``TokenMixer.no_weight_decay``."""
+        modules = {name: getattr(self, name) for name in self.key_names if self.key == "continuous"}
+        names = {
+            f"{name}.{own}" for name, key in modules.items() if key is not None for own, _ in key.named_parameters()
+        }
+        return super().no_weight_decay() | names
 
 
-class _ConvolvedQueryAttention(StaticKeyAttention):
-    """The constructor of the two layers whose logits see a k x k neighbourhood of queries."""
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int = 8,
-        *,
-        feat_size: Size2,
-        num_prefix_tokens: int = 0,
-        head_dim: int | None = None,
-        query_proj: bool = True,
-        qkv_bias: bool = False,
-        proj_bias: bool = True,
-        attn_drop: float = 0.0,
-        proj_drop: float = 0.0,
-        scale: float | None = None,
-        learned_temperature: bool = False,
-        mask_diagonal: bool = False,
-        off_grid: OffGrid = "resample",
-        kernel_size: int = 3,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        check_kernel_size(kernel_size)
-        self.kernel_size = kernel_size
-        super().__init__(
-            dim,
-            num_heads,
-            feat_size=feat_size,
-            num_prefix_tokens=num_prefix_tokens,
-            head_dim=head_dim,
-            query_proj=query_proj,
-            qkv_bias=qkv_bias,
-            proj_bias=proj_bias,
-            attn_drop=attn_drop,
-            proj_drop=proj_drop,
-            scale=scale,
-            learned_temperature=learned_temperature,
-            mask_diagonal=mask_diagonal,
-            off_grid=off_grid,
-            device=device,
-            dtype=dtype,
-        )
+def attend(segments: Sequence[Segment], value: Tensor, op: AttendOp) -> Tensor:
+    """Attention of consecutive queries, each with its own key, to all values."""
+    parts = [segment.attend(op, value) for segment in segments]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
-class FactorizedConvStaticKeyAttention(_ConvolvedQueryAttention):
-    """Factorised CSKA (fcska): a grouped k x k convolution of the query map, then a plain static key.
-
-    CSKA restricted to logits of rank head_dim: it costs ``head_dim * N`` per query and head instead of
-    ``k*k * head_dim * N``. Prefix queries, which have no neighbourhood, skip the convolution.
-
-    Constructor, shapes and errors are those of ``StaticKeyAttention``, with ``kernel_size=3`` (odd) and one
-    attribute more, ``query_conv``: Conv2d(h*d, h*d, k, groups=h). With ``off_grid="window"`` the convolution
-    still sees the whole map.
-    """
-
-    def _build_keys(self, factory: dict[str, Any]) -> None:
-        super()._build_keys(factory)
-        inner = self.num_heads * self.head_dim
-        padding = self.kernel_size // 2
-        self.query_conv = nn.Conv2d(inner, inner, self.kernel_size, padding=padding, groups=self.num_heads, **factory)
-
-    def _reset_keys(self) -> None:
-        super()._reset_keys()
-        self.query_conv.reset_parameters()
-
-    def macs(self, feat_size: Size2 | None = None) -> int:
-        """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""
-        inner = self.num_heads * self.head_dim
-        return super().macs(feat_size) + self._count(feat_size)[0] * inner * self.head_dim * self.kernel_size**2
-
-    def _segments(self, query: Tensor, feat_size: Size2) -> list[Segment]:
-        prefix, grid = query.tensor_split([self.num_prefix_tokens], dim=2)
-        # channels last from token to token: the convolution is faster so, and fused attention far faster on a query
-        # whose last axis is contiguous
-        maps = (
-            grid.transpose(1, 2).reshape(query.shape[0], *feat_size, self.query_conv.in_channels).permute(0, 3, 1, 2)
-        )
-        convolved = self.query_conv(maps).permute(0, 2, 3, 1).reshape(*grid.transpose(1, 2).shape).transpose(1, 2)
-        if self.num_prefix_tokens:
-            convolved = torch.cat([prefix, convolved], dim=2)
-        return [Segment(convolved, self.static_key, None, 0)]
+def reset_key(key: nn.Parameter | ContinuousKey | None, fill: Callable[[Tensor], Any]) -> None:
+    """Draw a key anew: rows are filled, a function of position draws its own weights."""
+    if isinstance(key, ContinuousKey):
+        key.reset_parameters()
+    elif key is not None:
+        fill(key)
 
 
-class ConvStaticKeyAttention(_ConvolvedQueryAttention):
-    """CSKA: logits made by a grouped k x k convolution over the query map, head_dim -> N channels per head.
-
-    The same op as SKA with the k x k neighbourhood of each query as the query. ``scale`` (and the learned
-    temperature) multiplies the convolution logits, bias included. Prefix queries have no neighbourhood and
-    use a plain key of their own.
-
-    Constructor and errors are those of ``StaticKeyAttention``, with ``kernel_size=3`` (odd). In place of
-    ``static_key`` it has ``conv_key`` (h, P + H*W, d, k, k), ``conv_bias`` (h, P + H*W) and ``prefix_key``
-    (h, P + H*W, d), which is None without prefix tokens. With ``off_grid="window"`` neighbourhoods still
-    come from the whole map.
-
-    Source:
-        Hu, Zhou, Rostami, Static Key Attention in Vision, arXiv 2412.07049.
-    """
-
-    grid_parameters: ClassVar[tuple[str, ...]] = ("conv_key", "conv_bias", "prefix_key")
-
-    def _build_keys(self, factory: dict[str, Any]) -> None:
-        heads, tokens, width, k = self.num_heads, self.num_tokens, self.head_dim, self.kernel_size
-        self.conv_key = nn.Parameter(torch.empty(heads, tokens, width, k, k, **factory))
-        self.conv_bias = nn.Parameter(torch.empty(heads, tokens, **factory))
-        with_prefix = self.num_prefix_tokens > 0
-        self.prefix_key = nn.Parameter(torch.empty(heads, tokens, width, **factory)) if with_prefix else None
-
-    def _reset_keys(self) -> None:
-        bound = (self.head_dim * self.kernel_size**2) ** -0.5  # torch's default for a convolution
-        nn.init.uniform_(self.conv_key, -bound, bound)
-        nn.init.uniform_(self.conv_bias, -bound, bound)
-        if self.prefix_key is not None:
-            nn.init.normal_(self.prefix_key, std=KEY_STD)
-
-    def macs(self, feat_size: Size2 | None = None) -> int:
-        """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""
-        wider = self.num_heads * self.head_dim * (self.kernel_size**2 - 1)
-        return super().macs(feat_size) + self._num_logits(feat_size)[1] * wider
-
-    def _segments(self, query: Tensor, feat_size: Size2) -> list[Segment]:
-        prefix, grid = query.tensor_split([self.num_prefix_tokens], dim=2)
-        key = self.conv_key.permute(0, 1, 3, 4, 2).flatten(2)  # as unfold_queries lays neighbourhoods out
-        unfold = (feat_size, self.kernel_size)
-        segment = Segment(grid, key, self.conv_bias, self.num_prefix_tokens, unfold)
-        if self.prefix_key is None:
-            return [segment]
-        return [Segment(prefix, self.prefix_key, None, 0), segment]
+def _parameters(key: nn.Parameter | ContinuousKey) -> Iterable[nn.Parameter]:
+    return key.parameters() if isinstance(key, ContinuousKey) else (key,)

@@ -19,7 +19,7 @@ from .._typing import Size2
 from ..convert import token_mixers
 from ..convert.metaformers import HEAD_DIM
 from ..errors import StaticKeyError
-from ..layers import AttentionMixer, TokenMixer
+from ..layers import AttentionMixer, GridState, TokenMixer
 from .reference import accept_reference_layout, same_but_for_ones
 
 
@@ -64,13 +64,15 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
         extra = f"{prefix}._extra_state"
         if extra not in out:
             continue
-        patch_grid = grid = check_saved_grid(out[extra], extra)
-        if grid != mixer.feat_size:
-            names = [name for name in mixer.grid_parameters if f"{prefix}.{name}" in out]
-            resampled = mixer.resample_state({name: out[f"{prefix}.{name}"] for name in names}, grid)
-            out |= {f"{prefix}.{name}": tensor for name, tensor in resampled.items()}
-            out[extra] = torch.tensor(mixer.feat_size)
-            _fit_position_bias(out, model, prefix.removesuffix(".mixer"), grid, mixer.feat_size)
+        patch_grid, key_grid = check_saved_grid(out[extra], extra)
+        if (patch_grid, key_grid) == (mixer.feat_size, mixer.key_grid):
+            continue
+        names = [name for name in mixer.grid_parameters if f"{prefix}.{name}" in out]
+        resampled = mixer.resample_state({name: out[f"{prefix}.{name}"] for name in names}, key_grid)
+        out |= {f"{prefix}.{name}": tensor for name, tensor in resampled.items()}
+        if isinstance(mixer, GridState):
+            out[extra] = mixer.get_extra_state()
+        _fit_position_bias(out, model, prefix.removesuffix(".mixer"), patch_grid, mixer.feat_size)
     if hasattr(model, "patch_embed"):
         _fit_patches(out, model, patch_grid)
     return out
@@ -160,6 +162,9 @@ def _same_heads(prefix: str, mixer: TokenMixer, given: Mapping[str, Any], model:
         tensor = given.get(f"{prefix}.{key}")
         if tensor is not None:
             return tuple(tensor.shape[::2][:2]) == (mixer.num_heads, mixer.head_dim)
+        tensor = given.get(f"{prefix}.{key}.weight")
+        if tensor is not None:
+            return tuple(tensor.shape[:2]) == (mixer.num_heads, mixer.head_dim)
     former = isinstance(model, MetaFormer)
     return not (former and f"{prefix}.qkv.weight" in given) or mixer.head_dim == HEAD_DIM
 

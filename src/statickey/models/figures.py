@@ -119,8 +119,8 @@ def model_figures(name: str, *, img_size: int | None = None, mixers: Sequence[st
     ours = is_ours(name)  # others may have products we know nothing of
     if ours and macs != closed:
         raise StaticKeyError(f"{name}: {closed:,} MACs in closed form, {macs:,} counted; please report this")
-    static = [mixer for mixer in token_mixers(model).values() if mixer.grid_parameters]
-    key_params = sum(getattr(m, n).numel() for m in static for n in m.grid_parameters if getattr(m, n) is not None)
+    parts = token_mixers(model).values()
+    key_params = sum(part.get_parameter(name).numel() for part in parts for name in part.no_weight_decay())
     published = PUBLISHED.get(name) if not kwargs else None
     return ModelFigures(name, input_size, params, macs, attention, activations.total, key_params, key_macs, published)
 
@@ -167,7 +167,7 @@ def _closed_form(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[in
         assert isinstance(module, TokenMixer)
         macs = module.macs() * output.shape[0]  # once per window
         total += macs
-        attention += macs if module.grid_parameters or isinstance(module, AttentionMixer) else 0
+        attention += macs if module.no_weight_decay() or isinstance(module, AttentionMixer) else 0
         keys += _key_macs(module) * output.shape[0]
 
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear) and id(m) not in inside]
@@ -183,7 +183,7 @@ def _closed_form(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[in
 
 
 def _key_macs(mixer: TokenMixer) -> int:
-    if not mixer.grid_parameters:
+    if not mixer.no_weight_decay():  # which names keys
         return 0
     linear = sum(m.weight.numel() for m in mixer.modules() if isinstance(m, nn.Linear)) * mixer.num_tokens
     convolved = sum(m.weight.numel() for m in mixer.modules() if isinstance(m, nn.Conv2d))

@@ -25,6 +25,7 @@ def static_key_attention(
     mask_diagonal: bool = False,
     query_offset: int = 0,
     attn_mask: Tensor | None = None,
+    key_count: Tensor | None = None,
     dropout_p: float = 0.0,
     unfold: tuple[Size2, int] | None = None,
     backend: Backend = "sdpa",
@@ -45,6 +46,8 @@ def static_key_attention(
         attn_mask: Added to the logits after scaling, or, if boolean, true where attention is allowed; broadcasts
             to (B, h, N, M). A position bias that is learned, for example. A row in which it allows nothing gives
             zeros, and gets a gradient of zero, whatever the backend.
+        key_count: How many equal keys each one stands for, (M,), positive: its logarithm is added to the scaled
+            logits, so that with the mean of their values the result is that of all those keys. It gets no gradient.
         dropout_p: Dropout rate on the attention weights.
         unfold: ``(feat_size, kernel_size)`` to attend with ``unfold_queries(query, feat_size, kernel_size)``, which
             is then not stored where the backend does not need it; N is the number of unfolded queries.
@@ -74,7 +77,7 @@ def static_key_attention(
         feat_size, kernel_size = unfold
         shape = torch.Size((*shape[:2], prod(feat_size), shape[3] * kernel_size**2))
     check_static_key_attention(
-        query, static_key, value, key_bias, scale, mask_diagonal, query_offset, attn_mask, shape
+        query, static_key, value, key_bias, scale, mask_diagonal, query_offset, attn_mask, key_count, shape
     )
     scale = static_key.shape[-1] ** -0.5 if scale is None else scale
     if backend == "triton":
@@ -82,11 +85,14 @@ def static_key_attention(
 
         traced = _is_traced(query)
         check_triton(query, static_key, attn_mask, dropout_p, traced, kernel.INSTALLED, kernel.INTERPRETED)
+        if key_count is not None:
+            count_bias = (key_count.detach().log() / scale).to(query.dtype).expand(static_key.shape[0], -1)
+            key_bias = count_bias if key_bias is None else key_bias + count_bias
         own = query_offset if mask_diagonal else None
         hidden: dict[str, Any] = {"mask_diagonal": mask_diagonal, "query_offset": query_offset}
         recompute = partial(static_key_attention, **hidden, unfold=unfold, backend="math")
         return kernel.fused_attention(query, static_key, value, key_bias, scale, own, unfold, recompute)
-    mask, empty = _mask(query, shape[2], static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
+    mask, empty = _mask(query, shape[2], static_key.shape[-2], mask_diagonal, query_offset, attn_mask, key_count)
     wide_key = static_key.ndim == 3 and static_key.shape[-1] > value.shape[-1] and query.device.type == "cpu"
     if backend == "sdpa" and wide_key and dropout_p == 0 and not _is_traced(query):
         out = _tiled(query, static_key, value, key_bias, scale, mask, unfold)
@@ -109,6 +115,7 @@ def static_key_weights(
     mask_diagonal: bool = False,
     query_offset: int = 0,
     attn_mask: Tensor | None = None,
+    key_count: Tensor | None = None,
     head_mix: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Compute the attention map ``softmax(scale * (query @ static_key^T + key_bias) + attn_mask)``.
@@ -120,9 +127,13 @@ def static_key_weights(
         Weights that sum to one over the last axis, or are all zero where the mask allows nothing, (B, h, N, M), in
         the dtype of the query.
     """
-    check_static_key_attention(query, static_key, None, key_bias, scale, mask_diagonal, query_offset, attn_mask)
+    check_static_key_attention(
+        query, static_key, None, key_bias, scale, mask_diagonal, query_offset, attn_mask, key_count
+    )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    mask, empty = _mask(query, query.shape[2], static_key.shape[-2], mask_diagonal, query_offset, attn_mask)
+    mask, empty = _mask(
+        query, query.shape[2], static_key.shape[-2], mask_diagonal, query_offset, attn_mask, key_count
+    )
     weights = _weights(query, static_key, key_bias, scale, mask, head_mix)
     return weights if empty is None else weights.masked_fill(empty, 0.0)
 
@@ -134,26 +145,28 @@ def _mask(
     mask_diagonal: bool,
     query_offset: int,
     attn_mask: Tensor | None,
+    key_count: Tensor | None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """What is added to the logits, in the dtype of the query, and where a row is empty, (..., N, 1).
 
     Empty rows, in which nothing is allowed, have no softmax: they are opened here, and zeroed in the result.
     """
-    diagonal = None
+    always = None if key_count is None else key_count.detach().log().to(query.dtype).unsqueeze(0)
     if mask_diagonal:  # minus infinity where a query would meet its own token
         own = torch.arange(num_queries, device=query.device).unsqueeze(1) + query_offset
         zeros = torch.zeros(num_queries, num_keys, dtype=query.dtype, device=query.device)
         diagonal = zeros.masked_fill(own == torch.arange(num_keys, device=query.device), float("-inf"))
+        always = diagonal if always is None else diagonal + always
     if attn_mask is None:
-        return diagonal, None  # the diagonal alone leaves a key to every query
+        return always, None  # the diagonal alone leaves a key to every query
     mask = attn_mask.reshape((1,) * (2 - attn_mask.ndim) + attn_mask.shape)  # fused attention wants two axes
     if mask.dtype == torch.bool:
         zeros = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
         mask = zeros.masked_fill(~mask, float("-inf"))
     else:
         mask = mask.to(query.dtype)
-    if diagonal is not None:
-        mask = diagonal + mask
+    if always is not None:
+        mask = always + mask
     empty = (mask == float("-inf")).all(dim=-1, keepdim=True)
     return mask.masked_fill(empty, 0.0), empty
 
