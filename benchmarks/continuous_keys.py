@@ -147,13 +147,5 @@ if __name__ == "__main__":
     if sys.argv[2:] == ["aspect"]:
         aspect(sys.argv[1])
     else:
-        compare(
-            sys.argv[1],
-            mixers=["mhsa", "ska", *VARIANTS],
-            seeds=SEEDS,
-            limit=LIMIT,
-            holdout=HOLDOUT,
-            epochs=5,
-            score_on="holdout",
-            out=OUT,
-        )
+        recipe = ClassificationRecipe(data=sys.argv[1], limit=LIMIT, holdout=HOLDOUT, epochs=5)
+        compare(recipe, mixers=["mhsa", "ska", *VARIANTS], seeds=SEEDS, score_on="holdout", out=OUT)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from statickey.compare import compare
 from statickey.layers import MIXERS, FactorizedConvStaticKeyAttention, StaticKeyAttention
+from statickey.tasks.classification import ClassificationRecipe
 
 
 class UnitNormal(StaticKeyAttention):
@@ -74,8 +75,8 @@ class FactorizedIdentity(FactorizedSmall):
 class FactorizedAdded(FactorizedSmall):
     """Convolution added to the query, small key."""
 
-    def _segments(self, query: Tensor, feat_size: tuple[int, int]) -> list[Any]:
-        (segment,) = super()._segments(query, feat_size)
+    def _segments(self, query: Tensor, feat_size: tuple[int, int], rows: Any) -> list[Any]:
+        (segment,) = super()._segments(query, feat_size, rows)
         return [segment._replace(query=segment.query + query)]
 
 
@@ -91,13 +92,5 @@ VARIANTS = {
 
 if __name__ == "__main__":
     MIXERS.update(VARIANTS)
-    compare(
-        sys.argv[1],
-        mixers=list(VARIANTS),
-        seeds=(0, 1),
-        limit=12_000,
-        holdout=0.25,
-        epochs=5,
-        score_on="holdout",
-        out="runs/key-init",
-    )
+    recipe = ClassificationRecipe(data=sys.argv[1], limit=12_000, holdout=0.25, epochs=5)
+    compare(recipe, mixers=list(VARIANTS), seeds=(0, 1), score_on="holdout", out="runs/key-init")
