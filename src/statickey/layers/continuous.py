@@ -99,19 +99,19 @@ class ContinuousKey(nn.Module):
             The root mean square of what is left, as a share of that of the rows.
         """
         num_prefix = rows.shape[1] - grid[0] * grid[1]
-        wide = rows.detach().double()
-        wide = wide - wide[:, num_prefix:].mean(dim=1, keepdim=True)
-        wanted = wide[:, num_prefix:].flatten(2) if rows.ndim > 2 else wide[:, num_prefix:].unsqueeze(-1)
-        features = self.features(grid).double()
-        # centred too: a constant part of the features is a shift
-        solution = torch.linalg.lstsq((features - features.mean(0)).cpu(), wanted.cpu(), driver="gelsd").solution
-        self.weight.copy_(solution.transpose(1, 2).reshape(self.weight.shape))
-        found = (features - features.mean(0)) @ solution.to(features.device)
+        rows = rows.detach().double()
+        rows = rows - rows[:, num_prefix:].mean(dim=1, keepdim=True)
+        wanted = rows[:, num_prefix:].transpose(0, 1).flatten(1).cpu()
+        features = self.features(grid).double().cpu()
+        shift = features.mean(0)
+        varying = features - shift
+        solution = torch.linalg.lstsq(varying, wanted, driver="gelsd").solution
+        shape = (self.weight.shape[-1], *self.weight.shape[:-1])
+        self.weight.copy_(solution.reshape(shape).movedim(0, -1))
         if self.prefix is not None:
-            shift = (features.mean(0) @ solution.to(features.device)).reshape(wide[:, 0].shape)
-            self.prefix.copy_(wide[:, :num_prefix] + shift.unsqueeze(1))
-        size = wanted.square().mean().sqrt()
-        return float((found - wanted).square().mean().sqrt() / size) if size > 0 else 0.0
+            self.prefix.copy_(rows[:, :num_prefix] + (shift @ solution).reshape(shape[1:]).unsqueeze(1).to(rows))
+        size = wanted.norm()
+        return float((varying @ solution - wanted).norm() / size) if size > 0 else 0.0
 
     def extra_repr(self) -> str:
         """Shapes, for ``print(module)``."""

@@ -86,7 +86,7 @@ def static_key_attention(
         traced = _is_traced(query)
         check_triton(query, static_key, attn_mask, dropout_p, traced, kernel.INSTALLED, kernel.INTERPRETED)
         if key_count is not None:
-            count_bias = (key_count.detach().log() / scale).to(query.dtype).expand(static_key.shape[0], -1)
+            count_bias = (_log_count(key_count, query) / scale).to(query.dtype).expand(static_key.shape[0], -1)
             key_bias = count_bias if key_bias is None else key_bias + count_bias
         own = query_offset if mask_diagonal else None
         hidden: dict[str, Any] = {"mask_diagonal": mask_diagonal, "query_offset": query_offset}
@@ -151,7 +151,7 @@ def _mask(
 
     Empty rows, in which nothing is allowed, have no softmax: they are opened here, and zeroed in the result.
     """
-    always = None if key_count is None else key_count.detach().log().to(query.dtype).unsqueeze(0)
+    always = None if key_count is None else _log_count(key_count, query).unsqueeze(0)
     if mask_diagonal:  # minus infinity where a query would meet its own token
         own = torch.arange(num_queries, device=query.device).unsqueeze(1) + query_offset
         zeros = torch.zeros(num_queries, num_keys, dtype=query.dtype, device=query.device)
@@ -169,6 +169,11 @@ def _mask(
         mask = always + mask
     empty = (mask == float("-inf")).all(dim=-1, keepdim=True)
     return mask.masked_fill(empty, 0.0), empty
+
+
+def _log_count(key_count: Tensor, query: Tensor) -> Tensor:
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return key_count.detach().to(wide).log().to(query.dtype)
 
 
 def _sdpa(

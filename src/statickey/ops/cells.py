@@ -35,8 +35,8 @@ def pool_cells(tokens: Tensor, feat_size: Size2, key_size: Size2, *, num_prefix_
     if (height, width) == (rows, cols):
         return tokens
     # two thin products, one an axis, cost less than a strided mean and take uneven cells as they are
-    lines = _averages(height, rows, tokens) @ tokens[:, num_prefix_tokens:].reshape(batch, height, width * channels)
-    cells = (_averages(width, cols, tokens) @ lines.reshape(batch, rows, width, channels)).flatten(1, 2)
+    lines = _means(tokens[:, num_prefix_tokens:].reshape(batch, height, width * channels), rows)
+    cells = _means(lines.reshape(batch, rows, width, channels), cols).flatten(1, 2)
     return torch.cat([tokens[:, :num_prefix_tokens], cells], dim=1) if num_prefix_tokens else cells
 
 
@@ -97,7 +97,7 @@ def pooling_macs(feat_size: Size2, key_size: Size2, channels: int) -> int:
 
 
 def _check_cells(feat_size: Size2, key_size: Size2) -> tuple[Size2, Size2]:
-    feat_size, key_size = check_feat_size(feat_size), check_feat_size(key_size)
+    feat_size, key_size = check_feat_size(feat_size), check_feat_size(key_size, "key_size")
     if key_size[0] > feat_size[0] or key_size[1] > feat_size[1]:
         raise FeatSizeError(f"key_size={key_size} is finer than the map, feat_size={feat_size}")
     return feat_size, key_size
@@ -113,7 +113,7 @@ def _members(extent: int, cells: int, device: torch.device | None) -> Tensor:
     return _cells_of(extent, cells, device) == torch.arange(cells, device=device).unsqueeze(1)
 
 
-def _averages(extent: int, cells: int, like: Tensor) -> Tensor:
-    """The matrix that averages over cells along one axis, (cells, extent)."""
-    members = _members(extent, cells, like.device)
-    return (members / members.sum(1, keepdim=True)).to(like.dtype)
+def _means(tokens: Tensor, cells: int) -> Tensor:
+    """Means over cells of the last axis but one; sums come first, since ones are exact in any dtype."""
+    members = _members(tokens.shape[-2], cells, tokens.device)
+    return (members.to(tokens.dtype) @ tokens) / members.sum(1, keepdim=True)

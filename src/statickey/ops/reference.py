@@ -125,3 +125,14 @@ def window_static_key_attention(
     logits = torch.einsum("bhnd,hmd->bhnm", query, static_key[:, row]) * scale
     logits = logits.masked_fill(window.unsqueeze(1) != window, float("-inf"))
     return logits.softmax(dim=-1) @ value
+
+
+def pool_cells(tokens: Tensor, feat_size: Size2, key_size: Size2, *, num_prefix_tokens: int = 0) -> Tensor:
+    """Means over cells, cell by cell; arguments and shapes as ``statickey.ops.pool_cells``."""
+    grid = tokens[:, num_prefix_tokens:].reshape(len(tokens), *feat_size, -1)
+    ys, xs = (
+        [[i for i in range(extent) if int((i + 0.5) / extent * cells) == cell] for cell in range(cells)]
+        for extent, cells in zip(feat_size, key_size, strict=True)
+    )
+    means = [grid[:, y][:, :, x].mean((1, 2)) for y in ys for x in xs]
+    return torch.cat([tokens[:, :num_prefix_tokens], torch.stack(means, dim=1)], dim=1)
