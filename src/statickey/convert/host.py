@@ -9,9 +9,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .._typing import InputFmt, Size2
+from .._typing import InputFmt, Key, Size2
 from ..errors import StaticKeyError, UnsupportedHostError
-from ..layers import GridState, HeadMix, SelfAttention, TokenMixer
+from ..layers import GridState, HeadMix, SelfAttention, StaticKeyAttention, TokenMixer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +164,41 @@ class StaticKeyHost(nn.Module):
         for prefix, mixer in token_mixers(self).items():
             names |= {f"{prefix}.{name}" for name in mixer.no_weight_decay()}
         return names | {name for name, _ in self.named_parameters() if ".rel_pos." in name}
+
+    def set_key_size(self, key_size: Size2 | None) -> None:
+        """Give all static keys a grid of their own: the cost of attention, chosen on a trained model.
+
+        Values of larger maps are averaged over its cells; see ``StaticKeyAttention``. Keys with rows are resampled,
+        and are new objects: create the optimizer afterwards.
+
+        Args:
+            key_size: The grid (h', w'); None for that of the tokens.
+
+        Raises:
+            StaticKeyError: The model has no static key, a layer works in windows, or not a pair of positive integers.
+        """
+        for mixer in self._static_key_mixers().values():
+            mixer.set_key_size(key_size)
+
+    def set_key(self, key: Key) -> dict[str, float]:
+        """Turn all static keys into another kind: ``"continuous"``, by least squares, or ``"grid"``, exactly.
+
+        Returns:
+            By module name, what the new key misses of the old one; see ``StaticKeyAttention.set_key``.
+
+        Raises:
+            StaticKeyError: The model has no static key, or there is no such kind.
+        """
+        return {name: mixer.set_key(key) for name, mixer in self._static_key_mixers().items()}
+
+    def _static_key_mixers(self) -> dict[str, StaticKeyAttention]:
+        mixers = token_mixers(self).items()
+        found = {name: mixer for name, mixer in mixers if isinstance(mixer, StaticKeyAttention)}
+        if not found:
+            raise StaticKeyError(
+                f"{type(self).__name__} has no static key; convert its attention to ska, cska or fcska"
+            )
+        return found
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load, after refusing a tensor of another shape by name; see ``torch.nn.Module.load_state_dict``.

@@ -15,10 +15,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .._checks import check_mapping
+from .._typing import Key, Size2
 from ..convert import MixerSlot, convert
 from ..errors import StaticKeyError
 from .reference import accept_reference_layout
-from .registration import CIFAR_VIT_CFG, VIT_FEATURES, register
+from .registration import CIFAR_VIT_CFG, VIT_FEATURES, key_args, register
 
 SHIFTS = ((1, -1, 0, 0), (-1, 1, 0, 0), (0, 0, 1, -1), (0, 0, -1, 1))
 """Padding (left, right, top, bottom) of the four shifted copies of an image, in pixels."""
@@ -96,6 +97,8 @@ def lsa_vit(
     mixer: str,
     num_heads: int = 8,
     head_dim: int = 64,
+    key: Key | None = None,
+    key_size: Size2 | None = None,
     mixer_args: Mapping[str, Any] | None = None,
     **host_args: Any,
 ) -> VisionTransformer:
@@ -105,9 +108,12 @@ def lsa_vit(
         mixer: A name in ``MIXERS`` that takes ``learned_temperature`` and ``mask_diagonal``.
         num_heads: Number of heads; 10 gives SKA the parameters of self-attention, as published.
         head_dim: Width of one head, whatever ``embed_dim``.
+        key: Kind of the static key.
+        key_size: Grid (h', w') of the static key; with the diagonal masked it saves no time.
         mixer_args: Further constructor arguments of the mixer.
         host_args: Constructor arguments of timm's ``VisionTransformer``.
     """
+    own = key_args([mixer], key, key_size)[mixer] | check_mapping("mixer_args", mixer_args)
     model = VisionTransformer(
         attn_layer=MixerSlot, embed_layer=ShiftedPatchEmbed, num_heads=1, weight_init="skip", **host_args
     )
@@ -116,7 +122,7 @@ def lsa_vit(
             if tensor is not None:
                 nn.init.normal_(tensor)
     locality = {"num_heads": num_heads, "head_dim": head_dim, "learned_temperature": True, "mask_diagonal": True}
-    convert(model, mixer, mixer_args=locality | check_mapping("mixer_args", mixer_args))
+    convert(model, mixer, mixer_args=locality | own)
     model.state_dict_filter = accept_reference_layout
     return model
 

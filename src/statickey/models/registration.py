@@ -1,13 +1,16 @@
 """What all named models share: how timm builds one, and what it says about weights."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
+from .._checks import check_name
+from .._typing import Key, Size2
 from ..errors import StaticKeyError
+from ..layers import MIXERS, StaticKeyAttention
 from .checkpoint import checkpoint_filter_fn
 
 Builder = Callable[..., nn.Module]
@@ -55,6 +58,26 @@ def register(
         entry.__module__ = module_name
         setattr(module, name, register_model(entry))
     return list(names)
+
+
+def key_args(mixers: Sequence[str], key: Key | None, key_size: Size2 | None) -> dict[str, dict[str, Any]]:
+    """What a model's ``key`` and ``key_size`` mean for each of its mixers: nothing for one without a static key.
+
+    Raises:
+        UnknownNameError: No mixer of that name.
+        StaticKeyError: They are given, and no mixer has a static key.
+    """
+    for mixer in mixers:
+        check_name("mixer", mixer, MIXERS)
+    given = {name: value for name, value in (("key", key), ("key_size", key_size)) if value is not None}
+    made = {mixer: MIXERS[mixer] for mixer in mixers}
+    static = {mixer for mixer, cls in made.items() if isinstance(cls, type) and issubclass(cls, StaticKeyAttention)}
+    if given and not static:
+        raise StaticKeyError(
+            f"{given} is for static keys, which {', '.join(mixers) or 'no mixer'} has not; leave it out, or choose "
+            "ska, cska or fcska"
+        )
+    return {mixer: given if mixer in static else {} for mixer in mixers}
 
 
 def _entry_point(

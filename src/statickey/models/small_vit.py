@@ -9,9 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .._checks import check_head_dim, check_img_size, check_mapping, check_positive, nearest_divisors
+from .._typing import Key, Size2
 from ..convert import convert
 from ..errors import StaticKeyError
-from .registration import CIFAR_VIT_CFG, VIT_FEATURES, register
+from .registration import CIFAR_VIT_CFG, VIT_FEATURES, key_args, register
 
 POS_EMBED_STD = 0.3
 
@@ -19,6 +20,8 @@ POS_EMBED_STD = 0.3
 def small_transformer(
     *,
     mixer: str | None = None,
+    key: Key | None = None,
+    key_size: Size2 | None = None,
     mixer_args: Mapping[str, Any] | None = None,
     img_size: int | tuple[int, int] = 32,
     patch_size: int | None = None,
@@ -36,6 +39,8 @@ def small_transformer(
 
     Args:
         mixer: A name in ``MIXERS``; None keeps timm's self-attention.
+        key: Kind of the static key.
+        key_size: Grid (h', w') of the static key.
         mixer_args: Further constructor arguments of the mixer.
         img_size: Pixels, one side or (height, width).
         patch_size: Side of a patch in pixels; default a quarter of images up to 16 pixels, else an eighth.
@@ -48,6 +53,7 @@ def small_transformer(
     Raises:
         StaticKeyError: The patch size does not divide the image, or an argument is out of range.
     """
+    keys = key_args([] if mixer is None else [mixer], key, key_size)
     size = check_img_size(img_size)
     side = min(size)
     if patch_size is None:
@@ -78,7 +84,7 @@ def small_transformer(
             nn.init.trunc_normal_(model.pos_embed, std=POS_EMBED_STD)
     args = check_mapping("mixer_args", mixer_args)
     if mixer is not None:
-        convert(model, mixer, mixer_args=args)
+        convert(model, mixer, mixer_args=keys[mixer] | args)
     elif args:
         raise StaticKeyError(f"mixer_args={args} without a mixer; name one of MIXERS, such as mixer='ska'")
     # a trained network keeps its own at every image size

@@ -1,4 +1,7 @@
-"""MetaFormers with any token mixer per stage: ``{ska,cska,fcska}former_{nano,s18,s36,m36,b36}``."""
+"""MetaFormers with any token mixer per stage.
+
+``{skaformer,cskaformer,fcskaformer,skaformer_continuous}_{nano,s18,s36,m36,b36}``.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -7,12 +10,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models._input import update_model_input_size
 from timm.models.metaformer import LayerNorm2dNoBias, LayerNormNoBias, MetaFormer
 
-from .._checks import check_img_size, check_mapping, check_name
+from .._checks import check_img_size, check_mapping
+from .._typing import Key, Size2
 from ..convert import MapSlot, TokenSlot, convert, stage_grids
 from ..errors import StaticKeyError
 from ..layers import MIXERS
 from .reference import accept_reference_layout
-from .registration import register
+from .registration import key_args, register
 
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "nano": {"depths": (1, 1, 3, 1), "dims": (32, 64, 160, 256)},
@@ -33,6 +37,8 @@ REFERENCE_ARGS: dict[str, dict[str, Any]] = {
 def static_key_former(
     *,
     mixers: Sequence[str],
+    key: Key | None = None,
+    key_size: Size2 | None = None,
     mixer_args: Mapping[str, Mapping[str, Any]] | None = None,
     img_size: int | tuple[int, int] = 224,
     depths: Sequence[int],
@@ -41,11 +47,13 @@ def static_key_former(
 ) -> MetaFormer:
     """A timm MetaFormer with any token mixer in each stage.
 
-    It runs on any input size; a stage with a static key resamples it, or tiles the map
-    (``mixer_args={"ska": {"off_grid": "window"}}``).
+    It runs on any input size; a stage with a static key resamples it, averages values over the cells of its own grid
+    (``key_size=(7, 7)``), or tiles the map (``mixer_args={"ska": {"off_grid": "window"}}``).
 
     Args:
         mixers: One name in ``MIXERS`` per stage.
+        key: Kind of the static keys.
+        key_size: Grid (h', w') of the static keys.
         mixer_args: Further constructor arguments by mixer name, over ``REFERENCE_ARGS``.
         img_size: Pixels the keys are built for, one side or (height, width).
         depths: Blocks per stage.
@@ -63,8 +71,7 @@ def static_key_former(
             f"mixers={mixers!r} must hold one name per stage, as many as depths={depths!r} and dims={dims!r}; "
             'for example mixers=("sepconv", "ska", "mhsa", "mhsa")'
         )
-    for mixer in mixers:
-        check_name("mixer", mixer, MIXERS)
+    keys = key_args(mixers, key, key_size)
     args = check_mapping("mixer_args", mixer_args)
     if not args.keys() <= set(mixers):
         raise StaticKeyError(
@@ -84,7 +91,7 @@ def static_key_former(
     update_model_input_size(model, size)
     for index, mixer in enumerate(mixers):
         own = check_mapping(f"mixer_args[{mixer!r}]", args.get(mixer))
-        settings = REFERENCE_ARGS.get(mixer, {}) | own
+        settings = REFERENCE_ARGS.get(mixer, {}) | keys[mixer] | own
         if "num_heads" in own and "head_dim" not in own:
             settings = {name: value for name, value in settings.items() if name != "head_dim"}
         convert(model, mixer, layers=f"stages.{index}", mixer_args=settings)
@@ -95,11 +102,11 @@ def static_key_former(
 NAMES = register(
     __name__,
     {
-        f"{mixer}former_{size}": (
+        f"{mixer}former{kind}_{size}": (
             static_key_former,
-            {"mixers": ("sepconv", mixer, "mhsa", "mhsa"), **sizes},
+            {"mixers": ("sepconv", mixer, "mhsa", "mhsa"), **({"key": "continuous"} if kind else {}), **sizes},
         )
-        for mixer in ("ska", "cska", "fcska")
+        for mixer, kind in (("ska", ""), ("cska", ""), ("fcska", ""), ("ska", "_continuous"))
         for size, sizes in SIZES.items()
     },
     cfg={
@@ -114,5 +121,5 @@ NAMES = register(
         "classifier": "head.fc.fc2",
     },
     feature_cfg={"out_indices": (0, 1, 2, 3), "flatten_sequential": True},
-    host=lambda name: "ca" + name.partition("ska")[2].replace("nano", "s18"),
+    host=lambda name: "caformer_" + name.rpartition("_")[2].replace("nano", "s18"),
 )

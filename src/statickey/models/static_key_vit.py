@@ -1,4 +1,7 @@
-"""Vision transformers with static keys in every block: ``{ska,cska,fcska}_vit_{tiny,small,base}_patch16_224``."""
+"""Vision transformers with static keys in every block.
+
+``{ska,cska,fcska,ska_continuous}_vit_{tiny,small,base}_patch16_224``.
+"""
 
 from collections.abc import Mapping
 from functools import partial
@@ -7,10 +10,12 @@ from typing import Any
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models.vision_transformer import VisionTransformer
 
+from .._checks import check_mapping
+from .._typing import Key, Size2
 from ..convert import MixerSlot, convert
 from ..errors import StaticKeyError
 from .reference import accept_reference_layout
-from .registration import CIFAR_VIT_CFG, VIT_FEATURES, register
+from .registration import CIFAR_VIT_CFG, VIT_FEATURES, key_args, register
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -20,18 +25,27 @@ SIZES: dict[str, dict[str, int]] = {
 
 
 def static_key_vit(
-    *, mixer: str, mixer_args: Mapping[str, Any] | None = None, fix_init: bool = False, **host_args: Any
+    *,
+    mixer: str,
+    key: Key | None = None,
+    key_size: Size2 | None = None,
+    mixer_args: Mapping[str, Any] | None = None,
+    fix_init: bool = False,
+    **host_args: Any,
 ) -> VisionTransformer:
     """A timm vision transformer with one mixer in all its blocks.
 
     Args:
         mixer: A name in ``MIXERS``.
+        key: Kind of the static key.
+        key_size: Grid (h', w') of the static key.
         mixer_args: Further constructor arguments of the mixer.
         fix_init: As in timm: scale projections down with depth.
         host_args: Constructor arguments of timm's ``VisionTransformer``.
     """
+    args = key_args([mixer], key, key_size)[mixer] | check_mapping("mixer_args", mixer_args)
     model = VisionTransformer(attn_layer=MixerSlot, **host_args)
-    convert(model, mixer, mixer_args=mixer_args)
+    convert(model, mixer, mixer_args=args)
     model.state_dict_filter = accept_reference_layout
     if fix_init:
         if not hasattr(model.blocks[0].attn, "proj"):
@@ -43,8 +57,11 @@ def static_key_vit(
 NAMES = register(
     __name__,
     {
-        f"{mixer}_vit_{size}_patch16_224": (partial(static_key_vit, mixer=mixer), {"patch_size": 16, **sizes})
-        for mixer in ("ska", "cska", "fcska")
+        f"{name}_vit_{size}_patch16_224": (
+            partial(static_key_vit, mixer=name.removesuffix("_continuous")),
+            {"patch_size": 16, **({"key": "continuous"} if "continuous" in name else {}), **sizes},
+        )
+        for name in ("ska", "cska", "fcska", "ska_continuous")
         for size, sizes in SIZES.items()
     },
     cfg=CIFAR_VIT_CFG
@@ -56,5 +73,5 @@ NAMES = register(
         "std": IMAGENET_INCEPTION_STD,
     },
     feature_cfg=VIT_FEATURES,
-    host=lambda name: name.split("_", 1)[1],
+    host=lambda name: name[name.index("vit") :],
 )
