@@ -29,7 +29,7 @@ def test_public_names_are_pinned():
 
 
 def test_mixer_names_are_pinned():
-    names = "mhsa ska cska fcska identity pool sepconv random constant synthesizer"
+    names = "mhsa ska cska fcska identity pool sepconv random constant synthesizer kv_shared"
     assert list(statickey.MIXERS) == names.split()
 
 

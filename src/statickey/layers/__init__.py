@@ -10,6 +10,7 @@ from .baselines import (
     RandomAttention,
     SelfAttention,
     SepConvMixer,
+    SharedKeyValueAttention,
     SynthesizerAttention,
 )
 from .continuous import ContinuousKey
@@ -29,6 +30,7 @@ MIXERS: dict[str, Callable[..., TokenMixer]] = {
     "random": RandomAttention,
     "constant": ConstantAttention,
     "synthesizer": SynthesizerAttention,
+    "kv_shared": SharedKeyValueAttention,
 }
 """Mixers by name. Add a ``TokenMixer`` of your own under a new name to swap in or compare it."""
 
@@ -46,6 +48,7 @@ __all__ = [
     "RandomAttention",
     "SelfAttention",
     "SepConvMixer",
+    "SharedKeyValueAttention",
     "StaticKeyAttention",
     "SynthesizerAttention",
     "TokenGrids",

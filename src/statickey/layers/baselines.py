@@ -76,6 +76,27 @@ class SelfAttention(AttentionMixer):
         return op(self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value)
 
 
+class SharedKeyValueAttention(AttentionMixer):
+    """Self-attention whose value is its key: it too saves one of three projections, and keeps a key of the input.
+
+    Source:
+        arXiv 2606.04032.
+    """
+
+    def _build(self, qkv_bias: bool, proj_bias: bool, factory: dict[str, Any]) -> None:
+        super()._build(qkv_bias, proj_bias, factory)
+        self.qv = nn.Linear(self.dim, 2 * self.num_heads * self.head_dim, bias=qkv_bias, **factory)
+
+    def macs(self, feat_size: Size2 | None = None) -> int:
+        """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""
+        tokens = self._count(feat_size)[1]
+        return self._attention_macs(tokens, tokens**2, self.head_dim, 2)
+
+    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+        query, value = self._split_heads(self.qv(x), 2)
+        return op(self.q_norm(query).to(value.dtype), value, value)
+
+
 class SynthesizerAttention(GridState, AttentionMixer):
     """Dense Synthesizer: each token's logits come from a two-layer perceptron of that token.
 
