@@ -53,7 +53,7 @@ def test_rows_files_and_tables(small, tmp_path):
         row["contender"] for row in rows
     ]
     by_name = {(row["group"], row["phase"], row["contender"]): row for row in rows}
-    assert len(by_name) == len(rows) == 2 * (4 + 5)
+    assert len(by_name) == len(rows) == 2 * (6 + 7)
     row = by_name[str(SMALL[1]), "training", "cska"]
     assert (row["against"], row["suite"], row["dtype"]) == (PLAIN_CSKA, "layers", "float32")
     assert row["ratio_q1"] <= row["ratio"] <= row["ratio_q3"]
@@ -329,3 +329,24 @@ def test_main_rows_keep_their_speed(tmp_path):
     for (group, name), bounds in GUARDS.items():
         for phase, bound in zip(("forward", "training"), bounds, strict=True):
             assert found[group, name, phase] <= bound, (group, name, phase)
+
+
+def test_mixers_with_arguments(small, tmp_path, monkeypatch):
+    """A key with a grid of its own is measured as such in every suite, and named with it."""
+    monkeypatch.setattr(suites, "DETECTOR", suites.LayerShape((9, 11), 8, 2, batch=1))
+    texts = ["ska:key_size=[2,2]", "ska:off_grid=resample", "ska:key=continuous"]
+    rows, _ = run(tmp_path, "layers", "resolution", "detector", mixers=texts)
+    found = {(row["suite"], row["contender"]): row for row in rows}
+    assert {name for suite, name in found if suite == "detector"} == {"timm mhsa", texts[0]}
+    assert found["layers", texts[0]]["gmacs"] < found["layers", texts[2]]["gmacs"]
+    assert found["resolution", f"{texts[0]} 40"]["gmacs"] < found["resolution", f"{texts[1]} 40"]["gmacs"]
+    with pytest.raises(StaticKeyError, match="mixer 'ska@-1' names layers, all are measured"):
+        run(tmp_path, "layers", mixers=["ska@-1"])
+
+
+def test_models_with_arguments():
+    contenders = {each.name: each for each in suites.models(["ska:key_size=[7,7]"], batch=1)}
+    network, _ = contenders["skaformer_s18:key_size=[7,7]"].make()
+    assert network.stages[1].blocks[0].token_mixer.key_size == (7, 7)
+    assert contenders["skaformer_s18:key_size=[7,7]"].targets == suites.Targets(1.0, 1.0)
+    assert "ska_vit_small_patch16_224:key_size=[7,7]" in contenders

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._typing import Backend, Size2
 from ..layers import MIXERS, AttentionMixer, ConvStaticKeyAttention, TokenMixer
 from ..layers.attention import AttendOp
-from ..models import build_model, count_macs
+from ..models import Swap, build_model, count_macs
 from ..ops import reference
 
 
@@ -100,8 +100,9 @@ def layer(
 
     Args:
         shape: Of the layer and its input.
-        name: A mixer, ``PLAIN_CSKA`` or ``TIMM_MHSA``.
-        built_for: Build the mixer for this grid and tile the input with windows of it.
+        name: A mixer, with its arguments if need be (``Swap``), ``PLAIN_CSKA`` or ``TIMM_MHSA``.
+        built_for: Build the mixer for this grid; the input is tiled with windows of it unless the arguments say
+            otherwise.
         backend: The mixer's, where it is not to be the default.
     """
     torch.manual_seed(0)
@@ -112,7 +113,10 @@ def layer(
         "feat_size": shape.feat_size if built_for is None else built_for,
         "num_prefix_tokens": shape.num_prefix_tokens,
     }
-    mixer: Any = MIXERS["cska" if name == PLAIN_CSKA else name](shape.dim, shape.num_heads, **args)
+    swap = Swap.parse("cska" if name == PLAIN_CSKA else name)
+    if built_for is not None and not swap.mixer_args.keys() & {"key_size", "off_grid"}:
+        args["off_grid"] = "window"
+    mixer: Any = MIXERS[swap.mixer](shape.dim, shape.num_heads, **args | dict(swap.mixer_args))
     if name == PLAIN_CSKA:
         plain(mixer)
     if backend is not None:
@@ -121,22 +125,23 @@ def layer(
 
 
 class OnGrid(nn.Module):
-    """A mixer on another grid than it was built for, tiled with windows of that."""
+    """A mixer on another grid than it was built for."""
 
     def __init__(self, mixer: Any, feat_size: Size2) -> None:
         super().__init__()
         self.mixer, self.feat_size = mixer, feat_size
-        mixer.off_grid = "window"
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix."""
         return self.mixer(x, self.feat_size)  # type: ignore[no-any-return]
 
 
-def model(name: str, batch: int, img_size: int = 224, plain_cska: bool = False) -> tuple[nn.Module, Tensor]:
+def model(
+    name: str, batch: int, img_size: int = 224, plain_cska: bool = False, **model_args: Any
+) -> tuple[nn.Module, Tensor]:
     """A timm model with weights of seed 0, and images."""
     torch.manual_seed(0)
-    network = timm.create_model(name)
+    network = timm.create_model(name, **model_args)
     return (plain(network) if plain_cska else network), torch.randn(batch, 3, img_size, img_size)
 
 

@@ -15,7 +15,7 @@ from .._checks import check_arguments, check_folder, check_name, check_positive
 from .._environment import environment
 from .._files import check_writable, explained_read, read_json, write_csv, write_json, write_text
 from ..errors import StaticKeyError
-from ..layers import MIXERS
+from ..models import Swap
 from ..ops.kernel import INSTALLED
 from .contender import Contender, Targets, least_bytes, macs, twin
 from .measure import KINDS, Phase, Setting, differences, interleaved, peak_memory, roofline, time_in
@@ -26,9 +26,10 @@ PHASES: dict[str, tuple[Phase, ...]] = {
     "layers": ("forward", "training"),
     "models": ("forward", "training"),
     "resolution": ("forward",),
+    "detector": ("forward", "training"),
     "training": ("forward", "step"),
 }
-ROUNDS = {"layers": 25, "models": 9, "resolution": 5, "training": 15}
+ROUNDS = {"layers": 25, "models": 9, "resolution": 5, "detector": 3, "training": 15}
 PARITY = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """The largest relative difference between a contender and its twin that still counts as the same function."""
 ROWS_FILE = "bench.json"
@@ -39,7 +40,7 @@ PASSES = {"forward": 1, "training": 3, "step": 3}
 def bench(
     suites: Sequence[str] = ("layers",),
     *,
-    mixers: Sequence[str] = ("ska", "cska", "fcska"),
+    mixers: Sequence[str] = ("ska", "cska", "fcska", "ska:key=continuous", "ska:key_size=[7,7]"),
     device: Literal["cpu", "cuda"] = "cpu",
     dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     compile: bool = False,
@@ -56,8 +57,9 @@ def bench(
     checked against another computation of the same function, and nothing is timed if one differs.
 
     Args:
-        suites: ``layers``, ``models``, ``resolution`` (224 to 1536 pixels) or ``training``.
-        mixers: Names of token mixers.
+        suites: ``layers``, ``models``, ``resolution`` (224 to 1536 pixels), ``detector`` (keys with a ``key_size`` at
+            800 x 1088 pixels) or ``training``.
+        mixers: Token mixers, with their arguments if need be, as ``ska:key=continuous``.
         device: What to run on.
         dtype: Type of weights and inputs.
         compile: Compile every contender with torch.compile.
@@ -86,7 +88,8 @@ def bench(
     for name in suites:
         check_name("suite", name, SUITES)
     for name in mixers:
-        check_name("mixer", name, MIXERS)
+        if Swap.parse(name).layers != "all":
+            raise StaticKeyError(f"mixer {name!r} names layers, all are measured; leave out what follows the @")
     if rounds is not None:
         check_positive(rounds=rounds)
     check_name("device", device, ("cpu", "cuda"))

@@ -7,6 +7,7 @@ from typing import Any
 
 from .._files import explained_read, read_json, read_yaml
 from ..layers import MIXERS, StaticKeyAttention
+from ..models import Swap
 from .contender import (
     PLAIN_CSKA,
     TIMM_MHSA,
@@ -26,10 +27,13 @@ LAYERS = (
     LayerShape((7, 7), 512, 16),
 )
 FCSKA_TARGETS = Targets(1.20, 1.30)
+FORMER_TARGETS = {"fcska": Targets(1.08, 1.12), "ska:key_size=[7,7]": Targets(1.00, 1.00)}
 LAYER_TARGETS = {
     (LAYERS[0], "ska"): Targets(0.85, 0.88),
     (LAYERS[1], "cska"): Targets(0.35, 0.50, memory=0.30),
+    (LAYERS[1], "ska:key_size=[7,7]"): Targets(0.35, 0.40),
     (LAYERS[2], "ska"): Targets(0.85, 0.90),
+    (LAYERS[2], "ska:key=continuous"): Targets(0.88, 0.92),
     (LAYERS[3], "cska"): Targets(0.80, 0.80),
     (LAYERS[4], "ska"): Targets(0.85, 0.90),
 }
@@ -38,6 +42,8 @@ KERNEL = ", triton"
 """What is added to the name of a mixer that runs with the kernel."""
 STRIDE, BUILT_FOR = 8, (28, 28)
 """The second stage of a MetaFormer, built for images of 224 pixels."""
+DETECTOR = LayerShape((100, 136), 128, 8, batch=1)
+"""That stage on a detector's image of 800 x 1088 pixels."""
 
 
 def layers(mixers: Sequence[str], kernel: bool = False) -> list[Contender]:
@@ -64,7 +70,7 @@ def layers(mixers: Sequence[str], kernel: bool = False) -> list[Contender]:
             targets = FCSKA_TARGETS if against == "ska" else LAYER_TARGETS.get((shape, mixer), Targets())
             twin = partial(layer, shape, PLAIN_CSKA) if against == PLAIN_CSKA else None
             rows.append(row(mixer, against, targets=targets, twin=twin))
-            made = MIXERS[mixer]
+            made = MIXERS[Swap.name_in(mixer)]
             if kernel and isinstance(made, type) and issubclass(made, StaticKeyAttention):
                 make = partial(layer, shape, mixer, backend="triton")
                 rows.append(Contender(str(shape), f"{mixer}{KERNEL}", make, mixer))
@@ -77,15 +83,17 @@ def models(mixers: Sequence[str], batch: int = 8) -> list[Contender]:
     vit, former = "vit_small_patch16_224", "caformer_s18"
     group = f"ViT-S, 224 pixels, batch {batch}"
     rows.append(Contender(group, vit, partial(model, vit, batch)))
-    for mixer in mixers:
-        targets = Targets(0.93, 0.95) if mixer == "ska" else Targets()
-        name = f"{mixer}_{vit}"
-        rows.append(Contender(group, name, partial(model, name, batch), vit, targets=targets))
+    swaps = [Swap.parse(mixer) for mixer in mixers]
+    for swap in swaps:
+        targets = Targets(0.93, 0.95) if str(swap) == "ska" else Targets()
+        name = f"{swap.mixer}_{vit}"
+        make = partial(model, name, batch, mixer_args=dict(swap.mixer_args))
+        rows.append(Contender(group, _named(name, swap), make, vit, targets=targets))
     group = f"MetaFormer S18, 224 pixels, batch {batch}"
     rows.append(Contender(group, former, partial(model, former, batch)))
-    for mixer in mixers:
-        name = f"{mixer}former_s18"
-        if mixer == "cska":
+    for swap in swaps:
+        name = f"{swap.mixer}former_s18"
+        if str(swap) == "cska":
             plain_name = f"{name}, plain convolution"
             plain = partial(model, name, batch, plain_cska=True)
             rows.append(Contender(group, plain_name, plain, former))
@@ -95,30 +103,50 @@ def models(mixers: Sequence[str], batch: int = 8) -> list[Contender]:
                 )
             )
         else:
-            targets = Targets(1.08, 1.12) if mixer == "fcska" else Targets()
-            rows.append(Contender(group, name, partial(model, name, batch), former, targets=targets))
+            targets = FORMER_TARGETS.get(str(swap), Targets())
+            make = partial(model, name, batch, mixer_args={swap.mixer: dict(swap.mixer_args)})
+            rows.append(Contender(group, _named(name, swap), make, former, targets=targets))
     return rows
 
 
+def _named(model_name: str, swap: Swap) -> str:
+    return model_name + str(swap).removeprefix(swap.mixer)
+
+
 def resolution(mixers: Sequence[str]) -> list[Contender]:
-    """The second stage's layer from 224 to 1536 pixels, windows of its grid against attention to all: per token."""
+    """The second stage's layer from 224 to 1536 pixels, built for 224, against attention to all: per token.
+
+    Mixers tile the map with windows unless their arguments say otherwise.
+    """
     rows = []
     for size in RESOLUTIONS:
         shape = LayerShape((size // STRIDE, size // STRIDE), 128, 8, batch=1)
         for name in (TIMM_MHSA, *mixers):
-            windows = None if name == TIMM_MHSA else BUILT_FOR
+            built_for = None if name == TIMM_MHSA else BUILT_FOR
             first = size == RESOLUTIONS[0]
+            whole = name == TIMM_MHSA or Swap.parse(name).mixer_args.get("off_grid") == "resample"
             rows.append(
                 Contender(
                     "stage 2 (stride 8, 128 channels, 8 heads), one image of so many pixels, ratios per token",
                     f"{name} {size}",
-                    partial(layer, shape, name, windows),
+                    partial(layer, shape, name, built_for),
                     None if first else f"{name} {RESOLUTIONS[0]}",
                     units=shape.num_tokens,
-                    checked=first or windows is not None,
+                    checked=first or not whole,
                     targets=Targets(1.15) if (name, size) == ("cska", 1024) else Targets(),
                 )
             )
+    return rows
+
+
+def detector(mixers: Sequence[str]) -> list[Contender]:
+    """The second stage's layer on a detector's image: mixers whose keys have a grid of their own."""
+    group = str(DETECTOR)
+    rows = [Contender(group, TIMM_MHSA, partial(layer, DETECTOR, TIMM_MHSA), checked=False)]
+    for mixer in mixers:
+        if Swap.parse(mixer).mixer_args.get("key_size") is not None:
+            targets = Targets(0.03, 0.03, memory=1.0) if mixer == "ska:key_size=[7,7]" else Targets()
+            rows.append(Contender(group, mixer, partial(layer, DETECTOR, mixer), TIMM_MHSA, targets=targets))
     return rows
 
 
@@ -159,5 +187,6 @@ SUITES: dict[str, Callable[..., list[Contender]]] = {
     "layers": layers,
     "models": models,
     "resolution": resolution,
+    "detector": detector,
     "training": training,
 }
