@@ -83,8 +83,9 @@ def _check_type(name: str, value: Any, hint: Any, paths: bool = False) -> None:
         raise StaticKeyError(f"{name}={value} must be a finite number")
     if isinstance(value, int) and abs(value) >= 2**63:
         raise StaticKeyError(f"{name}={value} is more than torch counts; choose a smaller number")
-    if isinstance(value, str) and ("\0" in value or value.encode(errors="replace").decode() != value):
-        raise StaticKeyError(f"{name}={value!r} holds a null character or is not UTF-8; write it otherwise")
+    text = str(value) if isinstance(value, str | Path) else ""
+    if "\0" in text or text.encode(errors="replace").decode() != text:
+        raise StaticKeyError(f"{name}={text!r} holds a null character or is not UTF-8; write it otherwise")
     if not _is_of(value, hint, paths):
         raise StaticKeyError(f"{name}={reprlib.repr(value)} must be {type_in_words(hint)}")
 

@@ -7,7 +7,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
 from statickey.cli import main
@@ -73,6 +75,35 @@ def test_wrong_input_is_one_line_and_exit_2(case, capsys, tmp_path, monkeypatch)
     assert captured.err.count("\n") == 1
     assert "Traceback" not in captured.err
     assert list(tmp_path.iterdir()) == []
+
+
+def _lacks_memory_of_a_device():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total of 9.00 GiB.")
+
+
+TOO_MUCH = {
+    "torch": (lambda: torch.empty(2**50), ", 4503599627370496 bytes were asked for"),
+    "numpy": (lambda: np.empty(2**50), ", 8.00 PiB were asked for"),
+    "Python": (lambda: bytes(2**62), ""),
+    "device": (_lacks_memory_of_a_device, ", 20.00 GiB were asked for"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_MUCH)
+def test_memory_that_is_not_there_is_one_line(case, capsys, monkeypatch):
+    allocate, amount = TOO_MUCH[case]
+    monkeypatch.setattr("statickey.cli.parser.run", lambda command, words: allocate())
+    assert main(["predict", "run", "image.png"]) == 2
+    expected = f"statickey: out of memory{amount}; choose a smaller model, image size or batch\n"
+    assert capsys.readouterr().err == expected
+    with pytest.raises((MemoryError, RuntimeError)):
+        main(["predict", "run", "image.png", "--debug"])
+
+
+def test_other_faults_show_their_traceback(monkeypatch):
+    monkeypatch.setattr("statickey.cli.parser.run", lambda command, words: torch.zeros(2) @ torch.zeros(3))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):
+        main(["predict", "run", "image.png"])
 
 
 def test_debug_shows_the_traceback():

@@ -24,6 +24,7 @@ ON_THE_COMMAND_LINE = {
     "nested": (["train", "--model-args.depth", "many"], "depth='many' must be a positive integer"),
     "nothing": (["train", "--epochs"], "epochs is given nothing; it must be a whole number"),
     "none of several": (["compare", "--seeds"], "seeds is given nothing; it must be a whole number, or several"),
+    "dashes": (["bench", "--mixers=--"], "mixers is given nothing; it must be text, or several"),
     "no file": (["train", "--config"], "--config is given nothing; it takes the name of a file"),
     "no task": (["train", "--task"], "--task is given nothing; it takes the name of a task"),
     "folder": (["train", "--config", "folder"], "'folder' is a folder; give a YAML file"),
@@ -47,6 +48,7 @@ IN_A_FILE = {
     "data:": "c.yaml: data has no value; it must be text, or leave the line out",
     "clip_grad:": "c.yaml: clip_grad has no value; it must be a finite number",
     "ema_decay: null": "c.yaml: ema_decay has no value; it must be a finite number",
+    "mixers: []": "c.yaml: mixers is given nothing; it must be text, or several",
     "mixers:": "c.yaml: mixers has no value; it must be text, or several",
     "batch-size: 3": "c.yaml: unknown option 'batch-size'; did you mean batch_size",
     "plugin: 3": "c.yaml: plugin=3 must be a file or a module's name, or a list of them",
@@ -143,7 +145,7 @@ def test_a_recipe_counts_more_than_a_folder_of_its_name_and_a_file_more_than_a_r
 
 def test_words_may_come_from_a_file(tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("source: nowhere")
-    assert refusal(["evaluate", "--config", "c.yaml"], capsys).startswith("there is no nowhere; give the folder")
+    assert refusal(["evaluate", "--config", "c.yaml"], capsys).startswith("there is no 'nowhere'; give the folder")
     (tmp_path / "c.yaml").write_text("models: [skaformer_nan]")
     assert refusal(["summary", "--config", "c.yaml"], capsys).startswith("unknown model 'skaformer_nan'")
     (tmp_path / "c.yaml").write_text("suites: layer")

@@ -93,6 +93,42 @@ def test_weights_cast_to_half_load(tmp_path):
     load_exactly(small(12), tmp_path / "w.safetensors")
 
 
+def test_parameters_must_be_finite_to_start_from(tmp_path):
+    path = str(tmp_path / "w.safetensors")
+    for value in (float("inf"), float("-inf")):
+        save_file(small().state_dict() | {KEY: torch.full((2, 16, 8), value)}, path)
+        for size in (8, 12):
+            with pytest.raises(
+                OutputError, match=r"w\.safetensors: blocks\.0\.attn\.static_key holds values that are"
+            ):
+                start_from(small(size), path)
+    save_file({"blocks.0.attn.qkv.weight": torch.full((48, 16), float("inf"))}, path)
+    with pytest.raises(
+        OutputError, match=r"w\.safetensors: blocks\.0\.attn\.qv\.weight holds values that are not finite"
+    ):
+        start_from(small(), path)
+    save_file(small().state_dict() | {HEAD: torch.full((2, 16), float("inf"))}, path)
+    with pytest.raises(StaticKeyError, match=r"w\.safetensors: head\.weight holds values that are not finite; give"):
+        build_model(
+            "small_vit", "ska", img_size=8, num_classes=2, in_chans=1, model_args=ARGS | {"checkpoint_path": path}
+        )
+
+
+def test_what_is_infinite_and_no_parameter_loads(tmp_path):
+    def masked(value):
+        model = small()
+        model.register_buffer("mask", torch.full((3,), value))
+        return model
+
+    save_file(masked(float("-inf")).state_dict(), tmp_path / "w.safetensors")
+    for load in (load_exactly, start_from):
+        model = masked(0.0)
+        load(model, tmp_path / "w.safetensors")
+        assert model.mask.isneginf().all()
+    save_file(small().state_dict() | {"other": torch.full((3,), float("inf"))}, tmp_path / "w.safetensors")
+    assert start_from(small(), tmp_path / "w.safetensors").unused == ("other",)
+
+
 @pytest.mark.parametrize("value", [3, None, "x", [1.0]])
 def test_an_entry_that_is_no_tensor(tmp_path, value):
     state = dict(small().state_dict()) | {HEAD: value}

@@ -124,8 +124,13 @@ def test_streamed_and_folder_runs(tmp_path):
 
 
 def test_what_does_not_fit_is_named(trained, tmp_path):
-    with pytest.raises(OutputError, match="there is no nowhere; give the folder of a finished run"):
+    with pytest.raises(OutputError, match="there is no 'nowhere'; give the folder of a finished run"):
         evaluate("nowhere", console=silent(), **QUIET)
+    for act in (evaluate, lambda source, **options: predict(source, "x.png", **options)):
+        with pytest.raises(OutputError, match=r"source='' must name a folder"):
+            act("", console=silent(), **QUIET)
+        with pytest.raises(OutputError, match=r"there is no 'a\\nb'; give"):
+            act("a\nb", console=silent(), **QUIET)
     with pytest.raises(DataError, match="has 3 classes, the network knows 10"):
         evaluate(str(trained), data=str(make_parquet(tmp_path / "p", labels=(0, 1, 2))), console=silent(), **QUIET)
     with pytest.raises(StaticKeyError, match="split='train' must be"):
@@ -134,8 +139,14 @@ def test_what_does_not_fit_is_named(trained, tmp_path):
     copy.mkdir()
     state = load_file(trained / "model.safetensors")
     for change, message in (
-        ({"head.weight": torch.zeros(7, 32)}, r"head.weight is \(7, 32\) there, .*another number of classes"),
-        ({"blocks.0.attn.static_key": None}, r"of another model: it lacks 'blocks.0.attn.static_key' \(1 missing"),
+        (
+            {"head.weight": torch.zeros(7, 32)},
+            r"head.weight is \(7, 32\) there, .*another number of classes.*; give weights and c",
+        ),
+        (
+            {"blocks.0.attn.static_key": None},
+            r"of another model: it lacks 'blocks.0.attn.static_key' \(1 missing.*; give weights and config.json",
+        ),
         ({"extra": torch.zeros(1)}, r"the model has no 'extra' \(0 missing, 1 foreign"),
     ):
         changed = {k: v for k, v in (state | change).items() if v is not None}
@@ -205,8 +216,8 @@ def test_bad_files_are_named_and_skipped(trained, scans):
     found = guesses(trained, scans, scans / "gone.png")
     assert len(found.rows) == 6
     assert any("bad.png" in line for line in found.skipped)
-    assert any("gone.png: No such file" in line for line in found.skipped)
-    with pytest.raises(StaticKeyError, match=r"^cannot read .*bad.png: "):
+    assert any("gone.png': No such file" in line for line in found.skipped)
+    with pytest.raises(StaticKeyError, match=r"^cannot read '.*bad.png': "):
         guesses(trained, scans / "bad.png")
     with pytest.raises(StaticKeyError, match="none of 2 files could be read"):
         guesses(trained, scans / "bad.png", scans / "gone.png")

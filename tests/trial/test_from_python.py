@@ -125,9 +125,17 @@ def _refused_or_run(command, name, arguments, folder, monkeypatch):
 
 
 def test_one_file_may_be_given_as_text(stock):
-    with pytest.raises(StaticKeyError, match=r"cannot read nope\.jpg: No such file"):
+    with pytest.raises(StaticKeyError, match=r"cannot read 'nope\.jpg': No such file"):
         predict(str(stock.run), "nope.jpg")
     assert len(predict(str(stock.run), str(stock.folder / "val/a/0.png")).rows) == 1
+
+
+@pytest.mark.parametrize("name", ["csv", "markdown"])
+@pytest.mark.parametrize("value", [Path("a\0b"), Path("\udcff")])
+def test_paths_that_are_no_names_of_files(name, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StaticKeyError, match=rf"^{name}='.*' holds a null character or is not UTF-8"):
+        summary(["skaformer_nano"], **{name: value})
 
 
 @pytest.mark.parametrize("name", ["models", "img_size", "csv", "markdown"])

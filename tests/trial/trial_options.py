@@ -96,33 +96,43 @@ _HEAVY = {"compile", "stream", "logger"}
 def option_cases() -> Iterator[Case]:
     """Every option of every command with every value, on the command line and in a file."""
     rng = random.Random(2)
+    words_of_kinds = {kind: _word(value) for kind, value in (VALUES | WORD_VALUES).items()}
     for command in BASE:
         options = _options(command)
         if command == "compare":  # a part of those it shares
             shared = sorted(options.keys() & _options("train").keys())
             options = {name: hint for name, hint in options.items() if name not in shared or rng.random() < 0.3}
         for option, hint in options.items():
-            for kind, value in (VALUES | WORD_VALUES).items():
-                text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=9999)
-                text = text.removesuffix("\n").removesuffix("\n...")
+            for kind, text in words_of_kinds.items():
                 verdict = _verdict(command, option, hint, kind, text)
                 name = f"{command} --{option} {kind}"
                 if option in ("source", "files", "models", "suites"):
                     if kind != "dashes":
-                        yield Case(
-                            name, _with_word(command, option, text), verdict, (option, text[:20], repr(text)[:20])
-                        )
+                        says = (*_called(option), repr(text)[:20], *([text[:20]] if text else []))
+                        yield Case(name, _with_word(command, option, text), verdict, says)
                 elif not (option in _HEAVY and verdict != "refused"):
-                    says = (option, option.replace("_", "-"), *_heard(text))
+                    says = (*_called(option), *_heard(text))
                     yield Case(name, (*BASE[command], f"--{option.replace('_', '-')}={text}"), verdict, says)
             for kind, value in (VALUES | FILE_VALUES).items():
                 verdict = _verdict(command, option, hint, kind, value)
                 if (option in _HEAVY and verdict != "refused") or (command, option) == ("predict", "source"):
                     continue  # words of the command line would take its place
                 words = [*_without(command, option), "--config", "c.yaml"]
-                prepare = _writes("c.yaml", yaml.safe_dump({option: value}, allow_unicode=True).encode())
-                says = (option, option.replace("_", "-"), *_heard(str(value)))
+                prepare = _writes_option(option, value)
+                says = (*_called(option), *_heard(str(value)))
                 yield Case(f"{command} {option}: {kind}", tuple(words), verdict, says, prepare)
+
+
+def _word(value: Any) -> str:
+    """A value as the command line takes it."""
+    text = value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True, width=9999)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def _called(option: str) -> tuple[str, ...]:
+    """How a refusal may call an option; one of several names by what they are names of."""
+    single = (option.removesuffix("s"),) if option in ("mixers", "models", "suites") else ()
+    return (option, option.replace("_", "-"), *single)
 
 
 def _heard(text: str) -> tuple[str, ...]:
@@ -289,6 +299,13 @@ def yaml_cases() -> Iterator[Case]:
 
 def _pipe(folder: Path, stock: Stock) -> None:
     os.mkfifo(folder / "p")
+
+
+def _writes_option(option: str, value: Any) -> Callable[[Path, Stock], None]:
+    def write(folder: Path, stock: Stock) -> None:
+        (folder / "c.yaml").write_text(yaml.safe_dump({option: value}, allow_unicode=True), encoding="utf-8")
+
+    return write
 
 
 def _writes(name: str, content: bytes) -> Callable[[Path, Stock], None]:

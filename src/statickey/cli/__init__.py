@@ -1,5 +1,6 @@
 """The command line: ``statickey COMMAND``."""
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -49,12 +50,27 @@ def _run(args: list[str]) -> int:
             raise
         print(f"statickey: cannot use {str(error.filename)!r}: {error.strerror}", file=sys.stderr)  # noqa: T201
         return 2
+    except (MemoryError, RuntimeError) as error:
+        asked = _memory(error)
+        if debug or asked is None:
+            raise
+        print(f"statickey: out of memory{asked}; choose a smaller model, image size or batch", file=sys.stderr)  # noqa: T201
+        return 2
     except KeyboardInterrupt:
         if debug:
             raise
         goes_on = "; the same command continues where it stopped" if command in TRAINING else ""
         print(f"statickey: interrupted{goes_on}", file=sys.stderr)  # noqa: T201
         return 130
+
+
+def _memory(error: Exception) -> str | None:
+    """How much memory was asked for and not there, as far as the error says; None if it is another error."""
+    text = str(error)
+    if not isinstance(error, MemoryError) and not re.search("out of memory|DefaultCPUAllocator", text):
+        return None
+    amount = re.search(r"allocate ([\d.]+ \w+)", text)
+    return "" if amount is None else f", {amount[1]} were asked for"
 
 
 def _on_one_line(error: StaticKeyError) -> str:

@@ -4,7 +4,7 @@ from .augment import Augmentation, BatchAugment
 from .batches import EpochBatches, PlannedDataModule, PlannedImages, hold_out
 from .folders import IMAGE_SUFFIXES, image_files
 from .images import ImageData, LabelledImages, load_images
-from .module import ImageDataModule
+from .module import ImageDataModule, settled_augmentation
 from .pixels import UNREADABLE, normalize, open_image, square, to_mode
 from .plan import BatchPlan, mix_seed
 from .source import DataSet, OnBadImage
@@ -32,6 +32,7 @@ __all__ = [
     "normalize",
     "open_image",
     "open_stream",
+    "settled_augmentation",
     "square",
     "stream_transforms",
     "to_mode",

@@ -1,7 +1,8 @@
 """Batches of labelled images, in memory or streamed."""
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
@@ -16,6 +17,8 @@ from .pixels import channel_statistics, normalize, per_channel
 from .plan import BatchPlan
 from .source import SourcePart
 from .stream import ImageStream, StreamedImages, stream_transforms
+
+_Chosen = TypeVar("_Chosen", bound=Augmentation)
 
 
 class MemoryImages(Dataset[tuple[Tensor, Tensor]]):
@@ -66,8 +69,7 @@ class ImageDataModule(PlannedDataModule):
         std: Sequence[float] | None = None,
         num_workers: int = 0,
     ) -> None:
-        wanted = Augmentation() if augmentation is None else augmentation
-        flip = data.flip if wanted.flip is None else wanted.flip
+        wanted: Any = settled_augmentation(Augmentation() if augmentation is None else augmentation, data)
         parts: tuple[PlannedImages, PlannedImages, PlannedImages]
         if isinstance(data, StreamedImages):
             if wanted.crop_padding is not None:
@@ -75,7 +77,7 @@ class ImageDataModule(PlannedDataModule):
                     f"crop_padding={wanted.crop_padding} is for images in memory; "
                     "streamed ones are cropped at random scale"
                 )
-            parts = _streams(data, holdout, flip, wanted.auto_augment)
+            parts = _streams(data, holdout, wanted.flip, wanted.auto_augment)
             augment = BatchAugment()
             statistics = per_channel("mean", IMAGENET_DEFAULT_MEAN, 3), per_channel("std", IMAGENET_DEFAULT_STD, 3)
         else:
@@ -84,17 +86,17 @@ class ImageDataModule(PlannedDataModule):
                 for index in hold_out(len(data.train.labels), holdout)
             )
             parts = MemoryImages(self.train_part), MemoryImages(self.val_part), MemoryImages(data.test)
-            padding = data.crop_padding if wanted.crop_padding is None else wanted.crop_padding
-            if padding >= data.img_size:
+            if wanted.crop_padding >= data.img_size:
                 raise DataError(
-                    f"crop_padding={padding} lets a crop miss its image of {data.img_size} pixels; use a smaller one"
+                    f"crop_padding={wanted.crop_padding} lets a crop miss its image of {data.img_size} pixels; use a "
+                    "smaller one"
                 )
-            augment = BatchAugment(crop_padding=padding, flip=flip, policy=wanted.auto_augment)
+            augment = BatchAugment(crop_padding=wanted.crop_padding, flip=wanted.flip, policy=wanted.auto_augment)
             statistics = channel_statistics(self.train_part.images)
         super().__init__(
             *parts, batch_size=batch_size, seed=seed, grad_accum_steps=grad_accum_steps, num_workers=num_workers
         )
-        self.data, self.augment, self.flip, self.crop_padding = data, augment, flip, augment.crop_padding
+        self.data, self.augment, self.flip, self.crop_padding = data, augment, wanted.flip, augment.crop_padding
         self.mean, self.std = (
             own if given is None else per_channel(name, given, data.in_chans)
             for name, given, own in zip(("mean", "std"), (mean, std), statistics, strict=True)
@@ -147,6 +149,14 @@ class ImageDataModule(PlannedDataModule):
         if self.mean.device != images.device:  # once: a copy to an accelerator waits for it
             self.mean, self.std = self.mean.to(images.device), self.std.to(images.device)
         return normalize(images, self.mean, self.std)
+
+
+def settled_augmentation(augmentation: _Chosen, data: ImageData | StreamedImages) -> _Chosen:
+    """The augmentation with what these images stand wherever it leaves the choice to them."""
+    defaults: dict[str, Any] = {"flip": data.flip}
+    if isinstance(data, ImageData):
+        defaults["crop_padding"] = data.crop_padding
+    return replace(augmentation, **{k: v for k, v in defaults.items() if getattr(augmentation, k) is None})
 
 
 def _streams(

@@ -16,6 +16,7 @@ from .._files import one_line
 from ..convert import convert, token_mixers
 from ..errors import StaticKeyError
 from ..layers import AttentionMixer
+from .checkpoint import check_finite
 from .names import HUB_REMEDY, look_up
 from .swaps import Swap
 from .weights import read_weights, start_from
@@ -103,6 +104,11 @@ def build_model(
         model.mixer_text = str(swap)
     if of_run is not None:
         start_from(model, of_run)
+    if checkpoint is not None:
+        try:
+            check_finite(model, model.state_dict())
+        except StaticKeyError as error:
+            raise StaticKeyError(f"{checkpoint}: {error}") from error
     for module in model.modules() if fp32_logits else ():
         if isinstance(module, AttentionMixer):
             module.backend = "math"

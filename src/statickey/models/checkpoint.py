@@ -94,7 +94,7 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
         Names of the model's tensors that were taken and that stayed fresh, and of the given ones not used.
 
     Raises:
-        StaticKeyError: No tensor fits, or as ``checkpoint_filter_fn``.
+        StaticKeyError: No tensor fits, a parameter would not be finite, or as ``checkpoint_filter_fn``.
     """
     given = checkpoint_filter_fn(state_dict, model)
     own = model.state_dict(keep_vars=True)
@@ -119,10 +119,18 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
             f"nothing fits: the model has {next(iter(own))!r}, the weights start with "
             f"{next(iter(given), 'nothing')!r}; take those of a model of the same family and width"
         )
+    check_finite(model, taken)
     model.load_state_dict(taken, strict=False)
     fresh = [name for name in own if name not in taken and not name.endswith("_extra_state")]
     unused = [name for name in given if name not in used]
     return LoadReport(tuple(taken), tuple(fresh), tuple(unused))
+
+
+def check_finite(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Refuse parameters that are not finite, with which no training begins; a buffer may well be, such as a mask."""
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        if name in state and not state[name].isfinite().all():
+            raise StaticKeyError(f"{name} holds values that are not finite; give weights that are")
 
 
 def _check_kinds(state: Mapping[str, Any], model: nn.Module) -> None:

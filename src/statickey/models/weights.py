@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._files import one_line
 from ..errors import OutputError, StaticKeyError
-from .checkpoint import LoadReport, checkpoint_filter_fn, warm_start
+from .checkpoint import LoadReport, check_finite, checkpoint_filter_fn, warm_start
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 """What a folder that timm's ``local-dir:`` takes holds."""
@@ -45,7 +45,7 @@ def start_from(model: nn.Module, path: str | Path) -> LoadReport:
     """Load everything of a weights file that fits; see ``warm_start``.
 
     Raises:
-        OutputError: The file cannot be read, or nothing of it fits.
+        OutputError: The file cannot be read, nothing of it fits, or a parameter in it is not finite.
     """
     state = read_weights(path)
     try:
@@ -63,26 +63,26 @@ def load_exactly(model: nn.Module, path: str | Path) -> None:
     state = read_weights(path)
     try:
         given = checkpoint_filter_fn(state, model)
+        check_finite(model, given)
     except StaticKeyError as error:
         raise OutputError(f"{path}: {error}") from error
     own = model.state_dict()
+    remedy = f"give weights and {CONFIG_FILE} of one run"
     missing = [name for name in own if name not in given]
     foreign = [name for name in given if name not in own]
     if missing or foreign:
         raise OutputError(
             f"{path} is of another model: "
             + (f"it lacks {missing[0]!r}" if missing else f"the model has no {foreign[0]!r}")
-            + f" ({len(missing)} missing, {len(foreign)} foreign tensors); give --model and --mixer it was made with"
+            + f" ({len(missing)} missing, {len(foreign)} foreign tensors); {remedy}"
         )
     for name, tensor in own.items():
         if not isinstance(tensor, Tensor) or name.endswith("_extra_state"):
             continue
-        if tensor.is_floating_point() and not given[name].isfinite().all():
-            raise OutputError(f"{path}: {name} holds values that are not finite; give weights that are")
         if tensor.shape != given[name].shape:
             what = "number of classes" if tensor.shape[1:] == given[name].shape[1:] else "shape"
             raise OutputError(
                 f"{path} is of another model: {name} is {tuple(given[name].shape)} there, {tuple(tensor.shape)} "
-                f"here (another {what}); give the data and the model it was made with"
+                f"here (another {what}); {remedy}"
             )
     model.load_state_dict(given)

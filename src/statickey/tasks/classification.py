@@ -11,7 +11,15 @@ from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
 
 from .._checks import check_positive
-from ..data import Augmentation, ImageData, ImageDataModule, StreamedImages, load_images, open_stream
+from ..data import (
+    Augmentation,
+    ImageData,
+    ImageDataModule,
+    StreamedImages,
+    load_images,
+    open_stream,
+    settled_augmentation,
+)
 from ..errors import DataError, StaticKeyError
 from ..models import build_model
 from .accuracy import ACCURACY, Accuracy
@@ -103,10 +111,8 @@ class Classification(Task):
 
     def settled(self, recipe: ClassificationRecipe, data: Data) -> ClassificationRecipe:
         """The recipe with the augmentation these images stand, and the rate mhsa trains best with at their size."""
-        defaults: dict[str, Any] = {"lr": 3e-3 if data.img_size <= 16 else 1e-3, "flip": data.flip}
-        if isinstance(data, ImageData):
-            defaults["crop_padding"] = data.crop_padding
-        return replace(recipe, **{k: v for k, v in defaults.items() if getattr(recipe, k) is None})
+        lr = (3e-3 if data.img_size <= 16 else 1e-3) if recipe.lr is None else recipe.lr
+        return replace(settled_augmentation(recipe, data), lr=lr)
 
     def build(self, recipe: ClassificationRecipe, data: Data, mixer: str | None, seed: int) -> nn.Module:
         """Images (B, C, H, W) to logits (B, num_classes)."""

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from torch import nn
 
+from .._checks import check_folder
 from ..errors import OutputError, StaticKeyError
 from ..models import CONFIG_FILE, load_exactly
 from .checkpoint import SUFFIX
@@ -25,9 +26,10 @@ def load_model(source: str | Path, *, img_size: int | None = None, ema: bool = F
     Raises:
         OutputError: There is no trained network, or it cannot be read.
     """
+    check_folder(source=str(source))
     path = Path(source)
     if not path.exists():
-        raise OutputError(f"there is no {source}; give the folder of a finished run, or a weights file")
+        raise OutputError(f"there is no {str(source)!r}; give the folder of a finished run, or a weights file")
     folder = path if path.is_dir() else path.parent
     weights = path / WEIGHTS_FILES["ema" if ema else "last"] if path.is_dir() else path
     if ema and weights.name != WEIGHTS_FILES["ema"]:

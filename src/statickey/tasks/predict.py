@@ -122,7 +122,7 @@ def _paths(files: Iterable[str], skipped: list[str]) -> Iterator[Path]:
     for word in files:
         found = list(_found(word))
         if not found:
-            skipped.append(f"{word}: no image there")
+            skipped.append(f"{word!r}: no image there")
         yield from found
 
 
@@ -146,7 +146,7 @@ def _batches(
             try:
                 pixels.append(predictor.read(path))
             except UNREADABLE as error:
-                skipped.append(f"{path}: {getattr(error, 'strerror', None) or error}")
+                skipped.append(f"{str(path)!r}: {getattr(error, 'strerror', None) or error}")
             else:
                 kept.append(path)
         if kept:
