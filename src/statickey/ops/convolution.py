@@ -13,14 +13,14 @@ from .grid import unfold_queries
 UNFOLDED_TOKENS = 63
 """Most tokens of a batch for which unfolding them is faster than to start a convolution."""
 KEPT_EXTENT = 8
-"""Most tokens per channel of a head where the map is kept for backward: it is then that much larger than the query."""
+"""Most tokens per channel of a head where the map is kept for backward: it is so many times as large as the query."""
 
 
 def is_convolved(query: Tensor, key: Tensor, unfold: tuple[Size2, int]) -> bool:
     """Whether operations on whole images are faster than tiles of unfolded queries.
 
-    Forward they are where the map of one image, (h, N, M), fits a tile; with gradients where N is also at most 8 times
-    the width of a head, which bounds the map that autograd keeps. With 256 channels and widths of 16, 24, 32, 48, 64:
+    Forward they are where the map of one image, (h, N, M), fits a tile; with gradients where N is also at most 8
+    times the width of a head, which bounds the map that autograd keeps. With 256 channels and widths of 16, 24, 32, 48, 64:
 
     ======== ================== ==================
     grid     forward            forward, backward
