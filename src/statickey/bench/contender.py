@@ -129,7 +129,7 @@ class ConvStaticKeyOp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Attend."""
-        query, value = x.unflatten(2, (2, self.shape.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, value = x.reshape(*x.shape[:2], 2, self.shape.num_heads, -1).permute(2, 0, 3, 1, 4)
         grid, scale = self.shape.feat_size, query.shape[3] ** -0.5
         if self.plain:
             return reference.conv_static_key_attention(query, self.key, self.bias, value, feat_size=grid, scale=scale)

@@ -10,17 +10,17 @@ from .._typing import Size2
 from . import tiles
 from .grid import unfold_queries
 
-UNFOLDED_TOKENS = 63
+UNFOLDED_TOKENS = 64
 """Most tokens of a batch for which unfolding them is faster than to start a convolution."""
 KEPT_EXTENT = 8
-"""Most tokens per channel of a head where the map is kept for backward: it is so many times as large as the query."""
+"""Most tokens per channel of a head where the map is kept for backward, so many times as large as the query."""
 
 
 def is_convolved(query: Tensor, key: Tensor, unfold: tuple[Size2, int]) -> bool:
     """Whether operations on whole images are faster than tiles of unfolded queries.
 
     Forward they are where the map of one image, (h, N, M), fits a tile; with gradients where N is also at most 8
-    times the width of a head, which bounds the map that autograd keeps. With 256 channels and widths of 16, 24, 32, 48, 64:
+    times the width of a head, which bounds the map that autograd keeps. With 256 channels and heads of 16 to 64:
 
     ======== ================== ==================
     grid     forward            forward, backward
@@ -30,11 +30,11 @@ def is_convolved(query: Tensor, key: Tensor, unfold: tuple[Size2, int]) -> bool:
     28, 32   tiles              tiles
     ======== ================== ==================
 
-    Measured on two cores of an Intel Xeon with AVX-512, torch 2.15, batches of 1, 8 and 64: tiles took 1.1 to 2 times
+    Measured on two cores of an Intel Xeon with AVX-512, torch 2.15, batches of 1, 8 and 64: tiles took 1.1 to 3 times
     the plain convolution's time with 16 to 64 tokens, and up to 1.2 times with 196 and 256 tokens and wide heads.
     Only oneDNN has a fast grouped convolution, and only in float32.
     """
-    if query.dtype != torch.float32 or not torch.backends.mkldnn.is_available():
+    if query.dtype != torch.float32 or not torch._C._has_mkldnn:
         return False
     num_tokens = prod(unfold[0])
     fits = num_tokens * prod(key.shape[:2]) <= tiles.TILE_NUMEL
@@ -56,7 +56,7 @@ def convolved_attention(
     if batch * height * width <= UNFOLDED_TOKENS:
         flat = unfold_queries(query, *unfold).transpose(0, 1).flatten(1, 2)
         logits = flat @ key.mT if key_bias is None else torch.baddbmm(key_bias.unsqueeze(1), flat, key.mT)
-        return _weigh(logits.unflatten(1, (batch, height * width)).transpose(0, 1), mask, value)
+        return _weigh(logits.view(heads, batch, height * width, -1).transpose(0, 1), mask, value)
     border = kernel_size // 2 if num_tokens == height * width else 0
     extents = (height, width) if border else (height + kernel_size - 1, width + kernel_size - 1)
     # channels last, as tokens lie in memory and as the key is laid out: the logits come token by token
@@ -66,8 +66,8 @@ def convolved_attention(
     images = max(1, tiles.TILE_NUMEL // (heads * height * width * key.shape[1]))
     if images >= batch:
         return _attend(maps, filters, bias, value, mask, border)
-    masks = [mask] * batch if mask is None or len(mask) == 1 else mask.split(images)
-    parts = zip(maps.split(images), value.split(images), masks, strict=False)
+    masks = [mask] * batch if mask is None or len(mask) == 1 else torch.split(mask, images)
+    parts = zip(torch.split(maps, images), torch.split(value, images), masks, strict=False)
     return torch.cat([_attend(part, filters, bias, values, added, border) for part, values, added in parts])
 
 
