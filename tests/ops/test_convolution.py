@@ -47,6 +47,7 @@ def test_is_the_convolution_of_the_paper(kernel_size, batch, images, with_bias, 
 def test_prefix_borders_and_masks(prefix, bordered, batch, of, monkeypatch):
     keys = TOKENS + prefix
     monkeypatch.setattr(tiles, "TILE_NUMEL", 2 * HEADS * TOKENS * keys)
+    monkeypatch.setattr(convolution, "UNFOLDED_TOKENS", 4 * TOKENS)  # one image is unfolded
     extents = {"map": (TOKENS, keys), "head": (HEADS, TOKENS, keys), "image": (batch, 1, 1, keys)}[of]
     inputs = [*tensors(batch, prefix=prefix, bordered=bordered), torch.randn(extents, dtype=torch.float64)]
 
@@ -64,7 +65,7 @@ def test_prefix_borders_and_masks(prefix, bordered, batch, of, monkeypatch):
 @pytest.mark.parametrize("batch", [1, 3])
 def test_second_derivatives(batch, monkeypatch):
     monkeypatch.setattr(tiles, "TILE_NUMEL", 1)
-    monkeypatch.setattr(convolution, "UNFOLDED_TOKENS", 6)
+    monkeypatch.setattr(convolution, "UNFOLDED_TOKENS", 24)
     shapes = ((batch, 2, 6, 2), (2, 6, 18), (2, 6), (batch, 2, 6, 2))
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
