@@ -27,6 +27,7 @@ from statickey.bench.contender import (
     twin,
 )
 from statickey.bench.measure import Roofline, Setting, differences, interleaved, peak_memory, roofline, time_in
+from statickey.bench.table import markdown, tables
 from statickey.errors import OutputError, StaticKeyError, UnknownNameError
 
 SMALL = (LayerShape((4, 4), 16, 2, num_prefix_tokens=1, batch=2), LayerShape((5, 3), 16, 4, batch=2))
@@ -78,6 +79,31 @@ def test_suites_join_and_replace_their_own_rows(small, tmp_path):
     assert {row["contender"] for row in stored if row["suite"] == "layers"} == {TIMM_MHSA, "fcska"}
     assert {row["suite"] for row in stored} == {"layers", "resolution"}
     assert (tmp_path / "resolution.png").stat().st_size > 10_000
+
+
+def test_shapes_are_a_table_that_marks_what_is_slower(small, tmp_path, monkeypatch):
+    for name, values in {"SIDES": (2, 3), "WIDTHS": (64, 128), "BATCHES": (1, 2)}.items():
+        monkeypatch.setattr(suites, name, values)
+    monkeypatch.setattr(suites, "MOST_MAP_BYTES", 4 * 2 * 2 * 3**4)  # leaves out 3x3, 4 heads, batch 2
+    rows, _ = run(tmp_path, "shapes", memory=True)
+    assert len(rows) == 2 * 2 * 7
+    assert {row["ratio_at_most"] for row in rows if row["against"]} == {1.03}
+    assert {row["peak_megabytes"] for row in rows} == {None}
+    for row in rows:
+        slow = (row["group"], row["phase"]) == ("2x2x256, 2 heads, batch 1", "training")
+        row["ratio"] = (1.04 if slow else 1.03) if row["against"] else None
+    table = markdown(rows)
+    assert "**cska : plain cska, forward and backward**" in table
+    assert "| ratio | batch 1 | batch 2 |" in table
+    assert table.count("✗") == 1
+    assert "| 2x2x256, 2 heads | 1.04 ✗ | 1.03 |" in table
+    assert table.count("| 3x3x256, 4 heads | 1.03 | – |") == 2
+    assert [len(each.rows) for each in tables(rows)] == [4, 4]
+
+
+def test_long_rounds_are_few():
+    turns = [len(list(interleaved({"a": lambda: None}, 7, Setting(), seconds))) for seconds in (0.0, 60.0)]
+    assert turns == [3, 7]
 
 
 def test_the_training_suite_measures_a_compared_network(small, tmp_path):

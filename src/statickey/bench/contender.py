@@ -14,7 +14,7 @@ from .._typing import Backend, Size2
 from ..layers import MIXERS, AttentionMixer, ConvStaticKeyAttention, TokenMixer
 from ..layers.attention import AttendOp
 from ..models import Swap, build_model, count_macs
-from ..ops import reference
+from ..ops import reference, static_key_attention
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,37 @@ def layer(
     return (mixer if built_for is None else OnGrid(mixer, shape.feat_size)), x
 
 
+class ConvStaticKeyOp(nn.Module):
+    """CSKA without projections: queries and values (B, N, 2*h*d), its keys learned."""
+
+    def __init__(self, shape: LayerShape, plain: bool) -> None:
+        super().__init__()
+        self.shape, self.plain = shape, plain
+        width, tokens = shape.dim // shape.num_heads, shape.num_tokens
+        key = torch.randn(shape.num_heads, tokens, width, 3, 3) * (9 * width) ** -0.5
+        # each as its own convolution wants it: channels first as written, last as queries are unfolded
+        self.key = nn.Parameter(key if plain else key.permute(0, 1, 3, 4, 2).flatten(2))
+        self.bias = nn.Parameter(0.1 * torch.randn(shape.num_heads, tokens))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Attend."""
+        query, value = x.reshape(*x.shape[:2], 2, self.shape.num_heads, -1).permute(2, 0, 3, 1, 4)
+        grid, scale = self.shape.feat_size, query.shape[3] ** -0.5
+        if self.plain:
+            return reference.conv_static_key_attention(query, self.key, self.bias, value, feat_size=grid, scale=scale)
+        return static_key_attention(query, self.key, value, key_bias=self.bias, scale=scale, unfold=(grid, 3))
+
+    def macs(self) -> int:
+        """Multiply-accumulates of one image: the convolution and the product."""
+        return 10 * self.shape.num_tokens**2 * self.shape.dim
+
+
+def op(shape: LayerShape, plain: bool = False) -> tuple[nn.Module, Tensor]:
+    """CSKA's op with keys of seed 0, as the package computes it or as the paper writes it, and tokens."""
+    torch.manual_seed(0)
+    return ConvStaticKeyOp(shape, plain), torch.randn(shape.batch, shape.num_tokens, 2 * shape.dim)
+
+
 class OnGrid(nn.Module):
     """A mixer on another grid than it was built for."""
 
@@ -182,7 +213,7 @@ def twin(contender: Contender) -> tuple[nn.Module, Tensor]:
 
 def macs(module: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates of one forward pass on the whole batch."""
-    if isinstance(module, TokenMixer):
+    if isinstance(module, TokenMixer | ConvStaticKeyOp):
         return len(x) * module.macs()
     if isinstance(module, OnGrid):
         return len(x) * int(module.mixer.macs(module.feat_size))

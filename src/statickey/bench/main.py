@@ -1,5 +1,6 @@
 """``bench``: contenders in one run, checked first, then timed in turns."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,8 +29,12 @@ PHASES: dict[str, tuple[Phase, ...]] = {
     "resolution": ("forward",),
     "detector": ("forward", "training"),
     "training": ("forward", "step"),
+    "shapes": ("forward", "training"),
 }
-ROUNDS = {"layers": 25, "models": 9, "resolution": 5, "detector": 3, "training": 15}
+ROUNDS = {"layers": 25, "models": 9, "resolution": 5, "detector": 3, "training": 15, "shapes": 11}
+QUICK = {"shapes": 3.0}
+"""Suites of many groups, and the seconds after which a group of theirs gets no more than three rounds; their memory
+is not measured, and the machine but once."""
 PARITY = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 """The largest relative difference between a contender and its twin that still counts as the same function."""
 ROWS_FILE = "bench.json"
@@ -58,7 +63,7 @@ def bench(
 
     Args:
         suites: ``layers``, ``models``, ``resolution`` (224 to 1536 pixels), ``detector`` (keys with a ``key_size`` at
-            800 x 1088 pixels) or ``training``.
+            800 x 1088 pixels), ``training``, or ``shapes`` (CSKA's op over a hundred shapes, without memory).
         mixers: Token mixers, with their arguments if need be, as ``ska:key=continuous``.
         device: What to run on.
         dtype: Type of weights and inputs.
@@ -159,6 +164,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     limit = roofline(setting)
+    memory = memory and suite not in QUICK
     groups = list(dict.fromkeys(contender.group for contender in contenders))
     task = progress.add_task(suite, total=len(groups) * len(PHASES[suite]) * rounds + len(contenders) * memory)
     for group in groups:
@@ -169,12 +175,13 @@ def _measure(
                 peak_memory(contender.make, PHASES[suite], setting) if memory else dict.fromkeys(PHASES[suite])
             )
             progress.advance(task, memory)
-        limit = limit.best(roofline(setting))
+        if suite not in QUICK:
+            limit = limit.best(roofline(setting))
         for phase in PHASES[suite]:
             made = {contender.name: setting.place(contender.make()) for contender in members}
             calls = {name: setting.prepare(each, phase) for name, each in made.items()}
             samples: dict[str, list[float]] = {name: [] for name in calls}
-            for times in interleaved(calls, rounds, setting):
+            for times in interleaved(calls, rounds, setting, QUICK.get(suite, math.inf)):
                 for name, seconds in times.items():
                     samples[name].append(seconds)
                 progress.advance(task)

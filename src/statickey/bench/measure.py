@@ -1,6 +1,7 @@
 """Clocks and scales: interleaved times, peak memory, and what the machine can do at most."""
 
 import gc
+import math
 import multiprocessing
 import os
 import platform
@@ -23,6 +24,9 @@ _SAMPLE_SECONDS = 0.02
 """A sample takes at least this long, over as many calls as that needs."""
 _SHORT_SECONDS = 0.2
 """A call shorter than this is made once more before each sample: what ran before it has emptied the caches."""
+
+_FEW_ROUNDS = 3
+"""Rounds that are made however long they take."""
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,10 @@ class Setting:
             torch.cuda.synchronize()
 
 
-def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, setting: Setting) -> Iterator[dict[str, float]]:
-    """Time functions in turns, each turn starting with another one.
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int, setting: Setting, most_seconds: float = math.inf
+) -> Iterator[dict[str, float]]:
+    """Time functions in turns, each turn starting with another one; after so many seconds, three turns are enough.
 
     Yields:
         For each round, seconds per call by name.
@@ -91,7 +97,10 @@ def interleaved(calls: Mapping[str, Callable[[], Any]], rounds: int, setting: Se
         numbers[name] = max(1, round(_SAMPLE_SECONDS / seconds))
         short[name] = seconds < _SHORT_SECONDS
     names = list(calls)
+    start = time.perf_counter()
     for turn in range(rounds):
+        if turn >= _FEW_ROUNDS and time.perf_counter() - start > most_seconds:
+            return
         times = {}
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             if short[name]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from .contender import (
     layer,
     model,
     network,
+    op,
 )
 
 LAYERS = (
@@ -37,6 +39,10 @@ LAYER_TARGETS = {
     (LAYERS[3], "cska"): Targets(0.80, 0.80),
     (LAYERS[4], "ska"): Targets(0.85, 0.90),
 }
+SIDES, WIDTHS, BATCHES = (4, 7, 8, 14, 16, 28, 32), (16, 24, 32, 48, 64), (1, 8, 64)
+"""Of the grid of shapes: tokens along a side, channels of a head, of which as many as make at most 256, images."""
+MOST_MAP_BYTES = 1 << 29
+"""Largest float32 map in the grid of shapes; the plain convolution needs several times as much memory."""
 RESOLUTIONS = (224, 384, 512, 768, 1024, 1536)
 KERNEL = ", triton"
 """What is added to the name of a mixer that runs with the kernel."""
@@ -183,10 +189,26 @@ def _compared(folder: Path) -> tuple[str, dict[str, Any], int]:
         return str(config["model"]), args | {"model_args": dict(config["model_args"])}, int(config["batch_size"])
 
 
+def shapes(mixers: Sequence[str]) -> list[Contender]:
+    """CSKA's op against the same as the paper writes it, over grids, widths of heads and batches; no other mixer."""
+    rows = []
+    for side, width, batch in product(SIDES, WIDTHS, BATCHES):
+        heads = 256 // width
+        if 4 * batch * heads * side**4 > MOST_MAP_BYTES:
+            continue
+        shape = LayerShape((side, side), heads * width, heads, batch=batch)
+        plain = partial(op, shape, plain=True)
+        rows.append(Contender(str(shape), PLAIN_CSKA, plain, checked=False))
+        targets = Targets(1.03, 1.03)
+        rows.append(Contender(str(shape), "cska", partial(op, shape), PLAIN_CSKA, targets=targets, twin=plain))
+    return rows
+
+
 SUITES: dict[str, Callable[..., list[Contender]]] = {
     "layers": layers,
     "models": models,
     "resolution": resolution,
     "detector": detector,
     "training": training,
+    "shapes": shapes,
 }

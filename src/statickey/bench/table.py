@@ -16,6 +16,8 @@ READING = (
 _PLACE = ("device", "threads", "dtype", "compiled", "torch", "timm", "python")
 _PHASES = {"forward": "forward", "training": "forward and backward", "step": "training step with AdamW"}
 COLUMNS = ("contender", "ms", "ratio", "quartiles", "target", "MB", "ratio", "limit", "time in")
+GRID_SUITE = "shapes"
+"""Its rows make a table of ratios; above their target they are marked ✗, and – is a map too large to measure."""
 _LEFT = ("contender", "time in")
 _MOST_KINDS = 3
 WIDE = 120
@@ -23,8 +25,8 @@ WIDE = 120
 
 
 def tables(rows: Sequence[dict[str, Any]], *, wide: bool = True) -> list[Table]:
-    """One table per group and phase, for the terminal; ``wide`` with where the time goes."""
-    made = []
+    """One table per group and phase, or grid and phase, for the terminal; ``wide`` with where the time goes."""
+    made = [_grid_table(*grid) for grid in _grids(rows)]
     columns = COLUMNS if wide else COLUMNS[:-1]
     for title, members in _parts(rows).items():
         table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
@@ -56,6 +58,9 @@ def reading(rows: Sequence[dict[str, Any]]) -> str:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The same tables as Markdown, with how to read them."""
     lines = []
+    for title, names, cells in _grids(rows):
+        lines += [f"**{title}**", "", f"| {' | '.join(names)} |", f"|---|{'---:|' * (len(names) - 1)}"]
+        lines += [f"| {' | '.join(line)} |" for line in cells] + [""]
     for title, members in _parts(rows).items():
         rules = ["---" if name in _LEFT else "---:" for name in COLUMNS]
         lines += [f"**{title}**", "", f"| {' | '.join(COLUMNS)} |", f"|{'|'.join(rules)}|"]
@@ -66,8 +71,39 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
 def _parts(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     parts: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
+        if row["suite"] == GRID_SUITE:
+            continue
         parts.setdefault(f"{row['group']}: {_PHASES[row['phase']]}", []).append(row)
     return parts
+
+
+_Grid = tuple[str, list[str], list[list[str]]]
+
+
+def _grids(rows: Sequence[dict[str, Any]]) -> list[_Grid]:
+    """The ratios of the suite of shapes: a title, names of columns, and lines; one for each phase."""
+    ratios: dict[str, dict[str, dict[str, str]]] = {}
+    for row in rows:
+        if row["suite"] == GRID_SUITE and row["ratio"] is not None:
+            shape, batch = row["group"].rsplit(", ", 1)
+            title = f"{row['contender']} : {row['against']}, {_PHASES[row['phase']]}"
+            above = row["ratio_at_most"] is not None and row["ratio"] > row["ratio_at_most"]
+            ratios.setdefault(title, {}).setdefault(shape, {})[batch] = f"{row['ratio']:.2f}{' ✗' * above}"
+    grids = []
+    for title, shapes in ratios.items():
+        batches = list(dict.fromkeys(batch for cells in shapes.values() for batch in cells))
+        lines = [[shape, *(cells.get(batch, "–") for batch in batches)] for shape, cells in shapes.items()]
+        grids.append((title, ["ratio", *batches], lines))
+    return grids
+
+
+def _grid_table(title: str, names: list[str], lines: list[list[str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1))
+    for name in names:
+        table.add_column(name, justify="left" if name == names[0] else "right", no_wrap=True)
+    for line in lines:
+        table.add_row(*line)
+    return table
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

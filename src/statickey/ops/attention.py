@@ -1,6 +1,7 @@
 """Attention against a key that does not depend on the input: the one formula of the package."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from math import prod
 from typing import Any, get_args
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from .._checks import check_backend, check_rate, check_static_key_attention, check_triton
 from .._typing import Backend, Size2
+from .convolution import convolved_attention, is_convolved
 from .grid import check_unfolding, unfold_queries
 from .tiles import tiled_attention
 
@@ -52,8 +54,9 @@ def static_key_attention(
         unfold: ``(feat_size, kernel_size)`` to attend with ``unfold_queries(query, feat_size, kernel_size)``, which
             is then not stored where the backend does not need it; N is the number of unfolded queries.
         backend: ``"sdpa"`` runs torch's fused attention, or on the CPU, where the static key is wider than the
-            value, products for the whole batch a tile of the map at a time; neither stores a large N x M map
-            (except with dropout on the CPU). ``"math"`` always stores it. ``"triton"``, on CUDA in float32, bfloat16
+            value, products for the whole batch a tile of the map at a time, or a convolution where ``unfold`` is
+            given and the map is small (see ``ops.convolution``); neither stores a large N x M map (except with
+            dropout on the CPU). ``"math"`` always stores it. ``"triton"``, on CUDA in float32, bfloat16
             or float16, runs a kernel that stores neither the map nor the unfolded query; backward recomputes both,
             whole, as ``"math"`` does. Its speed is not measured. It takes no dynamic key, no ``attn_mask`` and no
             dropout, and does not run under ``torch.compile``, ``torch.export`` or ``torch.func``. All have second
@@ -221,11 +224,15 @@ def _tiled(
     unfold: tuple[Size2, int] | None,
 ) -> Tensor:
     wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast("cpu", enabled=False):
+    with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
         bias = None if key_bias is None else key_bias.to(wide) * scale
         if mask is not None:
             mask = mask.to(wide).reshape((1,) * (4 - mask.ndim) + mask.shape)
-        out = tiled_attention(query.to(wide), key.to(wide) * scale, bias, value.to(wide), mask, unfold)
+        queries, key, value = query.to(wide), key.to(wide) * scale, value.to(wide)
+        if unfold is not None and is_convolved(queries, key, unfold):
+            out = convolved_attention(queries, key, bias, value, mask, unfold)
+        else:
+            out = tiled_attention(queries, key, bias, value, mask, unfold)
     return out.to(query.dtype)
 
 
