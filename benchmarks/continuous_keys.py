@@ -1,7 +1,8 @@
 """Which function of position should a static key be? Variants, scored on held-out training images.
 
     python benchmarks/continuous_keys.py PATH_TO_CIFAR10_PARQUET          # train and compare
-    python benchmarks/continuous_keys.py PATH_TO_CIFAR10_PARQUET aspect   # then: the trained ones on a wider map
+    python benchmarks/continuous_keys.py PATH_TO_CIFAR10_PARQUET differences   # then: from ska and the default
+    python benchmarks/continuous_keys.py PATH_TO_CIFAR10_PARQUET aspect   # and: the trained ones on a wider map
 
 Each variant is a mixer of its own, registered under a name, so that the comparison is the one users run. The folder
 may be filled bit by bit, by several processes at once: finished runs are reused.
@@ -13,15 +14,17 @@ from collections.abc import Callable
 from statistics import mean, stdev
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from statickey.compare import compare
+from statickey.compare import compare, paired_differences
 from statickey.convert import token_mixers
 from statickey.data import ImageDataModule
 from statickey.layers import MIXERS, ContinuousKey, StaticKeyAttention
 from statickey.layers.windows import Segment
 from statickey.tasks import load_model
+from statickey.tasks.accuracy import Accuracy
 from statickey.tasks.classification import Classification, ClassificationRecipe
 
 SEEDS, LIMIT, HOLDOUT, OUT = (0, 1, 2), 12_000, 0.25, "runs/continuous-keys"
@@ -142,10 +145,24 @@ def aspect(data: str) -> None:
                 print(f"{mixer:<20} {name:<20} {mean(scores):.2f} +- {stdev(scores):.2f}  {scores}")
 
 
+def differences() -> None:
+    """Print what every variant is above a key of free rows, and above the default."""
+    evidence: dict[str, dict[int, Accuracy]] = {}
+    for mixer in ("mhsa", "ska", *VARIANTS):
+        for seed in SEEDS:
+            with np.load(f"{OUT}/runs/{mixer}-seed{seed}/predictions.npz") as saved:
+                evidence.setdefault(mixer, {})[seed] = Accuracy(saved["predicted"], saved["truth"])
+    for baseline, names in {"ska": list(evidence), "continuous": list(VARIANTS)}.items():
+        for name, d in paired_differences(baseline, {each: evidence[each] for each in names}).items():
+            print(f"{name:<20} minus {baseline:<10} {d.mean:+.2f}  {d.interval}  p {d.adjusted_p}")
+
+
 if __name__ == "__main__":
     MIXERS.update(VARIANTS)
     if sys.argv[2:] == ["aspect"]:
         aspect(sys.argv[1])
+    elif sys.argv[2:] == ["differences"]:
+        differences()
     else:
         recipe = ClassificationRecipe(data=sys.argv[1], limit=LIMIT, holdout=HOLDOUT, epochs=5)
         compare(recipe, mixers=["mhsa", "ska", *VARIANTS], seeds=SEEDS, score_on="holdout", out=OUT)
