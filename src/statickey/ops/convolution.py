@@ -10,8 +10,8 @@ from .._typing import Size2
 from . import tiles
 from .grid import unfold_queries
 
-UNFOLDED_TOKENS = 64
-"""Most tokens of a batch for which unfolding them is faster than to start a convolution; with gradients a quarter."""
+UNFOLDED_TOKENS = 128
+"""Most tokens of a batch for which unfolding them is faster than to start a convolution; with gradients an eighth."""
 KEPT_EXTENT = 8
 """Most tokens per channel of a head where the map is kept for backward, so many times as large as the query."""
 
@@ -53,7 +53,7 @@ def convolved_attention(
     """
     (height, width), kernel_size = unfold
     batch, heads, num_tokens, dim = query.shape
-    if batch * height * width <= UNFOLDED_TOKENS // (4 if torch.is_grad_enabled() else 1):
+    if batch * height * width <= UNFOLDED_TOKENS // (8 if torch.is_grad_enabled() else 1):
         flat = unfold_queries(query, *unfold).transpose(0, 1).flatten(1, 2)
         logits = flat @ key.mT if key_bias is None else torch.baddbmm(key_bias.unsqueeze(1), flat, key.mT)
         return _weigh(logits.view(heads, batch, height * width, -1).transpose(0, 1), mask, value)

@@ -18,7 +18,7 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> Figure:
     names = list(dict.fromkeys(str(row["contender"]).rpartition(" ")[0] for row in rows))
     shades = colours(names)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        figure = Figure(figsize=(11, 3.6), layout="constrained")
         shown = {"milliseconds": "time, ms", "peak_megabytes": "peak memory, MB"}
         shown = {key: title for key, title in shown.items() if any(row[key] for row in rows)}
         panels = figure.subplots(1, len(shown), squeeze=False)[0]
@@ -35,7 +35,7 @@ def scaling(rows: Sequence[Mapping[str, Any]]) -> Figure:
             axes.set_title(title)
             axes.set_xlabel("tokens")
             axes.grid(axis="y")
-        panels[0].legend(frameon=False)
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False)
     return figure
 
 
