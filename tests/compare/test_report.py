@@ -132,8 +132,10 @@ def test_a_picture_that_cannot_be_drawn_costs_no_result(tmp_path, monkeypatch):
         def attention_weights(self, x, feat_size=None):
             return super().attention_weights(x, feat_size)[..., :-1]
 
-        def get_parameter(self, target):
-            raise AttributeError("no key of a grid")
+        def key_rows(self, grid=None, name="static_key"):
+            if grid is None:
+                raise AttributeError("no key of a grid")
+            return super().key_rows(grid, name)
 
     class Silent(MIXERS["mhsa"]):
         def attention_weights(self, x, feat_size=None):
