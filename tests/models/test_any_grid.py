@@ -135,3 +135,14 @@ def test_pooled_weights_of_another_size(kwargs):
     finer.load_state_dict(checkpoint_filter_fn(model.state_dict(), finer))
     model.set_key_size((4, 4))
     assert torch.equal(model(x), finer(x))
+
+
+@pytest.mark.parametrize(("saved", "built"), [("grid", "continuous"), ("continuous", "grid")])
+def test_a_checkpoint_of_the_other_kind_of_key_is_refused(saved, built):
+    common = {"num_classes": 3, "depth": 1, "img_size": 64}
+    states = timm.create_model("cska_vit_tiny_patch16_224", key=saved, **common)
+    model = timm.create_model("cska_vit_tiny_patch16_224", key=built, **common)
+    with pytest.raises(StaticKeyError, match=f"conv_key is a key='{saved}' in the checkpoint, key='{built}' in"):
+        model.load_state_dict(states.state_dict())
+    states.set_key(built)
+    model.load_state_dict(states.state_dict())

@@ -219,12 +219,21 @@ class StaticKeyHost(nn.Module):
 
 
 def check_shapes(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Refuse the first tensor of a state dict whose shape differs from the model's.
+    """Refuse the first tensor of a state dict whose shape, or kind of key, differs from the model's.
 
     Raises:
-        StaticKeyError: Names the tensor, both shapes and the remedy.
+        StaticKeyError: Names the tensor, both shapes or kinds and the remedy.
     """
     mixers = token_mixers(model).items()
+    for prefix, mixer in mixers:
+        for name in mixer.key_names if isinstance(mixer, StaticKeyAttention) else ():
+            rows, function = f"{prefix}.{name}", f"{prefix}.{name}.weight"
+            saved = "grid" if rows in state_dict else "continuous" if function in state_dict else mixer.key
+            if saved != mixer.key:
+                raise StaticKeyError(
+                    f"{rows} is a key={saved!r} in the checkpoint, key={mixer.key!r} in the model; build the model "
+                    f"with key={saved!r}, load, then call its set_key({mixer.key!r})"
+                )
     tied = {f"{prefix}.{name}" for prefix, mixer in mixers for name in mixer.grid_parameters}
     for name, own in model.state_dict(keep_vars=True).items():
         other = state_dict.get(name)
@@ -232,8 +241,8 @@ def check_shapes(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
             continue
         if name in tied or name.endswith(("pos_embed", "relative_position_bias_table")):
             remedy = (
-                "build the model with the img_size, class_token and reg_tokens it was saved with; another img_size "
-                "is resampled by statickey.models.checkpoint_filter_fn(state_dict, model)"
+                "build the model with the img_size, key_size, class_token and reg_tokens it was saved with; another "
+                "size is resampled by statickey.models.checkpoint_filter_fn(state_dict, model)"
             )
         elif name.startswith("head"):
             remedy = "build the model with the checkpoint's num_classes, then call reset_classifier"
