@@ -170,7 +170,13 @@ def test_time_is_shared_out_by_kind():
     spent = time_in(lambda: (x @ x @ x @ x).softmax(0), Setting())
     assert spent["products"] > spent["softmax"] > 0
     assert spent["convolution"] == spent["attention"] == 0
-    spent = time_in(lambda: torch.nn.functional.scaled_dot_product_attention(*[x[None, None]] * 3), Setting())
+
+    def attend():
+        for _ in range(20):  # one call is too short to tell from what else the machine does
+            torch.nn.functional.scaled_dot_product_attention(*[x[None, None]] * 3)
+
+    attend()
+    spent = time_in(attend, Setting())
     assert max(spent, key=spent.get) == "attention"
 
 
