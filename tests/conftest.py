@@ -10,6 +10,7 @@ if not torch.cuda.is_available():  # before anything loads triton, which reads i
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)  # these models are tiny: a second thread costs more than it brings
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start: one forked from one with threads may hang
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read once, by whichever test profiles first
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 

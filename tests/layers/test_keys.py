@@ -130,6 +130,11 @@ def test_queries_without_a_projection_and_wrapped_projections(cls, key):
     assert_close("no projection", layer(x), layer(x, attn_mask=torch.zeros(1)))
     layer = make(cls, key=key, key_size=(3, 2), qkv_bias=True)
     expected = layer(x)
+    seen = []
+    handle = layer.qv.register_forward_hook(lambda *args: seen.append(args))
+    assert_close("hooked", layer(x), expected)
+    assert len(seen) == 1
+    handle.remove()
     layer.qv.__class__ = Wrapped
     assert_close("wrapped", layer(x), expected)
 

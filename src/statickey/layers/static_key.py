@@ -251,7 +251,8 @@ class StaticKeyAttention(GridState, AttentionMixer):
         pool = partial(pool_cells, feat_size=feat_size, key_size=cells, num_prefix_tokens=prefix)
         if not self.query_proj:
             query, value = x, self.v(pool(x))
-        elif type(self.qv) is nn.Linear:  # a mean of projections is the projection of the mean, of fewer tokens
+        elif type(self.qv) is nn.Linear and not (self.qv._forward_pre_hooks or self.qv._forward_hooks):
+            # a mean of projections is the projection of the mean, of fewer tokens
             weights = self.qv.weight.chunk(2)
             biases = (None, None) if self.qv.bias is None else self.qv.bias.chunk(2)
             query = F.linear(x, weights[0], biases[0])
