@@ -318,3 +318,12 @@ def test_meta_device_then_reset(cls):
             module.reset_parameters()
     assert layer(torch.randn(1, 36, DIM)).isfinite().all()
     assert 0.3 < layer.key_rows(name=layer.key_names[-1]).std() < 1.7
+
+
+@layers
+def test_a_fitted_key_is_drawn_anew_as_a_fresh_one(cls):
+    layer, fresh = make(cls, num_prefix_tokens=1), make(cls, key="continuous", num_prefix_tokens=1)
+    layer.set_key("continuous")
+    assert [getattr(layer, name).std for name in cls.key_names] == [
+        getattr(fresh, name).std for name in cls.key_names
+    ]

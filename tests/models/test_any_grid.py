@@ -146,3 +146,12 @@ def test_a_checkpoint_of_the_other_kind_of_key_is_refused(saved, built):
         model.load_state_dict(states.state_dict())
     states.set_key(built)
     model.load_state_dict(states.state_dict())
+
+
+def test_key_size_is_set_on_all_layers_or_none():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=2, num_classes=2)
+    convert(model, "ska", layers=0)
+    convert(model, "ska", layers=[-1], mixer_args={"off_grid": "window"})
+    with pytest.raises(StaticKeyError, match="off_grid='window'"):
+        model.set_key_size((2, 2))
+    assert [mixer.key_size for mixer in static_mixers(model)] == [None, None]

@@ -177,7 +177,10 @@ class StaticKeyHost(nn.Module):
         Raises:
             StaticKeyError: The model has no static key, a layer works in windows, or not a pair of positive integers.
         """
-        for mixer in self._static_key_mixers().values():
+        mixers = self._static_key_mixers().values()
+        for mixer in mixers:  # all or none
+            mixer.check_key_size(key_size)
+        for mixer in mixers:
             mixer.set_key_size(key_size)
 
     def set_key(self, key: Key) -> dict[str, float]:

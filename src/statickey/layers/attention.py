@@ -89,13 +89,9 @@ class AttentionMixer(TokenMixer):
             raise FeatSizeError(
                 f"attn_mask needs one map of all tokens, off_grid='window' tiles feat_size={feat_size}"
             )
-        attend = self._attend_to_cells if attn_mask is None and self._pools(feat_size) else self._attend
+        attend = self._attend_unmasked if attn_mask is None else self._attend
         out = attend(x, feat_size, partial(self._call_op, attn_mask=attn_mask)).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(self.out_norm(out)))  # type: ignore[no-any-return]
-
-    def _pools(self, feat_size: Size2) -> bool:
-        """Whether attention on this grid is to means of values, in cells of a coarser one."""
-        return False
 
     def _tiles(self, feat_size: Size2) -> bool:
         """Whether attention on this grid is split into windows."""
@@ -112,9 +108,9 @@ class AttentionMixer(TokenMixer):
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
         """Project and call ``op(query, key, value, key_bias=, query_offset=)``; (B, h, N, ...)."""
 
-    def _attend_to_cells(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
-        """What ``_attend`` computes, from means of values; only where ``_pools`` says so."""
-        raise NotImplementedError
+    def _attend_unmasked(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+        """What ``_attend`` computes, where neither a mask nor the map is asked for."""
+        return self._attend(x, feat_size, op)
 
     def _logit_scale(self) -> float | Tensor:
         return self.scale if self.log_temperature is None else self.log_temperature.exp()

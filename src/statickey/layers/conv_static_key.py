@@ -123,10 +123,14 @@ class ConvStaticKeyAttention(_ConvolvedQueryAttention):
 
     def _build_keys(self, factory: dict[str, Any]) -> None:
         width, k = self.head_dim, self.kernel_size
-        std = self._bound() / 3**0.5  # that of a uniform variable within the bound
-        self.conv_key = self._make_key((width, k, k), std, factory)
-        self.conv_bias = self._make_key((), std, factory)
-        self.prefix_key = self._make_key((width,), KEY_STD, factory) if self.num_prefix_tokens else None
+        self.conv_key = self._make_key((width, k, k), self._key_std("conv_key"), factory)
+        self.conv_bias = self._make_key((), self._key_std("conv_bias"), factory)
+        with_prefix = self.num_prefix_tokens > 0
+        self.prefix_key = self._make_key((width,), self._key_std("prefix_key"), factory) if with_prefix else None
+
+    def _key_std(self, name: str) -> float:
+        """Standard deviation of a fresh key; a convolution's is that of a uniform variable within its bound."""
+        return KEY_STD if name == "prefix_key" else self._bound() / 3**0.5
 
     def _bound(self) -> float:
         """Largest entry of a fresh convolution, torch's default."""

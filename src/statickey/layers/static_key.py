@@ -90,7 +90,7 @@ class StaticKeyAttention(GridState, AttentionMixer):
         self.key = key
         self.off_grid = off_grid
         pooled = key_size is None and off_grid == "pool"
-        self.key_size = check_feat_size(feat_size) if pooled else self._checked_key_size(key_size)
+        self.key_size = check_feat_size(feat_size) if pooled else self.check_key_size(key_size)
         self.query_proj = query_proj
         super().__init__(
             dim,
@@ -137,6 +137,10 @@ class StaticKeyAttention(GridState, AttentionMixer):
         super().reset_parameters()
         self._reset_keys()
 
+    def _key_std(self, name: str) -> float:
+        """Standard deviation of a fresh key, of ``key_names``."""
+        return KEY_STD
+
     def _reset_keys(self) -> None:
         reset_key(self.static_key, partial(nn.init.normal_, std=KEY_STD))
 
@@ -157,11 +161,12 @@ class StaticKeyAttention(GridState, AttentionMixer):
             FeatSizeError: Not a pair of positive integers.
             StaticKeyError: The layer works in windows.
         """
-        checked, before = self._checked_key_size(key_size), self.key_grid
+        checked, before = self.check_key_size(key_size), self.key_grid
         self.key_size = checked
         self._rebuild(before)
 
-    def _checked_key_size(self, key_size: Size2 | None) -> Size2 | None:
+    def check_key_size(self, key_size: Size2 | None) -> Size2 | None:
+        """A grid that ``set_key_size`` takes, as a plain tuple; raises as that does."""
         if key_size is None:
             return None
         if self.off_grid == "window":
@@ -193,7 +198,8 @@ class StaticKeyAttention(GridState, AttentionMixer):
         for name, tensor in rows.items():
             trainable = any(p.requires_grad for p in _parameters(old[name]))
             delattr(self, name)
-            made = self._make_key(tuple(tensor.shape[2:]), KEY_STD, {"device": tensor.device, "dtype": tensor.dtype})
+            std = self._key_std(name)
+            made = self._make_key(tuple(tensor.shape[2:]), std, {"device": tensor.device, "dtype": tensor.dtype})
             if isinstance(made, ContinuousKey):
                 error = max(error, made.fit(tensor, self.key_grid))
             else:
@@ -246,7 +252,9 @@ class StaticKeyAttention(GridState, AttentionMixer):
 
         return attend(self._segments(query, feat_size, rows), value, op)
 
-    def _attend_to_cells(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+    def _attend_unmasked(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+        if not self._pools(feat_size):
+            return self._attend(x, feat_size, op)
         cells, prefix = self._cells(feat_size), self.num_prefix_tokens
         pool = partial(pool_cells, feat_size=feat_size, key_size=cells, num_prefix_tokens=prefix)
         if not self.query_proj:
@@ -272,6 +280,7 @@ class StaticKeyAttention(GridState, AttentionMixer):
         return min(wanted[0], feat_size[0]), min(wanted[1], feat_size[1])
 
     def _pools(self, feat_size: Size2) -> bool:
+        """Whether attention on this grid is to means of values, in cells of a coarser one."""
         return not self._tiles(feat_size) and not self.mask_diagonal and self._cells(feat_size) != feat_size
 
     def _tiles(self, feat_size: Size2) -> bool:
