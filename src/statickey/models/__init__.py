@@ -4,6 +4,7 @@ from . import lsa_vit, small_vit, static_key_former, static_key_vit
 from .build import PRETRAINED_ARGS, build_model, count_macs, is_ours, timm_args
 from .checkpoint import LoadReport, checkpoint_filter_fn, warm_start
 from .figures import ModelFigures, model_figures
+from .pyramid import Pyramid, build_pyramid
 from .reference import load_reference_state_dict
 from .swaps import Swap
 from .weights import CONFIG_FILE, WEIGHTS_FILE, load_exactly, read_weights, start_from
@@ -14,8 +15,10 @@ __all__ = [
     "WEIGHTS_FILE",
     "LoadReport",
     "ModelFigures",
+    "Pyramid",
     "Swap",
     "build_model",
+    "build_pyramid",
     "checkpoint_filter_fn",
     "count_macs",
     "is_ours",

@@ -1,0 +1,169 @@
+"""A network without its head, as a pyramid of feature maps: what detectors and segmenters stand on."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d
+from timm.models import group_parameters
+from torch import Tensor, nn
+
+from .._checks import check_count, check_mapping
+from ..errors import StaticKeyError
+from .build import build_model
+from .swaps import Swap
+
+STRIDES = (4, 8, 16, 32)
+"""Pixels of the image per cell of each map."""
+_ANY_SIZE: tuple[dict[str, Any], ...] = (
+    {"dynamic_img_size": True, "dynamic_img_pad": True},
+    {"strict_img_size": False},
+    {},
+)
+"""What lets timm's networks take any image: vision transformers, Swin, and those that do as they are."""
+
+
+class Pyramid(nn.Module):
+    """Images (B, C, H, W), of any size, to feature maps at strides 4, 8, 16 and 32.
+
+    A network of four stages gives its own maps. One whose maps all have the same stride, such as a plain vision
+    transformer, gives its last, from which transposed convolutions and pooling make the four.
+
+    Attributes: ``body``, the network, whose weights have the names they have in a classifier; ``channels``, of each
+    map.
+
+    Args:
+        body: A network with timm's ``feature_info`` and ``forward_intermediates``; it loses its head.
+
+    Raises:
+        StaticKeyError: It gives neither four maps at these strides nor one at a single stride.
+
+    Source:
+        Li et al., Exploring Plain Vision Transformer Backbones for Object Detection, arXiv 2203.16527.
+    """
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        host: Any = body
+        infos = list(getattr(host, "feature_info", ()))
+        strides = [info["reduction"] for info in infos]
+        self.necks: nn.ModuleList | None = None
+        if set(STRIDES) <= set(strides):
+            self._indices = [strides.index(stride) for stride in STRIDES]
+            self.channels = tuple(infos[index]["num_chs"] for index in self._indices)
+        elif len(set(strides)) == 1:
+            self._indices = [len(infos) - 1]
+            width = infos[-1]["num_chs"]
+            necks = [_neck(width, strides[0], stride) for stride in STRIDES]
+            self.channels = tuple(channels for _, channels in necks)
+            self.necks = nn.ModuleList(neck for neck, _ in necks)
+        else:
+            raise StaticKeyError(
+                f"{type(body).__name__} has maps at strides {strides or 'unknown'}; a detector or segmenter needs "
+                f"{', '.join(map(str, STRIDES))}, or a vision transformer's single one"
+            )
+        self._indices = host.prune_intermediate_layers(self._indices, prune_norm=self.necks is None, prune_head=True)
+        self.body = body
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Maps (B, channels[i], about H / stride, about W / stride), finest first."""
+        host: Any = self.body
+        maps: list[Tensor] = host.forward_intermediates(
+            x, indices=self._indices, norm=self.necks is not None, intermediates_only=True
+        )
+        if self.necks is None:
+            return maps
+        made = [neck(maps[-1]) for neck in self.necks]
+        sizes = [tuple(-(-extent // stride) for extent in x.shape[-2:]) for stride in STRIDES]
+        return [
+            each if each.shape[-2:] == size else F.interpolate(each, size, mode="bilinear")
+            for each, size in zip(made, sizes, strict=True)
+        ]
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay must leave alone."""
+        own = getattr(self.body, "no_weight_decay", set)
+        return {f"body.{name}" for name in own()}
+
+    def layers(self, *, coarse: bool = False) -> dict[str, int]:
+        """The layer of each of the body's parameters by name, 0 next to the image, as timm groups them.
+
+        Args:
+            coarse: Whole stages, or a vision transformer's blocks, rather than layers.
+
+        Raises:
+            StaticKeyError: The network says nothing of its layers.
+        """
+        host: Any = self.body
+        if not hasattr(host, "group_matcher"):
+            raise StaticKeyError(
+                f"{type(host).__name__} does not say which layer its weights are of, which frozen_stages and "
+                "layer_decay need; leave them out, or take one of statickey's models"
+            )
+        groups = group_parameters(host, host.group_matcher(coarse=coarse), reverse=True)
+        return {f"body.{name}": layer for name, layer in groups.items()}
+
+    def freeze(self, stages: int) -> None:
+        """Keep the weights of the stem and the first stages, or of a vision transformer the first blocks, as they are.
+
+        Args:
+            stages: How many; 0 freezes nothing.
+
+        Raises:
+            StaticKeyError: There are not so many.
+        """
+        check_count(frozen_stages=stages)
+        if stages == 0:
+            return
+        layers = self.layers(coarse=True)
+        most = max(layers.values())
+        if stages > most:
+            raise StaticKeyError(f"frozen_stages={stages}, but {type(self.body).__name__} has {most}")
+        for name, parameter in self.named_parameters():
+            if name in layers and layers[name] <= stages:
+                parameter.requires_grad_(False)
+
+
+def build_pyramid(
+    name: str,
+    mixer: str | Swap | None,
+    *,
+    img_size: int,
+    seed: int = 0,
+    model_args: Mapping[str, Any] | None = None,
+    fp32_logits: bool = False,
+) -> Pyramid:
+    """The network that ``build_model`` builds, without its head.
+
+    Args:
+        name: As in ``build_model``.
+        mixer: As in ``build_model``.
+        img_size: Side of the images in pixels that keys and position embeddings are built for; it takes any.
+        seed: As in ``build_model``; the body's weights are those of the classifier at this seed.
+        model_args: As in ``build_model``.
+        fp32_logits: As in ``build_model``.
+
+    Raises:
+        StaticKeyError: As ``build_model``, or the network has no pyramid.
+    """
+    args = check_mapping("model_args", model_args)
+    common: dict[str, Any] = {"img_size": img_size, "num_classes": 1, "seed": seed, "fp32_logits": fp32_logits}
+    for any_size in _ANY_SIZE:
+        try:
+            return Pyramid(build_model(name, mixer, model_args=any_size | args, **common))
+        except StaticKeyError as error:
+            if not any(repr(arg) in str(error.__cause__) for arg in any_size):
+                raise
+    raise AssertionError("the last way adds no argument")
+
+
+def _neck(width: int, stride: int, wanted: int) -> tuple[nn.Module, int]:
+    """What brings a map from one stride to another, and the channels it makes."""
+    layers: list[nn.Module] = []
+    while stride > wanted and stride % 2 == 0:
+        layers += [LayerNorm2d(width), nn.GELU()] if layers else []
+        layers.append(nn.ConvTranspose2d(width, width // 2, 2, 2))
+        width, stride = width // 2, stride // 2
+    if wanted // stride > 1:
+        layers.append(nn.MaxPool2d(wanted // stride))
+    return nn.Sequential(*layers), width
