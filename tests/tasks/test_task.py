@@ -83,7 +83,7 @@ class Brightness(Task):
             "small_vit", mixer, img_size=8, num_classes=1, in_chans=1, seed=seed, model_args=recipe.model_args
         )
 
-    def input_size(self, data):
+    def input_size(self, recipe, data):
         return 1, 8, 8
 
     def card(self, recipe, data, module, mixer):

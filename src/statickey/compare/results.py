@@ -130,7 +130,7 @@ def summarize(config: CompareConfig, data: Any, runs: list[FinishedRun]) -> dict
             "train_images": len(module.train_images) + len(module.val_images),
             "scored_images": first["scored_images"],
             "classes": list(data.class_names),
-            "img_size": config.task.input_size(data)[1],
+            "img_size": config.task.input_size(config.recipe, data)[1],
             "skipped": list(data.skipped),
         },
         "config": config.to_dict(),

@@ -1,29 +1,48 @@
 """Images for training: where they come from and how they are batched."""
 
+from .annotations import (
+    IGNORE_INDEX,
+    DetectionData,
+    MapPictures,
+    ObjectPictures,
+    Objects,
+    OnBadSample,
+    SegmentationData,
+)
 from .augment import Augmentation, BatchAugment
 from .batches import EpochBatches, PlannedDataModule, PlannedImages, hold_out
+from .dense import open_segmentation
 from .folders import IMAGE_SUFFIXES, image_files
 from .images import ImageData, LabelledImages, load_images
 from .module import ImageDataModule, settled_augmentation
 from .pixels import UNREADABLE, normalize, open_image, square, to_mode
 from .plan import BatchPlan, mix_seed
+from .segmentation_batches import SegmentationDataModule, resized_image
 from .source import DataSet, OnBadImage
 from .stream import StreamedImages, open_stream, stream_transforms
 
 __all__ = [
+    "IGNORE_INDEX",
     "IMAGE_SUFFIXES",
     "UNREADABLE",
     "Augmentation",
     "BatchAugment",
     "BatchPlan",
     "DataSet",
+    "DetectionData",
     "EpochBatches",
     "ImageData",
     "ImageDataModule",
     "LabelledImages",
+    "MapPictures",
+    "ObjectPictures",
+    "Objects",
     "OnBadImage",
+    "OnBadSample",
     "PlannedDataModule",
     "PlannedImages",
+    "SegmentationData",
+    "SegmentationDataModule",
     "StreamedImages",
     "hold_out",
     "image_files",
@@ -31,7 +50,9 @@ __all__ = [
     "mix_seed",
     "normalize",
     "open_image",
+    "open_segmentation",
     "open_stream",
+    "resized_image",
     "settled_augmentation",
     "square",
     "stream_transforms",

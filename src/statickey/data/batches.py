@@ -72,7 +72,7 @@ class EpochBatches(Sampler[BatchPlan]):
                 yield BatchPlan(part, mix_seed(self.seed, self.epoch, i), first)
 
 
-def even_batches(num_images: int, rank: int = 0, world: int = 1) -> list[BatchPlan]:
+def even_batches(num_images: int, rank: int = 0, world: int = 1, batch_size: int = EVAL_BATCH) -> list[BatchPlan]:
     """All images in order, each once; every process gets the same number of batches, and none of them is empty.
 
     Raises:
@@ -83,7 +83,7 @@ def even_batches(num_images: int, rank: int = 0, world: int = 1) -> list[BatchPl
     order = torch.arange(num_images)
     # with several processes sizes differ by one at most, so that no share is empty
     batches = (
-        torch.split(order, EVAL_BATCH) if world == 1 else order.tensor_split(-(-num_images // (EVAL_BATCH * world)))
+        torch.split(order, batch_size) if world == 1 else order.tensor_split(-(-num_images // (batch_size * world)))
     )
     return [BatchPlan(batch.tensor_split(world)[rank], 0) for batch in batches]
 
@@ -137,6 +137,7 @@ class PlannedDataModule(L.LightningDataModule):
         batch_size: Images per optimizer step, over all processes.
         seed: Seed of order and augmentation.
         grad_accum_steps: Parts a batch is computed in.
+        eval_batch_size: Images scored at once by a process.
         num_workers: Loader processes.
     """
 
@@ -149,9 +150,11 @@ class PlannedDataModule(L.LightningDataModule):
         batch_size: int,
         seed: int = 0,
         grad_accum_steps: int = 1,
+        eval_batch_size: int = EVAL_BATCH,
         num_workers: int = 0,
     ) -> None:
         super().__init__()
+        self.eval_batch_size = eval_batch_size
         self.train_images, self.val_images, self.test_images = train, val, test
         self.batch_size, self.seed, self.grad_accum_steps = min(batch_size, len(train)), seed, grad_accum_steps
         self.num_workers = num_workers
@@ -195,14 +198,16 @@ class PlannedDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The held-out training images."""
-        return self._loader(self.val_images, even_batches(len(self.val_images), *self._rank_and_world()))
+        plans = even_batches(len(self.val_images), *self._rank_and_world(), self.eval_batch_size)
+        return self._loader(self.val_images, plans)
 
     def scoring_dataloader(self, split: Literal["test", "holdout"]) -> DataLoader[Any]:
         """This process's share of the test images or of those held out, in their order; it may be empty."""
         images = self.test_images if split == "test" else self.val_images
         rank, world = self._rank_and_world()
         share = torch.arange(len(images)).tensor_split(world)[rank]
-        return self._loader(images, [BatchPlan(part, 0) for part in torch.split(share, EVAL_BATCH) if len(part)])
+        plans = [BatchPlan(part, 0) for part in torch.split(share, self.eval_batch_size) if len(part)]
+        return self._loader(images, plans)
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

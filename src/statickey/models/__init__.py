@@ -6,19 +6,23 @@ from .checkpoint import LoadReport, checkpoint_filter_fn, warm_start
 from .figures import ModelFigures, model_figures
 from .pyramid import Pyramid, build_pyramid
 from .reference import load_reference_state_dict
+from .segmenters import DECODERS, Segmenter, build_segmenter, segment
 from .swaps import Swap
 from .weights import CONFIG_FILE, WEIGHTS_FILE, load_exactly, read_weights, start_from
 
 __all__ = [
     "CONFIG_FILE",
+    "DECODERS",
     "PRETRAINED_ARGS",
     "WEIGHTS_FILE",
     "LoadReport",
     "ModelFigures",
     "Pyramid",
+    "Segmenter",
     "Swap",
     "build_model",
     "build_pyramid",
+    "build_segmenter",
     "checkpoint_filter_fn",
     "count_macs",
     "is_ours",
@@ -27,6 +31,7 @@ __all__ = [
     "lsa_vit",
     "model_figures",
     "read_weights",
+    "segment",
     "small_vit",
     "start_from",
     "static_key_former",

@@ -104,7 +104,7 @@ class Pyramid(nn.Module):
         return {f"body.{name}": layer for name, layer in groups.items()}
 
     def freeze(self, stages: int) -> None:
-        """Keep the weights of the stem and the first stages, or of a vision transformer the first blocks, as they are.
+        """Train neither the stem nor the first stages, or of a vision transformer the first blocks.
 
         Args:
             stages: How many; 0 freezes nothing.
@@ -139,7 +139,7 @@ def build_pyramid(
         name: As in ``build_model``.
         mixer: As in ``build_model``.
         img_size: Side of the images in pixels that keys and position embeddings are built for; it takes any.
-        seed: As in ``build_model``; the body's weights are those of the classifier at this seed.
+        seed: As in ``build_model``; the body's weights are those of the classifier of one class at this seed.
         model_args: As in ``build_model``.
         fp32_logits: As in ``build_model``.
 

@@ -44,12 +44,16 @@ def read_weights(path: str | Path) -> dict[str, Any]:
 def start_from(model: nn.Module, path: str | Path) -> LoadReport:
     """Load everything of a weights file that fits; see ``warm_start``.
 
+    A classifier's weights go into the backbone of a detector or segmenter.
+
     Raises:
         OutputError: The file cannot be read, nothing of it fits, or a parameter in it is not finite.
     """
     state = read_weights(path)
+    body = getattr(getattr(model, "pyramid", None), "body", None)
+    of_classifier = not any(name.startswith("pyramid.") for name in state)
     try:
-        return warm_start(model, state)
+        return warm_start(body if isinstance(body, nn.Module) and of_classifier else model, state)
     except StaticKeyError as error:
         raise OutputError(f"{path}: {error}") from error
 

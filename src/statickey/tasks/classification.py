@@ -15,6 +15,7 @@ from ..data import (
     Augmentation,
     ImageData,
     ImageDataModule,
+    OnBadImage,
     StreamedImages,
     load_images,
     open_stream,
@@ -38,6 +39,7 @@ class ClassificationRecipe(Augmentation, Recipe):
     Args:
         data: ``digits``, a torchvision name (``cifar10``, ...), ``hf:NAME`` of the Hugging Face hub, or a folder:
             of images (train/CLASS/*.jpg, val/CLASS/*.jpg), of parquet files or of webdataset shards.
+        on_bad_image: Refuse data with an unreadable image, or skip such images.
         lr: Peak learning rate; default 3e-3 for images up to 16 pixels, else 1e-3, each tuned for mhsa with adamw.
         img_size: Bring all images to this many pixels; default as stored.
         stream: Decode images in loader workers as they are needed, with timm's transforms, rather than keep all
@@ -46,6 +48,7 @@ class ClassificationRecipe(Augmentation, Recipe):
         std: As ``mean``.
     """
 
+    on_bad_image: OnBadImage = "fail"
     img_size: int | None = None
     stream: bool = False
     mean: tuple[float, ...] | None = None
@@ -127,7 +130,7 @@ class Classification(Task):
             fp32_logits=recipe.fp32_logits,
         )
 
-    def input_size(self, data: Data) -> tuple[int, int, int]:
+    def input_size(self, recipe: ClassificationRecipe, data: Data) -> tuple[int, int, int]:
         """The images' own size."""
         return data.in_chans, data.img_size, data.img_size
 

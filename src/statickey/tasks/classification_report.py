@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
@@ -20,8 +21,10 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .._checks import check_positive
 from ..data import normalize, open_image, square, stream_transforms, to_mode
-from ..viz import confusion_matrix
+from ..errors import StaticKeyError
+from ..viz import confusion_matrix, labelled_image
 from .display import counted
+from .task import Answer
 from .weights import ModelCard
 
 CALIBRATION_BINS = 15
@@ -116,6 +119,8 @@ class Classifier:
         top_k: Classes per image.
     """
 
+    batch_size: ClassVar[int] = 64
+
     def __init__(self, model: nn.Module, card: ModelCard, *, img_size: int | None, top_k: int) -> None:
         check_positive(top_k=top_k)
         self.model, self.card = model, card
@@ -139,14 +144,22 @@ class Classifier:
         return normalize(torch.stack(list(pixels)).to(self.mean.device), self.mean, self.std)
 
     @torch.inference_mode()
-    def predict(self, images: Tensor) -> list[dict[str, Any]]:
+    def predict(self, images: Tensor) -> list[Answer]:
         """``classes`` of each image: a list of ``class`` and ``probability``, the likeliest first."""
         probabilities, indices = self.model(images).float().softmax(1).cpu().topk(self.top_k)
         names = self.card.class_names
         return [
-            {"classes": [{"class": names[i], "probability": p} for i, p in zip(own, ps, strict=True)]}
+            Answer({"classes": [{"class": names[i], "probability": p} for i, p in zip(own, ps, strict=True)]})
             for own, ps in zip(indices.tolist(), probabilities.tolist(), strict=True)
         ]
+
+    def picture(self, pixels: Tensor, answer: Answer, title: str) -> Figure:
+        """The image under its likeliest class."""
+        return labelled_image(pixels.permute(1, 2, 0).numpy() / 255, f"{title}: {self.title(answer.row)}")
+
+    def mask(self, answer: Answer) -> Image.Image:
+        """A classifier has none; raises StaticKeyError."""
+        raise StaticKeyError("a classifier has no class for every pixel; leave out --masks")
 
     def title(self, row: Mapping[str, Any]) -> str:
         """The likeliest class."""
@@ -157,7 +170,7 @@ class Classifier:
         """One row a class."""
         cells = [
             {"file": row["file"], "rank": rank, "class": guess["class"], "probability": f"{guess['probability']:.6f}"}
-            | {name: row[name] for name in ("attention",) if name in row}
+            | {name: row[name] for name in ("picture", "attention") if name in row}
             for row in rows
             for rank, guess in enumerate(row["classes"], start=1)
         ]

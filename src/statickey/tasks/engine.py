@@ -141,7 +141,7 @@ def _finish(
     if run.machine.strategy == "fsdp":  # whole tensors are on the first process alone
         state = trainer.strategy.broadcast(state if first else {})
     model = task.build(run.recipe, run.data, run.mixer, run.seed)
-    macs = count_macs(model, task.input_size(run.data))
+    macs = count_macs(model, task.input_size(run.recipe, run.data))
     loader = module.scoring_dataloader(run.score_on)
     device, precision = trainer.strategy.root_device, str(trainer.precision)
     scores: dict[str, float] = {}

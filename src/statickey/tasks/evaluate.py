@@ -72,13 +72,13 @@ def evaluate(
     place = Path(source) if Path(source).is_dir() else Path(source).parent
     result = read_result(place) if (place / RESULT_FILE).is_file() else None
     recipe = _recipe(task, source, card, result, data, data_dir, split)
-    size = card.img_size if img_size is None else img_size
-    has_size = "img_size" in task.recipe_class.defaults()
-    recipe_here = replace(recipe, precision=precision, **({"img_size": size} if has_size else {}))
+    size = card.img_size if img_size is None and task.fixed_size else img_size
+    sized = size is not None and "img_size" in task.recipe_class.defaults()
+    recipe_here = replace(recipe, precision=precision, **({"img_size": size} if sized else {}))
     trainer = new_trainer(recipe_here, machine)
     with display.busy("reading images"):
         images = None if split == "test" else _with_holdout(task, recipe, source, result, data or data_dir)
-        if images is None or size != card.img_size:
+        if images is None or size not in (None, card.img_size):
             images = task.read_data(recipe_here)
     display.skipped(images.skipped)
     _check_classes(card, images.class_names, recipe.data)
@@ -111,7 +111,8 @@ def evaluate(
     write_csv(folder / "per_class.csv", list(rows[0]), rows)
     for stem, figure in found.figures().items():
         save_png(figure, folder / f"{stem}.png")
-    title = f"{counted(numbers['images'], split + ' image')} of {Path(recipe.data).name}, {size} px"
+    shown = [counted(numbers["images"], split + " image") + f" of {Path(recipe.data).name}"]
+    title = ", ".join(shown if size is None else [*shown, f"{size} px"])
     throughput = {"throughput": f"{report['images_per_second']:,.0f} img/s"}
     display.console.print(facts_table(title, found.rows() | throughput))
     display.say(f"results: {escape(str(folder))}")
@@ -129,7 +130,7 @@ def _recipe(
 ) -> Any:
     """The recipe of the run, for its data or those asked for, with the card's normalisation."""
     options = task.recipe_class.defaults()
-    known: dict[str, Any] = {"img_size": card.img_size} if "img_size" in options else {}
+    known: dict[str, Any] = {"img_size": card.img_size} if task.fixed_size and "img_size" in options else {}
     if result is not None:
         known |= {"data": result["data"], "data_dir": result["data_dir"]} | result["config"]
     elif data is None:

@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from .._checks import check_arguments, check_folder
-from .._files import check_writable, write_csv, write_text
+from .._files import check_writable, write_atomic, write_csv, write_text
 from ..data import UNREADABLE, image_files
 from ..errors import OutputError, StaticKeyError
 from ..layers import TokenMixer
@@ -25,8 +26,6 @@ from .recipe import Machine, Recipe
 from .registry import task_named
 from .task import Predictor
 
-_BATCH = 64
-
 
 @dataclass(frozen=True)
 class Predictions:
@@ -34,7 +33,8 @@ class Predictions:
 
     rows: list[dict[str, Any]]
     """One a file: ``file``, what the task says of it (for a classifier ``classes``, a list of ``class`` and
-    ``probability``, the likeliest first), and ``attention``, the path of its picture, where one was asked for."""
+    ``probability``, the likeliest first; for a segmenter of ``class`` and ``share`` of the pixels), and the paths of
+    its ``picture``, ``mask`` and ``attention``, where they were asked for."""
     skipped: list[str]
     """Why files were left out."""
 
@@ -47,6 +47,8 @@ def predict(
     img_size: int | None = None,
     ema: bool = False,
     out: str | None = None,
+    pictures: str | None = None,
+    masks: str | None = None,
     attention: str | None = None,
     layer: str = "last",
     accelerator: str = "auto",
@@ -58,9 +60,11 @@ def predict(
         source: Folder of a run (of ``train``, or one of a comparison's ``runs``), or one of its weights files.
         files: An image file or several, folders of them, wildcards, or ``-`` for names on standard input, one a line.
         top_k: Answers per image, such as classes.
-        img_size: Bring images and network to this size.
+        img_size: Bring images to this many pixels, their shorter side where the network takes any size.
         ema: Use the averaged weights.
         out: A ``.csv`` or ``.json`` file for the results.
+        pictures: Folder for pictures of what was found, one PNG an image; the results name them.
+        masks: Folder for the class of every pixel, one PNG with a palette an image, from a network that segments.
         attention: Folder for pictures of the attention, one PNG an image; the results name them.
         layer: Whose attention: the name of a mixer, such as ``blocks.3.attn``, or ``last``, the last one with more
             than one token.
@@ -77,9 +81,10 @@ def predict(
     files = [str(files)] if isinstance(files, str | Path) else list(map(str, files))
     if out is not None and Path(out).suffix not in (".csv", ".json"):
         raise OutputError(f"out={out!r} must end in .csv or .json")
-    if attention is not None:
-        check_folder(attention=attention)
-    check_writable(out=out, attention=None if attention is None else Path(attention) / "picture.png")
+    folders = {"picture": pictures, "mask": masks, "attention": attention}
+    asked = {kind: Path(folder) for kind, folder in folders.items() if folder is not None}
+    check_folder(**{kind: str(folder) for kind, folder in asked.items()})
+    check_writable(out=out, **{kind: folder / "picture.png" for kind, folder in asked.items()})
     display = Display(console)
     model, card = load_model(source, img_size=img_size, ema=ema)
     model.to(new_trainer(Recipe(), Machine(accelerator=accelerator)).strategy.root_device)
@@ -92,12 +97,19 @@ def predict(
     names = _picture_names(paths)
     rows: list[dict[str, Any]] = []
     batches = _batches(predictor, paths, skipped)
-    for kept, pixels in display.track(batches, -(-len(paths) // _BATCH), "predicting"):
+    for kept, pixels in display.track(batches, -(-len(paths) // predictor.batch_size), "predicting"):
         images = predictor.prepare(pixels)
-        found = [{"file": str(path)} | row for path, row in zip(kept, predictor.predict(images), strict=True)]
-        if attention is not None:
-            for row, path in zip(found, kept, strict=True):
-                row["attention"] = str(Path(attention) / names[path])
+        answers = predictor.predict(images)
+        found = [
+            {"file": str(path)} | answer.row | {kind: str(folder / names[path]) for kind, folder in asked.items()}
+            for path, answer in zip(kept, answers, strict=True)
+        ]
+        for row, image, answer in zip(found, pixels, answers, strict=True):
+            if "picture" in asked:
+                save_png(predictor.picture(image, answer, Path(row["file"]).name), Path(row["picture"]))
+            if "mask" in asked:
+                write_atomic(Path(row["mask"]), partial(predictor.mask(answer).save, format="PNG"))
+        if "attention" in asked:
             _draw(model, layer, images, pixels, found, predictor)
         rows += found
     if not rows and len(skipped) == 1:
@@ -112,8 +124,8 @@ def predict(
         else:
             write_csv(Path(out), *predictor.csv(rows))
         display.say(f"results: {escape(out)}")
-    if attention is not None:
-        display.say(f"attention: {escape(attention)}")
+    for kind, folder in asked.items():
+        display.say(f"{kind if kind == 'attention' else kind + 's'}: {escape(str(folder))}")
     display.console.print(predictor.table(rows))
     return Predictions(rows, skipped)
 
@@ -140,9 +152,10 @@ def _found(word: str) -> Iterable[Path]:
 def _batches(
     predictor: Predictor, paths: Sequence[Path], skipped: list[str]
 ) -> Iterator[tuple[list[Path], list[Tensor]]]:
-    for start in range(0, len(paths), _BATCH):
+    size = predictor.batch_size
+    for start in range(0, len(paths), size):
         kept, pixels = [], []
-        for path in paths[start : start + _BATCH]:
+        for path in paths[start : start + size]:
             try:
                 pixels.append(predictor.read(path))
             except UNREADABLE as error:

@@ -12,7 +12,6 @@ from timm.optim import list_optimizers
 
 from .._checks import check_mapping, check_name, check_positive, check_rate, check_types
 from .._files import regular
-from ..data import OnBadImage
 from ..errors import OutputError, StaticKeyError
 from ..models import WEIGHTS_FILE
 
@@ -30,7 +29,6 @@ class Recipe:
         data: What to learn from; the task's own recipe says in which forms.
         data_dir: Where torchvision and Hugging Face keep their downloads.
         limit: Use this many training images, drawn once at random.
-        on_bad_image: Refuse data with an unreadable image, or skip such images.
         holdout: Share of the training images held out for the learning curves.
         model: Any name of timm's registry, this package's included.
         model_args: Further constructor arguments of the network, such as depth, drop_path_rate or pretrained.
@@ -55,7 +53,6 @@ class Recipe:
     data: str = "digits"
     data_dir: str | None = None
     limit: int | None = None
-    on_bad_image: OnBadImage = "fail"
     holdout: float = 0.1
     model: str = "small_vit"
     model_args: dict[str, Any] = field(default_factory=dict)

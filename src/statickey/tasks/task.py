@@ -10,6 +10,7 @@ import numpy as np
 import torchmetrics
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from PIL import Image
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -74,8 +75,21 @@ class Evaluation(Protocol):
         """Pictures, by the stem of their file's name."""
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a network says of one image."""
+
+    row: dict[str, Any]
+    """In plain values."""
+    detail: Any = None
+    """What pictures need beside it."""
+
+
 class Predictor(Protocol):
     """A trained network at work on image files."""
+
+    batch_size: ClassVar[int]
+    """Files read at once."""
 
     def read(self, path: Path) -> Tensor:
         """Pixels (C, H, W) in uint8; raises one of ``statickey.data.UNREADABLE``."""
@@ -83,8 +97,18 @@ class Predictor(Protocol):
     def prepare(self, pixels: Sequence[Tensor]) -> Any:
         """What the network takes of these images, on its device."""
 
-    def predict(self, images: Any) -> list[dict[str, Any]]:
-        """What it says of each image, as plain values."""
+    def predict(self, images: Any) -> list[Answer]:
+        """What it says of each image."""
+
+    def picture(self, pixels: Tensor, answer: Answer, title: str) -> Figure:
+        """What it says, on the image."""
+
+    def mask(self, answer: Answer) -> Image.Image:
+        """The class of every pixel.
+
+        Raises:
+            StaticKeyError: The task has no such thing.
+        """
 
     def title(self, row: Mapping[str, Any]) -> str:
         """One of these in a few words, for a picture."""
@@ -106,6 +130,8 @@ class Task(ABC):
     name: ClassVar[str]
     metric: ClassVar[Metric]
     recipe_class: ClassVar[type[Recipe]]
+    fixed_size: ClassVar[bool] = True
+    """Whether all images of a network are brought to the one size of its card."""
 
     @abstractmethod
     def read_data(self, recipe: Any) -> DataSet:
@@ -135,7 +161,7 @@ class Task(ABC):
         """The network for some data, with fresh weights; ``mixer`` as in ``build_model``."""
 
     @abstractmethod
-    def input_size(self, data: Any) -> tuple[int, int, int]:
+    def input_size(self, recipe: Any, data: Any) -> tuple[int, int, int]:
         """(C, H, W) of the image that multiply-accumulates are counted on."""
 
     @abstractmethod

@@ -1,5 +1,6 @@
 """Trained networks on disk: safetensors with a JSON beside them, as timm and the Hugging Face hub keep them."""
 
+import dataclasses
 import json
 import math
 import reprlib
@@ -34,6 +35,8 @@ class ModelCard:
     streamed: bool = False
     fp32_logits: bool = False
     task: str = "classify"
+    task_args: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What the task must know besides, to build the network."""
 
     def build(self, img_size: int | None = None) -> nn.Module:
         """The network with fresh weights, for its own or another image size."""
@@ -43,7 +46,7 @@ class ModelCard:
             img_size=self.img_size if img_size is None else img_size,
             num_classes=len(self.class_names),
             in_chans=self.in_chans,
-            model_args=_without_weights(self.model_args),
+            model_args=without_weights(self.model_args),
             fp32_logits=self.fp32_logits,
         )
 
@@ -53,10 +56,10 @@ class ModelCard:
         A tag, the hub or a folder need not be there when the network is built again: the card has the architecture
         behind the name, the arguments and mixer saved there, and the sizes that followed the image size.
         """
-        built: Any = model
-        if not hasattr(model, "mixer_text"):  # not of build_model
+        built: Any = getattr(getattr(model, "pyramid", None), "body", model)  # what a detector or segmenter stands on
+        if not hasattr(built, "mixer_text"):  # not of build_model
             return self
-        given = _without_weights(self.model_args)
+        given = without_weights(self.model_args)
         architecture, mixer = built.pretrained_cfg["architecture"], built.mixer_text
         args = {k: v for k, v in built._model_args.items() if k not in ("num_classes", "in_chans", "img_size")}
         if mixer is not None:
@@ -66,7 +69,7 @@ class ModelCard:
     def to_json(self) -> dict[str, Any]:
         """In timm's layout, with what timm does not know under ``statickey``."""
         size = (self.in_chans, self.img_size, self.img_size)
-        args = _without_weights(self.model_args)
+        args = without_weights(self.model_args)
         return {
             "architecture": self.architecture,
             "num_classes": len(self.class_names),
@@ -84,6 +87,7 @@ class ModelCard:
                 "streamed": self.streamed,
                 "fp32_logits": self.fp32_logits,
                 "task": self.task,
+                "task_args": self.task_args,
             },
         }
 
@@ -109,6 +113,7 @@ class ModelCard:
                 "streamed": own["streamed"],
                 "fp32_logits": own.get("fp32_logits", False),  # version 0.1 said neither this
                 "task": own.get("task", "classify"),  # nor this
+                "task_args": own.get("task_args", {}),  # nor this
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise OutputError(f"{path} does not describe a network of this program ({error!r})") from error
@@ -134,6 +139,7 @@ class ModelCard:
             streamed=fields["streamed"],
             fp32_logits=fields["fp32_logits"],
             task=fields["task"],
+            task_args=fields["task_args"],
         )
 
 
@@ -141,7 +147,7 @@ def _fits(name: str, field: Any) -> bool:
     """Whether a field of a card has the type and range it must have."""
     if name in ("streamed", "fp32_logits"):
         return isinstance(field, bool)
-    if name == "model_args":
+    if name in ("model_args", "task_args"):
         return isinstance(field, dict)
     if name in ("architecture", "mixer", "task"):
         return isinstance(field, str) or (name == "mixer" and field is None)
@@ -156,7 +162,7 @@ def _fits(name: str, field: Any) -> bool:
     return numbers and (name == "mean" or min(field) > 0)
 
 
-def _without_weights(model_args: dict[str, Any]) -> dict[str, Any]:
+def without_weights(model_args: dict[str, Any]) -> dict[str, Any]:
     """What a model is, without where its first weights came from."""
     return {name: value for name, value in model_args.items() if name not in PRETRAINED_ARGS}
 

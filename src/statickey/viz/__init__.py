@@ -7,10 +7,12 @@ from .figures import (
     attention_overlay,
     confusion_matrix,
     differences,
+    labelled_image,
     learning_curves,
     static_keys,
 )
 from .page import save_png
+from .segmentation import class_bars, class_colours, class_map_overlay
 from .speed import accuracy_against_cost, scaling
 
 __all__ = [
@@ -18,9 +20,13 @@ __all__ = [
     "attention_of_token",
     "attention_overlay",
     "capture_attention",
+    "class_bars",
+    "class_colours",
+    "class_map_overlay",
     "confusion_matrix",
     "differences",
     "key_colours",
+    "labelled_image",
     "learning_curves",
     "page",
     "save_png",

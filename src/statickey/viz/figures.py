@@ -202,6 +202,18 @@ def attention_overlay(image: NDArray[Any], weights: Tensor, feat_size: tuple[int
     return figure
 
 
+def labelled_image(image: NDArray[Any], title: str) -> Figure:
+    """An image, (H, W, 3) or (H, W, 1) in [0, 1], under a title."""
+    height, width = image.shape[:2]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4, 4 * height / width + 0.4), layout="constrained")
+        axes = figure.subplots()
+        axes.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(title)
+        _blank(axes)
+    return figure
+
+
 def confusion_matrix(counts: Sequence[Sequence[int]], class_names: Sequence[str]) -> Figure:
     """Which classes are taken for which, in percent of the true class.
 

@@ -1,0 +1,249 @@
+"""Learning which class every pixel is of."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import ClassVar
+
+import segmentation_models_pytorch as smp
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import center_crop
+
+from .._checks import check_name, check_positive
+from ..data import IGNORE_INDEX, BatchPlan, SegmentationData, SegmentationDataModule, open_segmentation
+from ..errors import DataError, StaticKeyError
+from ..models import DECODERS, build_segmenter, segment
+from .dense import DenseRecipe
+from .overlap import MEAN_IOU, MeanIoU, Overlap
+from .recipe import Recipe
+from .segmentation_report import SegmentationPredictor, SegmentationScores
+from .task import Arrays, Evidence, Metric, ScoreOn, Task
+from .weights import ModelCard, without_weights
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentationRecipe(DenseRecipe):
+    """How to train a network that names every pixel: what dense recipes have, and what stands here.
+
+    Args:
+        crop_size: Side of training crops in pixels, which keys are built for; default the largest multiple of 32
+            that is within the first training image and 512.
+        window: Score and predict in windows of this side in pixels, which overlap; default whole images.
+        decoder: ``upernet``, ``fpn``, ``unet`` or ``segformer``.
+        decoder_channels: Width of the decoder.
+        loss: What is minimised, the sum of some of ``cross_entropy``, ``dice`` and ``focal``.
+    """
+
+    crop_size: int | None = None
+    window: int | None = None
+    decoder: str = "upernet"
+    decoder_channels: int = 256
+    loss: tuple[str, ...] = ("cross_entropy",)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.loss, list):
+            object.__setattr__(self, "loss", tuple(self.loss))
+        super().__post_init__()
+        check_name("decoder", self.decoder, DECODERS)
+        check_positive(decoder_channels=self.decoder_channels)
+        for name in ("crop_size", "window"):
+            if getattr(self, name) is not None:
+                check_positive(**{name: getattr(self, name)})
+        for name in self.loss:
+            check_name("loss", name, _LOSSES)
+        if not self.loss or len(set(self.loss)) < len(self.loss):
+            raise StaticKeyError(f"loss={list(self.loss)} must be one or several of {', '.join(_LOSSES)}, each once")
+
+
+class Segmentation(Task):
+    """Cross-entropy and its kin, and mean intersection over union."""
+
+    name: ClassVar[str] = "segment"
+    metric: ClassVar[Metric] = MEAN_IOU
+    recipe_class: ClassVar[type[Recipe]] = SegmentationRecipe
+    fixed_size: ClassVar[bool] = False
+
+    def read_data(self, recipe: SegmentationRecipe) -> SegmentationData:
+        """Images with their maps, read as they are needed."""
+        data = open_segmentation(
+            recipe.data,
+            data_dir=None if recipe.data_dir is None else Path(recipe.data_dir),
+            limit=recipe.limit,
+            on_bad_sample=recipe.on_bad_sample,
+        )
+        if len(data.class_names) < 2:
+            raise DataError(f"{recipe.data} has the one class {data.class_names}; segmentation needs two")
+        return data
+
+    def data_module(
+        self, recipe: SegmentationRecipe, data: SegmentationData, seed: int, num_workers: int = 0
+    ) -> SegmentationDataModule:
+        """Crops (B, 3, S, S) and maps (B, S, S) to learn from, lists of whole ones to score."""
+        recipe = self.settled(recipe, data)
+        assert recipe.crop_size is not None and recipe.flip is not None
+        return SegmentationDataModule(
+            data,
+            crop_size=recipe.crop_size,
+            img_size=recipe.img_size,
+            scale=recipe.scale,
+            flip=recipe.flip,
+            on_bad_sample=recipe.on_bad_sample,
+            batch_size=recipe.batch_size,
+            seed=seed,
+            holdout=recipe.holdout,
+            grad_accum_steps=recipe.grad_accum_steps,
+            mean=recipe.mean,
+            std=recipe.std,
+            num_workers=num_workers,
+        )
+
+    def settled(self, recipe: SegmentationRecipe, data: SegmentationData) -> SegmentationRecipe:
+        """The recipe with the crop and the flip that these images stand."""
+        crop_size = recipe.crop_size
+        if crop_size is None:
+            shorter = min(data.train.open(0).size) if recipe.img_size is None else recipe.img_size
+            crop_size = max(min(shorter, 512) // 32 * 32, 32)
+        return replace(
+            recipe,
+            crop_size=crop_size,
+            flip=data.flip if recipe.flip is None else recipe.flip,
+            lr=1e-3 if recipe.lr is None else recipe.lr,
+        )
+
+    def build(self, recipe: SegmentationRecipe, data: SegmentationData, mixer: str | None, seed: int) -> nn.Module:
+        """Images (B, 3, H, W) to logits (B, num_classes, H, W)."""
+        crop_size = self.settled(recipe, data).crop_size
+        assert crop_size is not None
+        model = build_segmenter(
+            recipe.model,
+            mixer,
+            img_size=crop_size,
+            num_classes=len(data.class_names),
+            decoder=recipe.decoder,
+            decoder_channels=recipe.decoder_channels,
+            seed=seed,
+            model_args=recipe.model_args,
+            fp32_logits=recipe.fp32_logits,
+        )
+        model.window = recipe.window
+        model.pyramid.freeze(recipe.frozen_stages)
+        return model
+
+    def rebuild(self, card: ModelCard, img_size: int | None = None) -> nn.Module:
+        """The network of a card; it takes images of any size."""
+        unknown = card.task_args.keys() - self.recipe_class.defaults().keys()
+        if unknown:
+            raise StaticKeyError(f"{', '.join(sorted(unknown))} is no setting of a segmenter")
+        recipe = SegmentationRecipe(**card.task_args)
+        model = build_segmenter(
+            card.architecture,
+            card.mixer,
+            img_size=card.img_size,
+            num_classes=len(card.class_names),
+            decoder=recipe.decoder,
+            decoder_channels=recipe.decoder_channels,
+            model_args=without_weights(card.model_args),
+            fp32_logits=card.fp32_logits,
+        )
+        model.window = recipe.window
+        return model
+
+    def input_size(self, recipe: SegmentationRecipe, data: SegmentationData) -> tuple[int, int, int]:
+        """A crop's."""
+        crop_size = self.settled(recipe, data).crop_size
+        assert crop_size is not None
+        return data.in_chans, crop_size, crop_size
+
+    def card(
+        self, recipe: SegmentationRecipe, data: SegmentationData, module: SegmentationDataModule, mixer: str | None
+    ) -> ModelCard:
+        """Architecture, decoder, classes and normalisation."""
+        crop_size = self.settled(recipe, data).crop_size
+        assert crop_size is not None
+        return ModelCard(
+            architecture=recipe.model,
+            mixer=mixer,
+            model_args=recipe.model_args,
+            img_size=crop_size,
+            in_chans=data.in_chans,
+            class_names=data.class_names,
+            mean=recipe.mean,
+            std=recipe.std,
+            fp32_logits=recipe.fp32_logits,
+            task_args={
+                "decoder": recipe.decoder,
+                "decoder_channels": recipe.decoder_channels,
+                "window": recipe.window,
+                "img_size": recipe.img_size,
+            },
+        )
+
+    def examples(
+        self, data: SegmentationData, module: SegmentationDataModule, split: ScoreOn, number: int
+    ) -> tuple[list[Tensor], Tensor, list[str]]:
+        """The first images, their middle cut to the crops' size."""
+        whole = module.test_images if split == "test" else module.val_images
+        side = module.crop_size
+        pixels = []
+        for i in range(min(number, len(whole))):
+            (image,), _ = whole[BatchPlan(torch.tensor([i]), 0)]
+            pixels.append(center_crop(image, [side, side]))
+        return pixels, module.normalize(torch.stack(pixels)), [f"image {i + 1}" for i in range(len(pixels))]
+
+    def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor], recipe: SegmentationRecipe) -> dict[str, Tensor]:
+        """The recipe's, over the pixels of a class; logits are taken in float32."""
+        images, maps = batch
+        logits = model(images).float()
+        return {name: _LOSSES[name](logits, maps) for name in recipe.loss}
+
+    def outputs(self, model: nn.Module, batch: tuple[list[Tensor], list[Tensor]]) -> tuple[Tensor, Tensor]:
+        """Pixels of each image by true class and the one said, (B, num_classes, num_classes), and by the former."""
+        counts = torch.stack([self._counts(model, image, truth) for image, truth in zip(*batch, strict=True)])
+        return counts, counts.sum(dim=2)
+
+    def _counts(self, model: nn.Module, image: Tensor, truth: Tensor) -> Tensor:
+        logits = segment(model, image, model.window, tuple(truth.shape))  # type: ignore[arg-type]
+        classes = len(logits)
+        said, known = logits.argmax(0), truth != IGNORE_INDEX
+        pairs = truth[known].long() * classes + said[known]
+        return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+    def validation_metric(self, data: SegmentationData) -> MeanIoU:
+        """Mean intersection over union over all images."""
+        return MeanIoU(len(data.class_names))
+
+    def evidence(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Overlap:
+        """Pixels of each image and class."""
+        counts = torch.cat(list(outputs)).numpy()
+        return Overlap(counts.diagonal(axis1=1, axis2=2), counts.sum(1), counts.sum(2))
+
+    def evidence_from(self, arrays: Arrays) -> Evidence:
+        """From its three arrays."""
+        return Overlap(arrays["both"], arrays["said"], arrays["true"])
+
+    def evaluation(self, class_names: Sequence[str]) -> SegmentationScores:
+        """Intersection over union and accuracy, per class too, and what is taken for what."""
+        return SegmentationScores(tuple(class_names))
+
+    def predictor(
+        self, model: nn.Module, card: ModelCard, *, img_size: int | None, top_k: int
+    ) -> SegmentationPredictor:
+        """A map of classes for each image."""
+        usual = card.task_args.get("img_size")
+        return SegmentationPredictor(model, card, img_size=usual if img_size is None else img_size, top_k=top_k)
+
+
+def _cross_entropy(logits: Tensor, maps: Tensor) -> Tensor:
+    """Mean over pixels of a class; zero where there is none, which torch's own mean is not."""
+    total = F.cross_entropy(logits, maps, ignore_index=IGNORE_INDEX, reduction="sum")
+    return total / (maps != IGNORE_INDEX).sum().clamp_min(1)
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "cross_entropy": _cross_entropy,
+    "dice": smp.losses.DiceLoss("multiclass", ignore_index=IGNORE_INDEX),
+    "focal": smp.losses.FocalLoss("multiclass", ignore_index=IGNORE_INDEX),
+}
+"""From logits (B, num_classes, H, W) in float32 and maps (B, H, W) to a scalar."""

@@ -1,0 +1,71 @@
+import pytest
+import timm
+import torch
+
+from statickey.errors import StaticKeyError
+from statickey.models import Pyramid, build_model, build_pyramid
+
+HOSTS = {
+    "metaformer": ("skaformer_nano", None, 64, (32, 64, 160, 256)),
+    "plain": ("small_vit", "cska", 32, (96, 96, 96, 96)),
+    "class token": ("vit_tiny_patch16_224", "ska", 64, (48, 96, 192, 192)),
+    "patches of 14": ("vit_small_patch14_dinov2", None, 56, (192, 192, 384, 384)),
+    "timm's": ("resnet18", None, 64, (64, 128, 256, 512)),
+}
+
+
+@pytest.mark.parametrize("host", HOSTS)
+@pytest.mark.parametrize("size", [(64, 64), (75, 91), (32, 49)], ids=str)
+def test_maps_of_any_image(host, size):
+    name, mixer, side, channels = HOSTS[host]
+    depth = {"depth": 2} if "vit" in name else {}
+    pyramid = build_pyramid(name, mixer, img_size=side, model_args=depth).eval()
+    maps = pyramid(torch.rand(2, 3, *size))
+    assert pyramid.channels == channels == tuple(each.shape[1] for each in maps)
+    for each, stride in zip(maps, (4, 8, 16, 32), strict=True):
+        for extent, cells in zip(size, each.shape[2:], strict=True):
+            assert abs(extent / stride - cells) < 1
+
+
+@pytest.mark.parametrize("host", ["metaformer", "plain"])
+def test_the_body_is_the_classifier_of_the_seed(host):
+    name, mixer, side, _ = HOSTS[host]
+    body = build_pyramid(name, mixer, img_size=side, seed=3).body.state_dict()
+    classifier = build_model(name, mixer, img_size=side, num_classes=1, seed=3).state_dict()
+    assert body.keys() < classifier.keys()
+    assert all(torch.equal(tensor, classifier[key]) for key, tensor in body.items())
+
+
+@pytest.mark.parametrize("host", ["metaformer", "plain", "class token"])
+def test_every_parameter_learns_and_keys_do_not_decay(host):
+    name, mixer, side, _ = HOSTS[host]
+    pyramid = build_pyramid(name, mixer, img_size=side)
+    sum(each.square().mean() for each in pyramid(torch.rand(2, 3, 64, 64))).backward()
+    names = dict(pyramid.named_parameters())
+    assert all(parameter.grad is not None for parameter in names.values())
+    keys = {name for name in names if "static_key" in name or "conv_key" in name}
+    assert keys and keys <= pyramid.no_weight_decay()
+
+
+def test_frozen_stages():
+    pyramid = build_pyramid("skaformer_nano", None, img_size=64)
+    pyramid.freeze(0)
+    assert all(p.requires_grad for p in pyramid.parameters())
+    pyramid.freeze(2)
+    frozen = {".".join(name.split(".")[1:3]) for name, p in pyramid.named_parameters() if not p.requires_grad}
+    assert frozen == {"stem.conv", "stem.norm", "stages.0", "stages.1"}
+    with pytest.raises(StaticKeyError, match="frozen_stages=5, but StaticKeyMetaFormer has 4"):
+        pyramid.freeze(5)
+    with pytest.raises(StaticKeyError, match="frozen_stages=-1"):
+        pyramid.freeze(-1)
+
+
+def test_what_has_no_pyramid():
+    with pytest.raises(StaticKeyError, match="LevitDistilled has maps at strides"):
+        Pyramid(timm.create_model("levit_128s"))
+    with pytest.raises(StaticKeyError, match="Linear has maps at strides unknown"):
+        Pyramid(torch.nn.Linear(2, 2))
+    with pytest.raises(StaticKeyError, match="MetaFormer does not say which layer"):
+        build_pyramid("caformer_s18", None, img_size=64).freeze(1)
+    with pytest.raises(StaticKeyError, match="refuses"):
+        build_pyramid("skaformer_nano", None, img_size=64, model_args={"nonsense": 1})
