@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import torch
 
-from ._typing import Size2
+from ._typing import Key, OffGrid, Size2
 from .errors import BackendError, FeatSizeError, OutputError, StaticKeyError, UnknownNameError
 
 
@@ -115,6 +115,8 @@ def type_in_words(hint: Any) -> str:
         return " or ".join(type_in_words(arg) for arg in args if arg is not NoneType)
     if get_origin(hint) is Literal:
         return " or ".join(map(repr, args))
+    if hint == Size2:
+        return "a pair of positive whole numbers"
     if get_origin(hint) is tuple:
         return "a list of finite numbers"
     if get_origin(hint) is Sequence:
@@ -230,6 +232,20 @@ def check_feat_size(feat_size: Size2, name: str = "feat_size") -> Size2:
     return height, width
 
 
+def check_key_options(key: Key, key_size: Size2 | None, off_grid: OffGrid) -> Size2 | None:
+    """Refuse options of a static key that do not exist or do not go together; ``key_size`` as a plain tuple."""
+    for name, value, known in (("key", key, get_args(Key)), ("off_grid", off_grid, get_args(OffGrid))):
+        if value not in known:
+            raise StaticKeyError(f"{name}={value!r} must be one of {', '.join(map(repr, known))}")
+    if key_size is None:
+        return None
+    if off_grid == "window":
+        raise StaticKeyError(
+            f"key_size={key_size!r} with off_grid='window': a window's key has its grid; leave one out"
+        )
+    return check_feat_size(key_size, "key_size")
+
+
 def check_saved_grid(state: Any, name: str = "_extra_state") -> tuple[Size2, Size2]:
     """The grids (H, W) of tokens and of keys that a checkpoint carries, a tensor of two or, if they differ, four."""
     shown = type(state).__name__
@@ -320,8 +336,14 @@ def check_static_key_attention(
         raise StaticKeyError(f"value {tuple(value.shape)} must be ({batch}, {heads}, {num_keys}, head_dim)")
     if key_bias is not None and key_bias.shape != (heads, num_keys):
         raise StaticKeyError(f"key_bias {tuple(key_bias.shape)} must be ({heads}, {num_keys})")
-    if key_count is not None and (key_count.shape != (num_keys,) or not key_count.is_floating_point()):
-        raise StaticKeyError(f"key_count {tuple(key_count.shape)} of {key_count.dtype} must be floats ({num_keys},)")
+    if key_count is not None:
+        if not isinstance(key_count, torch.Tensor):
+            raise StaticKeyError(f"key_count is a {type(key_count).__name__}; pass a tensor of floats ({num_keys},)")
+        if key_count.shape != (num_keys,) or not key_count.is_floating_point():
+            shown = f"key_count {tuple(key_count.shape)} of {key_count.dtype}"
+            raise StaticKeyError(f"{shown} must be floats ({num_keys},)")
+        if key_count.device != query.device:
+            raise StaticKeyError(f"key_count is on {key_count.device}, the query on {query.device}; move one of them")
     named = {"key": key, "value": value, "key_bias": key_bias}
     for name, tensor in named.items():
         if tensor is not None and tensor.dtype != query.dtype:

@@ -303,7 +303,9 @@ def test_grid_is_saved_beside_the_key(name):
         assert mixer.key_rows((4, 9), mixer.key_names[0]).equal(turned.key_rows((4, 9), mixer.key_names[0]))
         if not name.continuous:
             finer = make(name, key_size=(3, 3))
-            with pytest.raises(FeatSizeError, match=r"feat_size=\(3, 2\), this layer is built for \(3, 3\)"):
+            with pytest.raises(
+                FeatSizeError, match=r"key_size=\(3, 2\), that of this layer to \(3, 3\); build.* key_size=\(3, 2\)"
+            ):
                 finer.load_state_dict(mixer.state_dict())
         return
     with pytest.raises(FeatSizeError, match=r"feat_size=\(7, 5\), this layer is built for \(5, 7\)"):

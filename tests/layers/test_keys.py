@@ -172,6 +172,83 @@ def test_pool_is_the_built_grid_on_any_map(cls):
 
 @layers
 @kinds
+def test_pool_gives_way_to_key_size_and_comes_back(cls, key):
+    """Its cells are those of the grid the layer was made for, whatever was set since."""
+    layer = make(cls, key=key, off_grid="pool")
+    assert layer.key_size is None
+    x = tokens(layer, (9, 8))
+    out = layer(x, (9, 8))
+    layer.set_input_size((9, 8))
+    layer.set_key_size((3, 2))
+    assert layer.key_grid == (3, 2)
+    assert not torch.allclose(layer(x), out)
+    layer.set_key_size(None)
+    assert layer.key_grid == GRID
+    if key == "continuous":
+        assert torch.equal(layer(x), out)
+        maps = [(feat_size, tokens(layer, feat_size)) for feat_size in (GRID, (9, 8), (14, 5))]
+        outs = [layer(x, feat_size) for feat_size, x in maps]
+        layer.set_key("grid")
+        for (feat_size, x), expected in zip(maps, outs, strict=True):  # on a coarser map it would be resampled
+            assert_close("evaluated", layer(x, feat_size), expected)
+
+
+@layers
+@kinds
+def test_off_grid_is_chosen_on_a_built_layer(cls, key):
+    layer = make(cls, key=key, num_prefix_tokens=1)
+    x = tokens(layer, (9, 8))
+    for off_grid in ("pool", "window", "resample"):
+        layer.set_off_grid(off_grid)
+        built = make(cls, key=key, num_prefix_tokens=1, off_grid=off_grid)
+        built.load_state_dict(layer.state_dict())
+        assert torch.equal(layer(x, (9, 8)), built(x, (9, 8)))
+    layer.set_input_size((9, 8))
+    layer.set_off_grid("pool")
+    assert layer.key_grid == GRID
+    assert layer(x).shape == x.shape
+    with pytest.raises(StaticKeyError, match="off_grid='pooled' must be one of"):
+        layer.set_off_grid("pooled")
+    layer.set_key_size((3, 2))
+    with pytest.raises(StaticKeyError, match=r"key_size=\(3, 2\) with off_grid='window'"):
+        layer.set_off_grid("window")
+    assert layer.off_grid == "pool"
+
+
+@layers
+def test_a_continuous_key_of_another_key_size_is_refused(cls):
+    """Its tensors fit, but not the attention; what the message says to do works."""
+    layer = make(cls, key="continuous", key_size=(3, 2))
+    other = make(cls, key="continuous", key_size=(4, 4))
+    with pytest.raises(FeatSizeError, match=r"key_size=\(3, 2\), that of this layer to \(4, 4\); build .*key_size"):
+        other.load_state_dict(layer.state_dict())
+    whole = make(cls, key="continuous")
+    with pytest.raises(FeatSizeError, match=r"key_size=\(7, 5\), that of this layer to \(4, 4\)"):
+        other.load_state_dict(whole.state_dict())
+    with pytest.raises(FeatSizeError, match=r"key_size=\(3, 2\), that of this layer to \(7, 5\)"):
+        whole.load_state_dict(layer.state_dict())
+    fits = make(cls, key="continuous", key_size=(3, 2), feat_size=(6, 6))
+    fits.load_state_dict(layer.state_dict())
+    fits.set_key_size((4, 4))
+    other.set_key_size((3, 2))
+    other.load_state_dict(layer.state_dict())
+    other.set_key_size((4, 4))
+    x = tokens(layer)
+    assert torch.equal(other(x), fits(x, GRID))
+
+
+@layers
+def test_what_is_not_default_is_printed(cls):
+    assert "key" not in repr(make(cls)).split("head_dim")[1].split("\n")[0]
+    layer = make(cls, key="continuous", key_size=(3, 2), off_grid="pool")
+    assert "key='continuous', key_size=(3, 2), off_grid='pool'" in repr(layer)
+    layer.set_key_size(None)
+    layer.set_off_grid("window")
+    assert "key='continuous', off_grid='window'" in repr(layer)
+
+
+@layers
+@kinds
 def test_key_size_is_chosen_on_a_built_layer(cls, key):
     layer = make(cls, key=key, num_prefix_tokens=1)
     x = tokens(layer)

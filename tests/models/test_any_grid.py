@@ -1,10 +1,12 @@
 """Models whose keys are functions of position, or have a grid of their own."""
 
+import json
+
 import pytest
 import timm
 import torch
 
-from statickey import convert
+from statickey import StaticKeyAttention, convert
 from statickey.convert import token_mixers
 from statickey.errors import StaticKeyError
 from statickey.models import Swap, build_model, checkpoint_filter_fn
@@ -155,3 +157,126 @@ def test_key_size_is_set_on_all_layers_or_none():
     with pytest.raises(StaticKeyError, match="off_grid='window'"):
         model.set_key_size((2, 2))
     assert [mixer.key_size for mixer in static_mixers(model)] == [None, None]
+
+
+def create_small(name, **kwargs):
+    depth = {} if "former" in name else {"depth": 1}
+    size = {"img_size": 32} if "lsa" in name or name == "small_vit" else {"img_size": 64}
+    return timm.create_model(name, num_classes=2, **{**size, **depth} | kwargs)
+
+
+NAMED = ["skaformer_nano", "ska_vit_tiny_patch16_224", "ska_lsa_vit_small_patch4_32", "small_vit"]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_arguments_of_keys_and_of_mixers_are_merged_once(name):
+    """Said twice they must agree; said once they count, wherever."""
+    extra = {"mixer": "ska"} if name == "small_vit" else {}
+
+    def args(**own):
+        return {"mixer_args": {"ska": own} if "former" in name else own} | extra
+
+    with torch.device("meta"):
+        model = create_small(name, key="continuous", key_size=(2, 3), **args(off_grid="pool", key_size=[2, 3]))
+        (mixer,) = {(m.key, m.key_size, m.off_grid) for m in static_mixers(model)}
+        assert mixer == ("continuous", (2, 3), "pool")
+        for given, own in {
+            "key": ("grid", "continuous"),
+            "key_size": ((2, 2), [2, 3]),
+            "off_grid": ("pool", "window"),
+        }.items():
+            with pytest.raises(StaticKeyError) as caught:
+                create_small(name, **{given: own[0]}, **args(**{given: own[1]}))
+            assert f"{given}={own[0]!r}, but mixer_args of ska has {given}={own[1]!r}; leave {given} out of" in str(
+                caught.value
+            )
+            assert "\n" not in str(caught.value)
+
+
+def test_a_saved_model_and_an_argument_that_differ(tmp_path):
+    """``local-dir:`` brings mixer_args of its own, which an explicit key must not lose to."""
+    card = {"architecture": "ska_vit_tiny_patch16_224", "num_classes": 2, "pretrained_cfg": {}}
+    args = {"depth": 1, "img_size": 64, "mixer_args": {"key": "continuous", "key_size": [2, 2]}}
+    (tmp_path / "config.json").write_text(json.dumps(card | {"model_args": args}))
+    name = f"local-dir:{tmp_path}"
+    assert static_mixers(timm.create_model(name, off_grid="pool"))[0].off_grid == "pool"
+    with pytest.raises(
+        StaticKeyError, match=r"key='grid', but mixer_args of ska has key='continuous'.*mixer_args=\{\}"
+    ):
+        timm.create_model(name, key="grid")
+    model = timm.create_model(name, key="grid", mixer_args={})
+    assert [mixer.key for mixer in static_mixers(model)] == ["grid"]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_off_grid_of_models(name):
+    extra = {"mixer": "ska"} if name == "small_vit" else {}
+    model = create_small(name, off_grid="pool", **extra)
+    assert {mixer.off_grid for mixer in static_mixers(model)} == {"pool"}
+    model.set_off_grid("window")
+    assert {mixer.off_grid for mixer in static_mixers(model)} == {"window"}
+    model.set_off_grid("resample")
+    model.set_key_size((2, 2))
+    with pytest.raises(StaticKeyError, match=r"key_size=\(2, 2\) with off_grid='window'"):
+        model.set_off_grid("window")
+    assert {mixer.off_grid for mixer in static_mixers(model)} == {"resample"}
+
+
+def test_options_of_keys_are_refused_by_name():
+    with pytest.raises(StaticKeyError, match=r"which sepconv, mhsa do not have; leave it out"):
+        create_small("skaformer_nano", mixers=("sepconv", "sepconv", "mhsa", "mhsa"), off_grid="pool")
+    with pytest.raises(StaticKeyError, match="which mhsa does not have"):
+        create_small("small_vit", mixer="mhsa", key_size=(2, 2))
+    with pytest.raises(StaticKeyError, match="which self-attention of timm does not have"):
+        create_small("small_vit", off_grid="pool")
+    with pytest.raises(
+        StaticKeyError, match="mixer 'mhsa' has no static key, so no key; leave it out, or choose ska"
+    ):
+        build_model("small_vit", "mhsa:key=continuous", img_size=16, num_classes=3)
+    with pytest.raises(StaticKeyError, match=r"key_size='7x7' must be a pair of positive whole numbers"):
+        build_model("small_vit", "ska:key_size=7x7", img_size=16, num_classes=3)
+    with pytest.raises(StaticKeyError, match=r"key_size=\[4, 0\] must hold two positive integers"):
+        build_model("small_vit", "ska:key_size=[4,0]", img_size=16, num_classes=3)
+
+
+def test_a_model_of_another_key_size():
+    """What fits loads; what does not is refused with what to do, and that works."""
+    common = {"img_size": 64, "mixers": ("sepconv", "sepconv", "ska", "mhsa")}
+    small = {"img_size": 48, "mixers": common["mixers"]}
+    saved = timm.create_model("skaformer_nano", key_size=(3, 3), **common)
+    fits = timm.create_model("skaformer_nano", **small)  # its stage has 3 x 3 tokens
+    fits.load_state_dict(saved.state_dict())
+    assert torch.equal(*(static_mixers(model)[0].static_key for model in (saved, fits)))
+    saved = timm.create_model("skaformer_continuous_nano", key_size=(2, 2), **common)
+    for key_size in ((3, 3), None):
+        model = timm.create_model("skaformer_continuous_nano", key_size=key_size, **common)
+        with pytest.raises(
+            StaticKeyError, match=r"key belongs to key_size=\(2, 2\).*build the model with key_size=\(2, 2\)"
+        ):
+            model.load_state_dict(saved.state_dict())
+        model.load_state_dict(checkpoint_filter_fn(saved.state_dict(), model))
+        model.set_key_size((2, 2))
+        model.load_state_dict(saved.state_dict())
+
+
+def test_a_fit_leaves_the_random_state_alone():
+    model = create_small("ska_vit_tiny_patch16_224", depth=2)
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    model.set_key("continuous")
+    assert torch.equal(torch.rand(4), expected)
+    frequencies = [mixer.static_key.frequencies for mixer in static_mixers(model)]
+    assert not torch.equal(*frequencies)
+
+
+@pytest.mark.parametrize("name", NAMED[:2])
+def test_keys_of_a_feature_extractor_are_set_layer_by_layer(name):
+    """timm's wrapper has none of the model's methods; its layers do."""
+    extractor = create_small(name, features_only=True, out_indices=(0,) if "vit" in name else (0, 1, 2, 3)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    before = extractor(x)[-1]
+    for layer in extractor.modules():
+        if isinstance(layer, StaticKeyAttention):
+            layer.set_key_size((2, 2))
+    assert not torch.equal(extractor(x)[-1], before)

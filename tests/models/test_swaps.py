@@ -41,6 +41,7 @@ def test_the_order_of_arguments_does_not_matter():
         ("ska@", "'ska@' ends too soon"),
         ("ska:5", "has '5'; write MIXER"),
         ("ska:a=1,a=2", "has 'a=2'; write MIXER"),
+        ("ska:key_size=4,4", r"has '4'; write MIXER.*ska:key_size=\[4,4\] \(a pair in brackets\)"),
         ("ska:a={", "has 'a={', whose value cannot be read"),
         (5, "mixer 5 must be text: MIXER"),
     ],

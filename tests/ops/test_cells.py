@@ -149,3 +149,10 @@ def test_wrong_counts_are_refused():
             static_key_attention(query, key, value, key_count=count)
         with pytest.raises(StaticKeyError, match=r"key_count .* must be floats \(3,\)"):
             static_key_weights(query, key, key_count=count)
+    for count in ([1.0, 1.0, 1.0], 1.0):
+        with pytest.raises(
+            StaticKeyError, match=rf"key_count is a {type(count).__name__}; pass a tensor of floats \(3"
+        ):
+            static_key_attention(query, key, value, key_count=count)
+    with pytest.raises(StaticKeyError, match="key_count is on meta, the query on cpu"):
+        static_key_attention(query, key, value, key_count=torch.ones(3, device="meta"))

@@ -9,7 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from .._typing import InputFmt, Key, Size2
+from .._checks import check_key_options
+from .._typing import InputFmt, Key, OffGrid, Size2
 from ..errors import StaticKeyError, UnsupportedHostError
 from ..layers import GridState, HeadMix, SelfAttention, StaticKeyAttention, TokenMixer
 
@@ -172,19 +173,42 @@ class StaticKeyHost(nn.Module):
         and are new objects: create the optimizer afterwards.
 
         Args:
-            key_size: The grid (h', w'); None for that of the tokens.
+            key_size: The grid (h', w'); None for that of the tokens, or what ``off_grid`` says.
 
         Raises:
-            StaticKeyError: The model has no static key, a layer works in windows, or not a pair of positive integers.
+            StaticKeyError: The model has no static key, a layer has ``off_grid="window"``, or not a pair of positive
+                integers.
         """
         mixers = self._static_key_mixers().values()
         for mixer in mixers:  # all or none
-            mixer.check_key_size(key_size)
+            check_key_options(mixer.key, key_size, mixer.off_grid)
         for mixer in mixers:
             mixer.set_key_size(key_size)
 
+    def set_off_grid(self, off_grid: OffGrid) -> None:
+        """Choose what all static keys do on another grid than the built one; see ``StaticKeyAttention``.
+
+        Args:
+            off_grid: The choice, as ``off_grid`` of the constructor.
+
+        Raises:
+            StaticKeyError: The model has no static key, there is no such choice, or it is ``"window"`` and a key has
+                a ``key_size``.
+        """
+        mixers = self._static_key_mixers().values()
+        for mixer in mixers:  # all or none
+            check_key_options(mixer.key, mixer.key_size, off_grid)
+        for mixer in mixers:
+            mixer.set_off_grid(off_grid)
+
     def set_key(self, key: Key) -> dict[str, float]:
-        """Turn all static keys into another kind: ``"continuous"``, by least squares, or ``"grid"``, exactly.
+        """Turn all static keys into another kind: ``"continuous"``, by least squares, or ``"grid"``, by evaluation.
+
+        A grid key gives the same outputs where ``StaticKeyAttention.set_key`` says. The frequencies of continuous
+        keys are drawn under a forked random state, as new mixers are in ``convert``.
+
+        Args:
+            key: The kind.
 
         Returns:
             By module name, what the new key misses of the old one; see ``StaticKeyAttention.set_key``.
@@ -192,7 +216,9 @@ class StaticKeyHost(nn.Module):
         Raises:
             StaticKeyError: The model has no static key, or there is no such kind.
         """
-        return {name: mixer.set_key(key) for name, mixer in self._static_key_mixers().items()}
+        mixers = self._static_key_mixers()
+        with forked_random(next(self.parameters())):
+            return {name: mixer.set_key(key) for name, mixer in mixers.items()}
 
     def _static_key_mixers(self) -> dict[str, StaticKeyAttention]:
         mixers = token_mixers(self).items()
@@ -240,7 +266,9 @@ def check_shapes(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
     tied = {f"{prefix}.{name}" for prefix, mixer in mixers for name in mixer.grid_parameters}
     for name, own in model.state_dict(keep_vars=True).items():
         other = state_dict.get(name)
-        if not isinstance(own, Tensor) or not isinstance(other, Tensor) or own.shape == other.shape:
+        if name.endswith("_extra_state") or not isinstance(own, Tensor) or not isinstance(other, Tensor):
+            continue
+        if own.shape == other.shape:
             continue
         if name in tied or name.endswith(("pos_embed", "relative_position_bias_table")):
             remedy = (

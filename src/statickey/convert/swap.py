@@ -13,7 +13,7 @@ from torch import nn
 from .._checks import check_arguments, check_mapping, check_name, check_positive
 from .._typing import Size2
 from ..errors import StaticKeyError, UnsupportedHostError
-from ..layers import MIXERS, AttentionMixer, SelfAttention, TokenMixer
+from ..layers import MIXERS, AttentionMixer, SelfAttention, TokenMixer, has_static_key
 from .host import Site, become_converted, find_rule, forked_random
 
 Layers = str | int | Sequence[int] | Sequence[str]
@@ -210,6 +210,12 @@ def _build_mixer(
     try:
         new = MIXERS[mixer](site.dim, **(settings | args))
     except TypeError as error:
+        keyed = [name for name in ("key", "key_size", "off_grid") if name in args]
+        if keyed and not has_static_key(MIXERS[mixer]):
+            raise StaticKeyError(
+                f"mixer {mixer!r} has no static key, so no {', '.join(keyed)}; leave it out, or choose ska, cska "
+                "or fcska"
+            ) from None
         raise StaticKeyError(f"mixer {mixer!r}: {error}") from None
     new.input_fmt = site.input_fmt
     _initialise(new, site, seed)

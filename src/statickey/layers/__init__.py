@@ -17,7 +17,7 @@ from .continuous import ContinuousKey
 from .conv_static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention
 from .mixer import GridState, TokenMixer
 from .parts import HeadMix, TokenGrids
-from .static_key import StaticKeyAttention
+from .static_key import StaticKeyAttention, has_static_key
 
 MIXERS: dict[str, Callable[..., TokenMixer]] = {
     "mhsa": SelfAttention,
@@ -53,4 +53,5 @@ __all__ = [
     "SynthesizerAttention",
     "TokenGrids",
     "TokenMixer",
+    "has_static_key",
 ]

@@ -263,16 +263,24 @@ class GridState(TokenMixer):
         return torch.tensor(grids, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
-        """Refuse a key that was saved on another grid.
+        """Refuse a key that was saved on another grid; a continuous one, with another ``key_size``.
 
         Raises:
             FeatSizeError: The checkpoint was saved on another grid, or what it holds is no grid.
         """
         if type(state).__module__.startswith("torch.distributed") or getattr(state, "is_meta", False):
             return  # a placeholder, on the ranks to which another one sends the checkpoint
-        _, saved = check_saved_grid(state)
-        if self.grid_parameters and saved != self.key_grid:
-            raise FeatSizeError(
-                f"the checkpoint's key belongs to feat_size={saved}, this layer is built for {self.key_grid}; build "
-                "the model with the img_size it was saved at, or load through statickey.models.checkpoint_filter_fn"
-            )
+        saved_size, saved = check_saved_grid(state)
+        of_tokens = saved == saved_size and self.key_grid == self.feat_size
+        if saved == self.key_grid or (of_tokens and not self.grid_parameters):
+            return
+        if of_tokens:
+            difference = f"feat_size={saved}, this layer is built for {self.key_grid}"
+            remedy = "the img_size it was saved at"
+        else:
+            difference = f"key_size={saved}, that of this layer to {self.key_grid}"
+            remedy = f"key_size={saved}, load, then call its set_key_size"
+        raise FeatSizeError(
+            f"the checkpoint's key belongs to {difference}; build the model with {remedy}, or load through "
+            "statickey.models.checkpoint_filter_fn"
+        )

@@ -3,13 +3,13 @@
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from math import prod
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .._checks import check_feat_size
+from .._checks import check_feat_size, check_key_options
 from .._typing import Key, OffGrid, Size2
 from ..errors import StaticKeyError
 from ..ops import cell_sizes, pool_cells, pooling_macs, repeat_cells
@@ -30,7 +30,7 @@ class StaticKeyAttention(GridState, AttentionMixer):
 
     Attributes: ``qv`` (rows: all q, then all v) or ``v`` when ``query_proj=False``; ``static_key``
     (h, P + H*W, d), or a ``ContinuousKey``; ``proj``; ``log_temperature`` when it is learned; ``backend``, the op's
-    backend. ``key_rows`` evaluates the key on any grid.
+    backend; ``made_for``, the ``feat_size`` it was constructed with. ``key_rows`` evaluates the key on any grid.
 
     The other arguments are those of ``SelfAttention``.
 
@@ -44,14 +44,15 @@ class StaticKeyAttention(GridState, AttentionMixer):
             row and column. A mask, ``mask_diagonal`` and ``attention_weights`` need each token's own key, and cost
             N x N. Default: the grid of the tokens.
         off_grid: What ``forward`` does on another grid than ``feat_size``: ``"resample"`` the key, or evaluate a
-            continuous one, there (attention to all tokens); ``"pool"`` the values of a larger map, short for
-            ``key_size=feat_size``; or tile the map with ``"window"``s of the built grid (cost linear in tokens;
-            prefix tokens are seen by, and see, the whole map). ``torch.compile`` makes a graph for each way in which
-            windows are cut at the border, so that its ``recompile_limit`` may have to be raised for many grids.
+            continuous one, there (attention to all tokens); ``"pool"`` the values of a larger map over the cells of
+            ``made_for``, where no ``key_size`` says another grid; or tile the map with ``"window"``s of the built
+            grid (cost linear in tokens; prefix tokens are seen by, and see, the whole map). ``torch.compile`` makes
+            a graph for each way in which windows are cut at the border, so that its ``recompile_limit`` may have to
+            be raised for many grids.
 
     Raises:
-        StaticKeyError: An argument is out of range, ``query_proj=False`` with ``h*d != dim``, or a ``key_size`` in
-            windows.
+        StaticKeyError: An argument is out of range, ``query_proj=False`` with ``h*d != dim``, or a ``key_size`` with
+            ``off_grid="window"``.
 
     Source:
         Hu, Zhou, Rostami, Static Key Attention in Vision, arXiv 2412.07049.
@@ -84,13 +85,10 @@ class StaticKeyAttention(GridState, AttentionMixer):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        for name, value, known in (("key", key, Key), ("off_grid", off_grid, OffGrid)):
-            if value not in get_args(known):
-                raise StaticKeyError(f"{name}={value!r} must be one of {', '.join(map(repr, get_args(known)))}")
+        self.key_size = check_key_options(key, key_size, off_grid)
         self.key = key
         self.off_grid = off_grid
-        pooled = key_size is None and off_grid == "pool"
-        self.key_size = check_feat_size(feat_size) if pooled else self.check_key_size(key_size)
+        self.made_for = check_feat_size(feat_size)
         self.query_proj = query_proj
         super().__init__(
             dim,
@@ -119,7 +117,6 @@ class StaticKeyAttention(GridState, AttentionMixer):
                 f"query_proj=False uses x as the query, so num_heads*head_dim={inner} must equal dim={self.dim}"
             )
         self._build_keys(factory)
-        self.grid_parameters = self.key_names if self.key == "grid" else ()
 
     def _build_keys(self, factory: dict[str, Any]) -> None:
         """Make the parameters that stand for keys, and what shapes the query."""
@@ -145,9 +142,20 @@ class StaticKeyAttention(GridState, AttentionMixer):
         reset_key(self.static_key, partial(nn.init.normal_, std=KEY_STD))
 
     @property
+    def grid_parameters(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The keys, where they have rows."""
+        return self.key_names if self.key == "grid" else ()
+
+    @property
     def key_grid(self) -> Size2:
-        """The grid (H, W) of the key's rows: ``key_size``, else that of the tokens the layer is built for."""
-        return self.feat_size if self.key_size is None else self.key_size
+        """The grid (H, W) of the key's rows.
+
+        It is ``key_size``; without one that of the tokens, which ``set_input_size`` changes, or with
+        ``off_grid="pool"`` the one the layer was made for, which nothing changes.
+        """
+        if self.key_size is not None:
+            return self.key_size
+        return self.made_for if self.off_grid == "pool" else self.feat_size
 
     def set_key_size(self, key_size: Size2 | None) -> None:
         """Give the key another grid, as ``key_size`` of the constructor: a choice of cost on a built layer.
@@ -155,25 +163,32 @@ class StaticKeyAttention(GridState, AttentionMixer):
         A key with rows is resampled; its parameters are new objects: create the optimizer afterwards.
 
         Args:
-            key_size: The new grid (h', w'); None for that of the tokens.
+            key_size: The new grid (h', w'); None for that of the tokens, or what ``off_grid`` says.
 
         Raises:
             FeatSizeError: Not a pair of positive integers.
-            StaticKeyError: The layer works in windows.
+            StaticKeyError: The layer has ``off_grid="window"``.
         """
-        checked, before = self.check_key_size(key_size), self.key_grid
+        checked, before = check_key_options(self.key, key_size, self.off_grid), self.key_grid
         self.key_size = checked
         self._rebuild(before)
 
-    def check_key_size(self, key_size: Size2 | None) -> Size2 | None:
-        """A grid that ``set_key_size`` takes, as a plain tuple; raises as that does."""
-        if key_size is None:
-            return None
-        if self.off_grid == "window":
-            raise StaticKeyError(
-                f"key_size={key_size!r} with off_grid='window': a window's key has its grid; leave one out"
-            )
-        return check_feat_size(key_size, "key_size")
+    def set_off_grid(self, off_grid: OffGrid) -> None:
+        """Choose what the layer does on another grid than the built one, as ``off_grid`` of the constructor.
+
+        After ``set_input_size`` a key with rows may be resampled, from or to the cells of ``"pool"``; its parameters
+        are then new objects.
+
+        Args:
+            off_grid: The choice.
+
+        Raises:
+            StaticKeyError: There is no such choice, or it is ``"window"`` and the key has a ``key_size``.
+        """
+        check_key_options(self.key, self.key_size, off_grid)
+        before = self.key_grid
+        self.off_grid = off_grid
+        self._rebuild(before)
 
     def set_key(self, key: Key) -> float:
         """Turn the key of a built layer into another kind.
@@ -181,15 +196,19 @@ class StaticKeyAttention(GridState, AttentionMixer):
         Its parameters are new objects: create the optimizer afterwards.
 
         Args:
-            key: ``"grid"`` evaluates a continuous key on ``key_grid``, which changes no output there.
-                ``"continuous"`` is the nearest function of position, by least squares.
+            key: ``"grid"`` evaluates a continuous key on ``key_grid``. That changes no output on the built grid nor,
+                with a ``key_size`` or ``off_grid="pool"``, on a map that is nowhere coarser than ``key_grid``; on
+                others the rows are resampled where the function was evaluated. ``"continuous"`` is the nearest
+                function of position, by least squares; its frequencies are drawn from torch's generator.
 
         Returns:
             What the new key misses of the old one: the root mean square error of the worst key of the layer, as a
             share of the key's own. A shift common to all rows, which attention does not see, does not count.
+
+        Raises:
+            StaticKeyError: There is no such kind.
         """
-        if key not in get_args(Key):
-            raise StaticKeyError(f"key={key!r} must be one of {', '.join(map(repr, get_args(Key)))}")
+        check_key_options(key, self.key_size, self.off_grid)
         if key == self.key:
             return 0.0
         old = {name: getattr(self, name) for name in self.key_names if getattr(self, name) is not None}
@@ -205,7 +224,6 @@ class StaticKeyAttention(GridState, AttentionMixer):
             else:
                 made = nn.Parameter(tensor.clone())
             setattr(self, name, made.requires_grad_(trainable))
-        self.grid_parameters = self.key_names if key == "grid" else ()
         return error
 
     def key_rows(self, grid: Size2 | None = None, name: str = "static_key") -> Tensor:
@@ -227,12 +245,7 @@ class StaticKeyAttention(GridState, AttentionMixer):
         return [Segment(query, rows("static_key"), None, 0)]
 
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
-        if self.query_proj:
-            query, value = self._split_heads(self.qv(x), 2)
-        else:
-            (value,) = self._split_heads(self.v(x), 1)
-            query = self._split_heads(x, 1)[0].to(value.dtype)
-        query = self.q_norm(query).to(value.dtype)  # under autocast norms answer in float32
+        query, value = self._project(x)
         if self._tiles(feat_size):
             return attend_in_windows(
                 self._segments(query, feat_size, partial(self.key_rows, self.feat_size)),
@@ -257,26 +270,33 @@ class StaticKeyAttention(GridState, AttentionMixer):
             return self._attend(x, feat_size, op)
         cells, prefix = self._cells(feat_size), self.num_prefix_tokens
         pool = partial(pool_cells, feat_size=feat_size, key_size=cells, num_prefix_tokens=prefix)
-        if not self.query_proj:
-            query, value = x, self.v(pool(x))
-        elif type(self.qv) is nn.Linear and not (self.qv._forward_pre_hooks or self.qv._forward_hooks):
-            # a mean of projections is the projection of the mean, of fewer tokens
-            weights = self.qv.weight.chunk(2)
-            biases = (None, None) if self.qv.bias is None else self.qv.bias.chunk(2)
-            query = F.linear(x, weights[0], biases[0])
-            value = F.linear(pool(x), weights[1], biases[1])
-        else:
-            query, value = self.qv(x).chunk(2, dim=-1)
-            value = pool(value)
-        (query,), (value,) = self._split_heads(query, 1), self._split_heads(value, 1)
-        query = self.q_norm(query.to(value.dtype)).to(value.dtype)
+        query, value = self._project(x, pool)
         count = cell_sizes(feat_size, cells, num_prefix_tokens=prefix, device=x.device)
         segments = self._segments(query, feat_size, partial(self.key_rows, cells))
         return attend(segments, value, partial(op, key_count=count))
 
+    def _project(self, x: Tensor, pool: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Queries of all tokens, (B, h, N, d), and values, of what ``pool`` makes of the tokens."""
+        if not self.query_proj:
+            (query,), (value,) = self._split_heads(x, 1), self._split_heads(self.v(x if pool is None else pool(x)), 1)
+        elif pool is None:
+            query, value = self._split_heads(self.qv(x), 2)
+        else:
+            if type(self.qv) is nn.Linear and not (self.qv._forward_pre_hooks or self.qv._forward_hooks):
+                # a mean of projections is the projection of the mean, of fewer tokens
+                weights = self.qv.weight.chunk(2)
+                biases = (None, None) if self.qv.bias is None else self.qv.bias.chunk(2)
+                query = F.linear(x, weights[0], biases[0])
+                value = F.linear(pool(x), weights[1], biases[1])
+            else:
+                query, value = self.qv(x).chunk(2, dim=-1)
+                value = pool(value)
+            (query,), (value,) = self._split_heads(query, 1), self._split_heads(value, 1)
+        return self.q_norm(query.to(value.dtype)).to(value.dtype), value  # under autocast norms answer in float32
+
     def _cells(self, feat_size: Size2) -> Size2:
         """The grid of the keys on a map: nowhere finer than the map."""
-        wanted = feat_size if self.key_size is None else self.key_size
+        wanted = self.key_grid if self.key_size is not None or self.off_grid == "pool" else feat_size
         return min(wanted[0], feat_size[0]), min(wanted[1], feat_size[1])
 
     def _pools(self, feat_size: Size2) -> bool:
@@ -310,6 +330,13 @@ class StaticKeyAttention(GridState, AttentionMixer):
         keys = (getattr(self, name) for name in self.key_names)
         return macs + prod(cells) * sum(key.weight.numel() for key in keys if isinstance(key, ContinuousKey))
 
+    def extra_repr(self) -> str:
+        """The head of the constructor, and what of the key is not the default, for ``print(module)``."""
+        defaults = {"key": "grid", "key_size": None, "off_grid": "resample"}
+        chosen = {name: getattr(self, name) for name in defaults}
+        shown = (f", {name}={value!r}" for name, value in chosen.items() if value != defaults[name])
+        return super().extra_repr() + "".join(shown)
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters of keys; see ``TokenMixer.no_weight_decay``."""
         modules = {name: getattr(self, name) for name in self.key_names if self.key == "continuous"}
@@ -317,6 +344,11 @@ class StaticKeyAttention(GridState, AttentionMixer):
             f"{name}.{own}" for name, key in modules.items() if key is not None for own, _ in key.named_parameters()
         }
         return super().no_weight_decay() | names
+
+
+def has_static_key(mixer: Callable[..., Any]) -> bool:
+    """Whether a mixer, as ``MIXERS`` holds it, is a ``StaticKeyAttention``."""
+    return isinstance(mixer, type) and issubclass(mixer, StaticKeyAttention)
 
 
 def attend(segments: Sequence[Segment], value: Tensor, op: AttendOp) -> Tensor:

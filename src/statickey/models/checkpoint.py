@@ -40,10 +40,10 @@ def checkpoint_filter_fn(state_dict: Mapping[str, Any], model: nn.Module) -> dic
     """Bring a checkpoint to a model's layout and input size, as timm's loaders call it.
 
     Accepts this package's layout, the layout of timm's own state dicts, the reference's and the official
-    MetaFormer release's. Static keys, position embeddings and biases, and patch kernels of another image or patch
-    size are resampled; the grid they were saved on is read from the checkpoint. Shifted patches are adapted to
-    another number of channels (for convolutions timm's loader does that). What does not fit passes unchanged,
-    and loading it names it.
+    MetaFormer release's. Static keys, position embeddings and biases, and patch kernels of another image, patch or
+    key size are resampled; the grid they were saved on is read from the checkpoint. A continuous key is taken as it
+    is, to be evaluated on the model's ``key_size``. Shifted patches are adapted to another number of channels (for
+    convolutions timm's loader does that). What does not fit passes unchanged, and loading it names it.
 
     Args:
         state_dict: The checkpoint.

@@ -14,12 +14,11 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .._checks import check_mapping
-from .._typing import Key, Size2
+from .._typing import Key, OffGrid, Size2
 from ..convert import MixerSlot, convert
 from ..errors import StaticKeyError
 from .reference import accept_reference_layout
-from .registration import CIFAR_VIT_CFG, VIT_FEATURES, key_args, register
+from .registration import CIFAR_VIT_CFG, VIT_FEATURES, register, with_key_args
 
 SHIFTS = ((1, -1, 0, 0), (-1, 1, 0, 0), (0, 0, 1, -1), (0, 0, -1, 1))
 """Padding (left, right, top, bottom) of the four shifted copies of an image, in pixels."""
@@ -99,6 +98,7 @@ def lsa_vit(
     head_dim: int = 64,
     key: Key | None = None,
     key_size: Size2 | None = None,
+    off_grid: OffGrid | None = None,
     mixer_args: Mapping[str, Any] | None = None,
     **host_args: Any,
 ) -> VisionTransformer:
@@ -110,10 +110,11 @@ def lsa_vit(
         head_dim: Width of one head, whatever ``embed_dim``.
         key: Kind of the static key.
         key_size: Grid (h', w') of the static key; with the diagonal masked it saves no time.
+        off_grid: What the static key does on another grid than the built one.
         mixer_args: Further constructor arguments of the mixer.
         host_args: Constructor arguments of timm's ``VisionTransformer``.
     """
-    own = key_args([mixer], key, key_size)[mixer] | check_mapping("mixer_args", mixer_args)
+    own = with_key_args([mixer], {mixer: mixer_args}, key=key, key_size=key_size, off_grid=off_grid)[mixer]
     model = VisionTransformer(
         attn_layer=MixerSlot, embed_layer=ShiftedPatchEmbed, num_heads=1, weight_init="skip", **host_args
     )

@@ -1,16 +1,16 @@
 """What all named models share: how timm builds one, and what it says about weights."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, resolve_pretrained_cfg
 from torch import nn
 
-from .._checks import check_name
-from .._typing import Key, Size2
+from .._checks import check_mapping, check_name
+from .._typing import Key, OffGrid, Size2
 from ..errors import StaticKeyError
-from ..layers import MIXERS, StaticKeyAttention
+from ..layers import MIXERS, has_static_key
 from .checkpoint import checkpoint_filter_fn
 
 Builder = Callable[..., nn.Module]
@@ -60,24 +60,55 @@ def register(
     return list(names)
 
 
-def key_args(mixers: Sequence[str], key: Key | None, key_size: Size2 | None) -> dict[str, dict[str, Any]]:
-    """What a model's ``key`` and ``key_size`` mean for each of its mixers: nothing for one without a static key.
+def with_key_args(
+    mixers: Sequence[str],
+    mixer_args: Mapping[str, Any],
+    *,
+    key: Key | None,
+    key_size: Size2 | None,
+    off_grid: OffGrid | None,
+) -> dict[str, dict[str, Any]]:
+    """The constructor arguments of each mixer of a model, with what the model was told of its static keys.
+
+    Args:
+        mixers: Names in ``MIXERS``.
+        mixer_args: Arguments by name of mixer.
+        key: Of the mixers with a static key, as the other two; None where nothing is said.
+        key_size: As above.
+        off_grid: As above.
 
     Raises:
         UnknownNameError: No mixer of that name.
-        StaticKeyError: They are given, and no mixer has a static key.
+        StaticKeyError: They are given and no mixer has a static key, ``mixer_args`` say otherwise, or are no mapping.
     """
     for mixer in mixers:
         check_name("mixer", mixer, MIXERS)
-    given = {name: value for name, value in (("key", key), ("key_size", key_size)) if value is not None}
-    made = {mixer: MIXERS[mixer] for mixer in mixers}
-    static = {mixer for mixer, cls in made.items() if isinstance(cls, type) and issubclass(cls, StaticKeyAttention)}
+    named = {"key": key, "key_size": key_size, "off_grid": off_grid}
+    given = {name: value for name, value in named.items() if value is not None}
+    static = {mixer for mixer in mixers if has_static_key(MIXERS[mixer])}
     if given and not static:
+        lacking = ", ".join(dict.fromkeys(mixers)) + (" do" if len({*mixers}) > 1 else " does")
         raise StaticKeyError(
-            f"{given} is for static keys, which {', '.join(mixers) or 'no mixer'} has not; leave it out, or choose "
-            "ska, cska or fcska"
+            f"{given} is for static keys, which {lacking if mixers else 'self-attention of timm does'} not have; "
+            "leave it out, or choose ska, cska or fcska"
         )
-    return {mixer: given if mixer in static else {} for mixer in mixers}
+    merged = {}
+    for mixer in mixers:
+        own = check_mapping("mixer_args" if len(mixers) == 1 else f"mixer_args[{mixer!r}]", mixer_args.get(mixer))
+        for name, value in given.items() if mixer in static else ():
+            if name in own and _plain(own[name]) != _plain(value):
+                raise StaticKeyError(
+                    f"{name}={value!r}, but mixer_args of {mixer} has {name}={own[name]!r}; leave {name} out of "
+                    f"mixer_args and give the one you mean as {name}= (mixer_args={{}} drops those of a saved model)"
+                )
+            own.setdefault(name, value)
+        merged[mixer] = own
+    return merged
+
+
+def _plain(value: Any) -> Any:
+    """A pair as a tuple, which JSON and YAML make a list."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _entry_point(

@@ -9,10 +9,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from .._checks import check_head_dim, check_img_size, check_mapping, check_positive, nearest_divisors
-from .._typing import Key, Size2
+from .._typing import Key, OffGrid, Size2
 from ..convert import convert
 from ..errors import StaticKeyError
-from .registration import CIFAR_VIT_CFG, VIT_FEATURES, key_args, register
+from .registration import CIFAR_VIT_CFG, VIT_FEATURES, register, with_key_args
 
 POS_EMBED_STD = 0.3
 
@@ -22,6 +22,7 @@ def small_transformer(
     mixer: str | None = None,
     key: Key | None = None,
     key_size: Size2 | None = None,
+    off_grid: OffGrid | None = None,
     mixer_args: Mapping[str, Any] | None = None,
     img_size: int | tuple[int, int] = 32,
     patch_size: int | None = None,
@@ -41,6 +42,7 @@ def small_transformer(
         mixer: A name in ``MIXERS``; None keeps timm's self-attention.
         key: Kind of the static key.
         key_size: Grid (h', w') of the static key.
+        off_grid: What the static key does on another grid than the built one.
         mixer_args: Further constructor arguments of the mixer.
         img_size: Pixels, one side or (height, width).
         patch_size: Side of a patch in pixels; default a quarter of images up to 16 pixels, else an eighth.
@@ -53,7 +55,10 @@ def small_transformer(
     Raises:
         StaticKeyError: The patch size does not divide the image, or an argument is out of range.
     """
-    keys = key_args([] if mixer is None else [mixer], key, key_size)
+    mixers = [] if mixer is None else [mixer]
+    args = with_key_args(
+        mixers, {} if mixer is None else {mixer: mixer_args}, key=key, key_size=key_size, off_grid=off_grid
+    )
     size = check_img_size(img_size)
     side = min(size)
     if patch_size is None:
@@ -82,11 +87,10 @@ def small_transformer(
     if model.pos_embed is not None:
         with torch.no_grad():
             nn.init.trunc_normal_(model.pos_embed, std=POS_EMBED_STD)
-    args = check_mapping("mixer_args", mixer_args)
     if mixer is not None:
-        convert(model, mixer, mixer_args=keys[mixer] | args)
-    elif args:
-        raise StaticKeyError(f"mixer_args={args} without a mixer; name one of MIXERS, such as mixer='ska'")
+        convert(model, mixer, mixer_args=args[mixer])
+    elif check_mapping("mixer_args", mixer_args):
+        raise StaticKeyError(f"mixer_args={mixer_args} without a mixer; name one of MIXERS, such as mixer='ska'")
     # a trained network keeps its own at every image size
     update_model_args(model, patch_size=patch_size, embed_dim=embed_dim)
     return model

@@ -11,12 +11,12 @@ from timm.models._input import update_model_input_size
 from timm.models.metaformer import LayerNorm2dNoBias, LayerNormNoBias, MetaFormer
 
 from .._checks import check_img_size, check_mapping
-from .._typing import Key, Size2
+from .._typing import Key, OffGrid, Size2
 from ..convert import MapSlot, TokenSlot, convert, stage_grids
 from ..errors import StaticKeyError
 from ..layers import MIXERS
 from .reference import accept_reference_layout
-from .registration import key_args, register
+from .registration import register, with_key_args
 
 SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "nano": {"depths": (1, 1, 3, 1), "dims": (32, 64, 160, 256)},
@@ -39,6 +39,7 @@ def static_key_former(
     mixers: Sequence[str],
     key: Key | None = None,
     key_size: Size2 | None = None,
+    off_grid: OffGrid | None = None,
     mixer_args: Mapping[str, Mapping[str, Any]] | None = None,
     img_size: int | tuple[int, int] = 224,
     depths: Sequence[int],
@@ -47,13 +48,14 @@ def static_key_former(
 ) -> MetaFormer:
     """A timm MetaFormer with any token mixer in each stage.
 
-    It runs on any input size; a stage with a static key resamples it, averages values over the cells of its own grid
-    (``key_size=(7, 7)``), or tiles the map (``mixer_args={"ska": {"off_grid": "window"}}``).
+    It runs on any input size; a stage with a static key resamples it, averages values over the cells of the grid it
+    was made for (``off_grid="pool"``) or of its own (``key_size=(7, 7)``), or tiles the map (``off_grid="window"``).
 
     Args:
         mixers: One name in ``MIXERS`` per stage.
         key: Kind of the static keys.
         key_size: Grid (h', w') of the static keys.
+        off_grid: What the static keys do on another grid than the built one.
         mixer_args: Further constructor arguments by mixer name, over ``REFERENCE_ARGS``.
         img_size: Pixels the keys are built for, one side or (height, width).
         depths: Blocks per stage.
@@ -71,13 +73,13 @@ def static_key_former(
             f"mixers={mixers!r} must hold one name per stage, as many as depths={depths!r} and dims={dims!r}; "
             'for example mixers=("sepconv", "ska", "mhsa", "mhsa")'
         )
-    keys = key_args(mixers, key, key_size)
     args = check_mapping("mixer_args", mixer_args)
     if not args.keys() <= set(mixers):
         raise StaticKeyError(
             f"mixer_args={args!r} must map names of {tuple(mixers)} to their arguments, "
             'such as {"cska": {"kernel_size": 5}}'
         )
+    merged = with_key_args(mixers, args, key=key, key_size=key_size, off_grid=off_grid)
     on_maps = [getattr(MIXERS[mixer], "layout", "NLC") == "NCHW" for mixer in mixers]
     model = MetaFormer(
         depths=tuple(depths),
@@ -90,8 +92,8 @@ def static_key_former(
     stage_grids(model, size)
     update_model_input_size(model, size)
     for index, mixer in enumerate(mixers):
-        own = check_mapping(f"mixer_args[{mixer!r}]", args.get(mixer))
-        settings = REFERENCE_ARGS.get(mixer, {}) | keys[mixer] | own
+        own = merged[mixer]
+        settings = REFERENCE_ARGS.get(mixer, {}) | own
         if "num_heads" in own and "head_dim" not in own:
             settings = {name: value for name, value in settings.items() if name != "head_dim"}
         convert(model, mixer, layers=f"stages.{index}", mixer_args=settings)

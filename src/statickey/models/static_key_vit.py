@@ -10,12 +10,11 @@ from typing import Any
 from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.models.vision_transformer import VisionTransformer
 
-from .._checks import check_mapping
-from .._typing import Key, Size2
+from .._typing import Key, OffGrid, Size2
 from ..convert import MixerSlot, convert
 from ..errors import StaticKeyError
 from .reference import accept_reference_layout
-from .registration import CIFAR_VIT_CFG, VIT_FEATURES, key_args, register
+from .registration import CIFAR_VIT_CFG, VIT_FEATURES, register, with_key_args
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"embed_dim": 192, "depth": 12, "num_heads": 3},
@@ -29,6 +28,7 @@ def static_key_vit(
     mixer: str,
     key: Key | None = None,
     key_size: Size2 | None = None,
+    off_grid: OffGrid | None = None,
     mixer_args: Mapping[str, Any] | None = None,
     fix_init: bool = False,
     **host_args: Any,
@@ -39,11 +39,12 @@ def static_key_vit(
         mixer: A name in ``MIXERS``.
         key: Kind of the static key.
         key_size: Grid (h', w') of the static key.
+        off_grid: What the static key does on another grid than the built one.
         mixer_args: Further constructor arguments of the mixer.
         fix_init: As in timm: scale projections down with depth.
         host_args: Constructor arguments of timm's ``VisionTransformer``.
     """
-    args = key_args([mixer], key, key_size)[mixer] | check_mapping("mixer_args", mixer_args)
+    args = with_key_args([mixer], {mixer: mixer_args}, key=key, key_size=key_size, off_grid=off_grid)[mixer]
     model = VisionTransformer(attn_layer=MixerSlot, **host_args)
     convert(model, mixer, mixer_args=args)
     model.state_dict_filter = accept_reference_layout

@@ -14,7 +14,10 @@ from ..layers import MIXERS
 
 _FLOAT = re.compile(r"[-+]?\d*\.?\d+[eE][-+]?\d+")
 """Numbers such as 1e-3, which YAML takes for text without a point."""
-FORM = "MIXER[:NAME=VALUE,...][@LAYER,...], such as cska:kernel_size=5 or ska@-3,-2,-1"
+FORM = (
+    "MIXER[:NAME=VALUE,...][@LAYER,...], such as cska:kernel_size=5, ska:key_size=[4,4] (a pair in brackets) or "
+    "ska@-3,-2,-1"
+)
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,7 @@ def static_key_attention(
             zeros, and gets a gradient of zero, whatever the backend.
         key_count: How many equal keys each one stands for, (M,), positive: its logarithm is added to the scaled
             logits, so that with the mean of their values the result is that of all those keys. It gets no gradient.
+            Its values are not checked, which a GPU would have to wait for: zero hides a key, a negative one is NaN.
         dropout_p: Dropout rate on the attention weights.
         unfold: ``(feat_size, kernel_size)`` to attend with ``unfold_queries(query, feat_size, kernel_size)``, which
             is then not stored where the backend does not need it; N is the number of unfolded queries.
