@@ -144,7 +144,7 @@ def _size(image: dict[str, Any], file: Path, where: str) -> tuple[int, int]:
     if stated == (None, None):
         return image_size(file)
     width, height = stated
-    if not isinstance(width, int) or not isinstance(height, int) or min(width, height) < 1:
+    if not isinstance(width, int) or not isinstance(height, int):
         raise DataError(f"{where} has width {width!r} and height {height!r}; they must be numbers of pixels")
     return width, height
 

@@ -14,6 +14,8 @@ from .layout import BadSamples
 from .mask_folders import is_voc_masks, mask_folder, mask_folder_data, voc_mask_data
 from .scenes import DIGITS, read_scenes
 from .sources import check_names
+from .voc import is_voc_objects, voc_data
+from .yolo import yolo_data, yolo_file
 
 SCENES = "scenes"
 
@@ -27,7 +29,9 @@ def open_detection(
         data: ``"scenes"``, digits drawn on a canvas from a seed, or a folder that holds one of: COCO's
             ``instances_train.json`` and ``instances_val.json``, or else ``validation`` or ``test``, in it or its
             folder ``annotations``, with images under ``train`` and ``val`` or ``images/train`` and ``images/val``;
-            the names of splits may end in a year, as ``train2017``.
+            the names of splits may end in a year, as ``train2017``; YOLO's ``data.yaml``, with labels in folders
+            ``labels`` beside ``images``; or, as Pascal VOC, ``JPEGImages``, ``Annotations`` and
+            ``ImageSets/Main/train.txt`` and ``val.txt`` (or else ``validation`` or ``test``).
         data_dir: Where downloads are kept; these data need none.
         limit: Use this many training images, drawn once at random.
         on_bad_sample: Refuse data with a sample that cannot be used, or leave such samples out, image and marks.
@@ -40,11 +44,18 @@ def open_detection(
         scenes = read_scenes(limit)
         return DetectionData(data, DIGITS, *scenes, True, tuple(range(10)), flip=False)
     root = _root(data)
-    files = coco_files(root)
+    files, described = coco_files(root), yolo_file(root)
     if files:
         found = coco_data(data, root, files, bad)
+    elif described is not None:
+        found = yolo_data(data, root, described, bad)
+    elif is_voc_objects(root):
+        found = voc_data(data, root, bad)
     else:
-        raise DataError(f"{root} holds no objects that are known: neither COCO's instances_train.json")
+        raise DataError(
+            f"{root} holds no objects that are known: neither COCO's instances_train.json, in it or in annotations, "
+            "nor YOLO's data.yaml, nor Pascal VOC's Annotations and JPEGImages"
+        )
     _check(found, found.train, found.test)
     return found if limit is None else replace(found, train=ObjectPart(found.train, _drawn(found.train, limit)))
 
@@ -101,13 +112,13 @@ def _root(data: str) -> Path:
 
 
 def _check(data: DetectionData | SegmentationData, train: Pictures, test: Pictures) -> None:
-    if not data.class_names:
-        raise DataError(f"{data.name} has no class; name some")
-    check_names(data.name, data.class_names)
+    remedy = f"the first of {len(data.skipped)} left out: {data.skipped[0]}" if data.skipped else "add some"
     for split, part in (("train", train), ("test", test)):
         if not len(part):
-            left_out = f"; the first of {len(data.skipped)} left out: {data.skipped[0]}" if data.skipped else ""
-            raise DataError(f"the {split} part of {data.name} has no image{left_out or '; add some'}")
+            raise DataError(f"the {split} part of {data.name} has no image; {remedy}")
+    if not data.class_names:
+        raise DataError(f"{data.name} has no class; {remedy}")
+    check_names(data.name, data.class_names)
 
 
 def _drawn(pictures: Pictures, limit: int) -> Sequence[int]:

@@ -1,7 +1,9 @@
 """What readers of marked images share: safe names of files, names of splits, and samples left out."""
 
 import json
-from collections.abc import Iterator
+import reprlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -46,7 +48,7 @@ def inside(root: Path, name: Any, where: str) -> Path:
             files elsewhere.
     """
     if not isinstance(name, str) or not name.strip() or "\0" in name:
-        raise DataError(f"{where} names the file {name!r}, which is no name of a file")
+        raise DataError(f"{where} names the file {reprlib.repr(name)}, which is no name of a file")
     windows = PureWindowsPath(name)
     if PurePosixPath(name).is_absolute() or windows.drive or windows.root or ".." in windows.parts:
         raise DataError(f"{where} names the file {name!r}, which is outside {root}; name files below that folder")
@@ -77,6 +79,21 @@ def read_lines(path: Path) -> list[str]:
         raise DataError(f"cannot read {path}: {error}") from error
 
 
+def listed_names(folder: Path, names: Sequence[str]) -> tuple[Path, list[str]]:
+    """The first of some lists of samples that is in a folder, ``NAME.txt``, and what it lists, one a line.
+
+    Raises:
+        DataError: None is there, or it lists a sample twice.
+    """
+    paths = [folder / f"{name}.txt" for name in names]
+    path = next((each for each in paths if each.is_file()), paths[0])
+    listed = [line.strip() for line in read_lines(path)]
+    twice = [name for name, count in Counter(listed).items() if count > 1]
+    if twice:
+        raise DataError(f"{path} lists {twice[0]!r} twice; remove one")
+    return path, listed
+
+
 def read_picture(path: Path) -> Image.Image:
     """An image in RGB.
 
@@ -92,14 +109,18 @@ def read_picture(path: Path) -> Image.Image:
         ) from error
 
 
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image in pixels, from its header.
+def image_size(path: Path, check: Callable[[Image.Image, Path], None] | None = None) -> tuple[int, int]:
+    """Width and height of an image in pixels, from its header, which ``check`` may refuse.
 
     Raises:
         DataError: It cannot be read.
     """
     try:
         with open_image(path) as image:
+            if check is not None:
+                check(image, path)
             return image.size
+    except DataError:
+        raise
     except UNREADABLE as error:
         raise DataError(f"cannot read image {path}: {error}") from error

@@ -13,7 +13,7 @@ from PIL import Image
 from ..errors import DataError
 from .annotations import IGNORE_INDEX, MapPictures, SegmentationData
 from .folders import image_files
-from .layout import TEST_NAMES, TRAIN_NAMES, BadSamples, image_size, inside, read_json, read_lines, read_picture
+from .layout import TEST_NAMES, TRAIN_NAMES, BadSamples, image_size, inside, listed_names, read_json, read_picture
 from .pixels import UNREADABLE, open_image
 
 Palette = tuple[tuple[int, int, int], ...]
@@ -99,15 +99,20 @@ def read_mask(path: Path) -> NDArray[np.uint8]:
     """
     try:
         with open_image(path) as image:
-            mode, indices = image.mode, np.asarray(image)
+            _check_mode(image, path)
+            return np.asarray(image).astype(np.uint8)
+    except DataError:
+        raise
     except UNREADABLE as error:
         raise DataError(f"cannot read mask {path}: {error}; mend it, or remove it and its image") from error
-    if mode not in ("L", "P", "1"):
+
+
+def _check_mode(mask: Image.Image, path: Path) -> None:
+    if mask.mode not in ("L", "P", "1"):
         raise DataError(
-            f"mask {path} is of mode {mode}, which holds no indices of classes; save the index of each pixel's class "
-            "as 8-bit grey or palette PNG"
+            f"mask {path} is of mode {mask.mode}, which holds no indices of classes; save the index of each pixel's "
+            "class as 8-bit grey or palette PNG"
         )
-    return indices.astype(np.uint8)
 
 
 def mask_folder(root: Path) -> Path | None:
@@ -140,13 +145,12 @@ def voc_mask_data(data: str, root: Path, bad: BadSamples) -> SegmentationData:
     """``JPEGImages`` and ``SegmentationClass``, with lists of names in ``ImageSets/Segmentation``."""
     pairs = []
     for names in (("train",), TEST_NAMES):
-        lists = [root / "ImageSets" / "Segmentation" / f"{name}.txt" for name in names]
-        path = next((each for each in lists if each.is_file()), lists[0])
+        path, listed = listed_names(root / "ImageSets" / "Segmentation", names)
         images, masks = [], []
-        for line in read_lines(path):
+        for name in listed:
             with bad.sample():
-                image = inside(root / "JPEGImages", f"{line.strip()}.jpg", str(path))
-                mask = root / "SegmentationClass" / f"{line.strip()}.png"
+                image = inside(root / "JPEGImages", f"{name}.jpg", str(path))
+                mask = root / "SegmentationClass" / f"{name}.png"
                 _check_pair(image, mask)
                 images.append(image)
                 masks.append(mask)
@@ -220,7 +224,7 @@ def _check_pair(image: Path, mask: Path) -> None:
     for path, what in ((image, "image"), (mask, f"mask of {image}")):
         if not path.is_file():
             raise DataError(f"{path}, the {what}, is missing")
-    sizes = [image_size(path) for path in (image, mask)]
+    sizes = image_size(image), image_size(mask, _check_mode)
     if sizes[0] != sizes[1]:
         shown = [f"{width}x{height}" for width, height in sizes]
         raise DataError(f"{image} is {shown[0]} pixels, its mask {mask} {shown[1]}")

@@ -1,6 +1,7 @@
 """Objects marked on images in files: checked as they are collected, kept in compact arrays."""
 
 import hashlib
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from .layout import read_picture
 
 _ROUNDING = 2.0
 """Pixels by which a box or polygon may leave its image."""
+_LARGEST = 2 * 89478485
+"""Pixels of the largest image that Pillow opens."""
 
 
 class Mark(NamedTuple):
@@ -55,6 +58,10 @@ class ObjectFiles(ObjectPictures):
         Raises:
             DataError: Something is wrong with one of them; nothing of the image is kept then.
         """
+        if not (min(size) > 0 and math.prod(size) <= _LARGEST):
+            raise DataError(
+                f"{file} is said to have {size[0]}x{size[1]} pixels, which no image has that can be opened"
+            )
         checked = [_checked(mark, size, self.has_masks) for mark in marks]
         for mark, box, (is_polygon, mask) in checked:
             self._boxes.extend(box)
@@ -162,10 +169,21 @@ def _checked(mark: Mark, size: tuple[int, int], has_masks: bool) -> tuple[Mark, 
 
 def _packed_mask(mask: Any, size: tuple[int, int], name: str) -> tuple[bool, bytes]:
     """Whether a mask is of polygons, and its bytes."""
-    if isinstance(mask, dict):
-        return False, _run_length_bytes(mask, size, name)
+    try:
+        return (
+            (False, _run_length_bytes(mask, size, name))
+            if isinstance(mask, dict)
+            else (True, _polygon_bytes(mask, size, name))
+        )
+    except DataError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"{name} has a mask that is neither polygons nor run lengths ({error!r})") from error
+
+
+def _polygon_bytes(polygons: Any, size: tuple[int, int], name: str) -> bytes:
     packed = array("f")
-    for polygon in mask:
+    for polygon in polygons:
         points = np.asarray(polygon, np.float64)
         if points.ndim != 1 or len(points) < 6 or len(points) % 2:
             raise DataError(f"{name} has a polygon of {points.size} numbers; x and y of 3 points or more are needed")
@@ -174,7 +192,7 @@ def _packed_mask(mask: Any, size: tuple[int, int], name: str) -> tuple[bool, byt
             raise DataError(f"{name} has a polygon outside its image of {size[0]}x{size[1]} pixels")
         packed.append(len(points))
         packed.extend(points.clip(0, limits).tolist())
-    return True, packed.tobytes()
+    return packed.tobytes()
 
 
 def _unpacked(packed: bytes) -> list[list[float]]:
@@ -197,7 +215,7 @@ def _run_length_bytes(mask: dict[str, Any], size: tuple[int, int], name: str) ->
     compressed = isinstance(counts, str | bytes)
     counts_bytes = counts.encode("ascii") if isinstance(counts, str) else counts
     runs = _decompressed(counts_bytes) if compressed else np.asarray(counts, np.int64)
-    if runs.ndim != 1 or (runs < 0).any() or runs.sum() != width * height:
+    if runs.ndim != 1 or not ((runs >= 0) & (runs <= width * height)).all() or runs.sum() != width * height:
         raise DataError(f"{name} has run lengths that do not add up to its image of {width}x{height} pixels")
     if compressed:
         return bytes(counts_bytes)

@@ -143,18 +143,19 @@ def _background(random: np.random.RandomState, height: int, width: int) -> NDArr
     clouds = Image.fromarray(random.randint(0, 90, (5, 5, 3)).astype(np.uint8))
     grain = random.randint(-10, 11, (height, width, 1))
     smooth = np.asarray(clouds.resize((width, height), Image.Resampling.BILINEAR)).astype(np.int64)
-    return np.clip(smooth + grain, 0, 255)
+    clouded: NDArray[np.int64] = np.clip(smooth + grain, 0, 255)
+    return clouded
 
 
 def _ink(scan: NDArray[np.uint8], side: int) -> NDArray[np.int64]:
     """A digit brought to ``side`` pixels, 0 to 255."""
-    return np.asarray(Image.fromarray(scan).resize((side, side), Image.Resampling.BILINEAR)).astype(np.int64)
+    ink = np.asarray(Image.fromarray(scan).resize((side, side), Image.Resampling.BILINEAR))
+    return ink.astype(np.int64)
 
 
 def _bright_colour(random: np.random.RandomState) -> NDArray[np.int64]:
     """One channel full, one any, one low, in any order: never grey, never dark."""
-    levels: NDArray[np.int64] = random.permutation([255, random.randint(60, 256), random.randint(60, 160)])
-    return levels
+    return random.permutation([255, random.randint(60, 256), random.randint(60, 160)])
 
 
 def _blend(under: NDArray[np.int64], colour: NDArray[np.int64], ink: NDArray[np.int64]) -> NDArray[np.int64]:
