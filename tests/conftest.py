@@ -27,6 +27,19 @@ def cifar10_folder():
     return folder
 
 
+@pytest.fixture
+def dense_folder():
+    """Path of one of the real data sets with marks, by name."""
+
+    def folder(name):
+        path = Path(os.environ.get("STATICKEY_DENSE", SHARED_DATA)) / name
+        if not path.is_dir():
+            pytest.skip(f"needs {name}: set STATICKEY_DENSE to the folder that holds it")
+        return path
+
+    return folder
+
+
 def pytest_collection_finish(session):
     """The server of ``processes`` imports while the first tests run."""
     if not session.config.option.collectonly and any("processes" in item.fixturenames for item in session.items):

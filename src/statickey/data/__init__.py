@@ -7,11 +7,12 @@ from .annotations import (
     ObjectPictures,
     Objects,
     OnBadSample,
+    Pictures,
     SegmentationData,
 )
 from .augment import Augmentation, BatchAugment
 from .batches import EpochBatches, PlannedDataModule, PlannedImages, hold_out
-from .dense import open_segmentation
+from .dense import open_detection, open_segmentation
 from .folders import IMAGE_SUFFIXES, image_files
 from .images import ImageData, LabelledImages, load_images
 from .module import ImageDataModule, settled_augmentation
@@ -39,6 +40,7 @@ __all__ = [
     "Objects",
     "OnBadImage",
     "OnBadSample",
+    "Pictures",
     "PlannedDataModule",
     "PlannedImages",
     "SegmentationData",
@@ -49,6 +51,7 @@ __all__ = [
     "load_images",
     "mix_seed",
     "normalize",
+    "open_detection",
     "open_image",
     "open_segmentation",
     "open_stream",

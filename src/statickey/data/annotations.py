@@ -80,6 +80,55 @@ class MapPictures(Pictures):
         """Class of every pixel of image ``i``, ``IGNORE_INDEX`` where none, (H, W)."""
 
 
+class _Part(Pictures):
+    """Some images of others."""
+
+    pictures: Pictures
+
+    def __init__(self, indices: Sequence[int]) -> None:
+        self.indices = indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def open(self, i: int) -> Image.Image:
+        return self.pictures.open(self.indices[i])
+
+    def describe(self, i: int) -> str:
+        return self.pictures.describe(self.indices[i])
+
+    def key(self, i: int) -> str:
+        return self.pictures.key(self.indices[i])
+
+
+class ObjectPart(_Part, ObjectPictures):
+    """Some images of others, with their objects."""
+
+    def __init__(self, pictures: ObjectPictures, indices: Sequence[int]) -> None:
+        super().__init__(indices)
+        self.pictures: ObjectPictures = pictures
+
+    def objects(self, i: int) -> Objects:
+        """As in the whole."""
+        return self.pictures.objects(self.indices[i])
+
+    def image_id(self, i: int) -> int | str:
+        """As in the whole."""
+        return self.pictures.image_id(self.indices[i])
+
+
+class MapPart(_Part, MapPictures):
+    """Some images of others, with their maps of classes."""
+
+    def __init__(self, pictures: MapPictures, indices: Sequence[int]) -> None:
+        super().__init__(indices)
+        self.pictures: MapPictures = pictures
+
+    def class_map(self, i: int) -> NDArray[np.uint8]:
+        """As in the whole."""
+        return self.pictures.class_map(self.indices[i])
+
+
 @dataclass(frozen=True)
 class AnnotatedData:
     """What both kinds of dense data have."""
@@ -126,5 +175,5 @@ class SegmentationData(AnnotatedData):
     """A colour for each of ``class_names``, where the data set has its own."""
 
     def fingerprint(self) -> str:
-        """A hash of classes, and of names and sizes of files; or of all pixels where there are no files."""
+        """A hash of classes, names and sizes of images, and bytes of maps; of all pixels where there are no files."""
         return self._digest([self.train, self.test])

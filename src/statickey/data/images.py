@@ -98,7 +98,7 @@ def load_images(
     sources = open_sources(data, data_dir)
     train, test, names = sources.train, sources.test, sources.class_names
     skipped: list[str] = []
-    train_part = _read(train, _draw_indices(len(train), limit), img_size, len(names), on_bad_image, skipped)
+    train_part = _read(train, draw_indices(len(train), limit), img_size, len(names), on_bad_image, skipped)
     side = train_part.images.shape[-1]
     test_part = _read(test, range(len(test)), side, len(names), on_bad_image, skipped)
     absent = set(test_part.labels.tolist()) - set(train_part.labels.tolist())
@@ -110,26 +110,34 @@ def load_images(
     return ImageData(data, train_part, test_part, names, side // 8, sources.flip, tuple(skipped))
 
 
-def _draw_indices(total: int, limit: int | None) -> Sequence[int]:
+def draw_indices(total: int, limit: int | None) -> Sequence[int]:
+    """Which of ``total`` images a ``limit`` leaves, drawn once at random, in their order."""
     if limit is None or limit >= total:
         return range(total)
     order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
     return sorted(order[:limit].tolist())
 
 
-def _digits(img_size: int | None, limit: int | None) -> ImageData:
+def read_digits() -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """scikit-learn's scans of digits (N, 8, 8), their labels (N,), and which of them are for training and testing."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
     raw = load_digits()
     scans = np.rint(raw.images * (255 / 16)).astype(np.uint8)
+    labels = raw.target.astype(np.int64)
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=raw.target, random_state=0)
+    return scans, labels, train, test
+
+
+def _digits(img_size: int | None, limit: int | None) -> ImageData:
+    scans, targets, train, test = read_digits()
     if img_size is not None:
         _check_memory(len(scans), img_size, 1)
         scans = np.stack([np.asarray(square(Image.fromarray(scan), img_size)) for scan in scans])
     images = torch.from_numpy(scans).unsqueeze(1)
-    labels = torch.from_numpy(raw.target.astype(np.int64))
-    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=raw.target, random_state=0)
-    train = train[np.asarray(_draw_indices(len(train), limit))]
+    labels = torch.from_numpy(targets)
+    train = train[np.asarray(draw_indices(len(train), limit))]
     train_part, test_part = (LabelledImages(images[index], labels[index]) for index in (train, test))
     return ImageData("digits", train_part, test_part, tuple("0123456789"), 0, False)
 

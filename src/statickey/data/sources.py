@@ -48,7 +48,7 @@ def open_sources(data: str, data_dir: Path | None = None) -> Sources:
         sources = shard_sources(root)
     else:
         sources = folder_sources(root)
-    _check_names(data, sources.class_names)
+    check_names(data, sources.class_names)
     for split, source in (("train", sources.train), ("test", sources.test)):
         if not len(source):
             raise DataError(f"the {split} part of {data} has no image; add some")
@@ -63,8 +63,12 @@ def open_sources(data: str, data_dir: Path | None = None) -> Sources:
     return sources
 
 
-def _check_names(data: str, names: Sequence[str]) -> None:
-    """Refuse names of classes that results could not be written with, or be told apart by."""
+def check_names(data: str, names: Sequence[str]) -> None:
+    """Refuse names of classes that results could not be written with, or be told apart by.
+
+    Raises:
+        DataError: Two are the same, or one is not UTF-8.
+    """
     for name, count in Counter(names).items():
         if count > 1:
             raise DataError(f"{data} has {count} classes {name!r}; give each a name of its own")
