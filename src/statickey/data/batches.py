@@ -72,7 +72,7 @@ class EpochBatches(Sampler[BatchPlan]):
                 yield BatchPlan(part, mix_seed(self.seed, self.epoch, i), first)
 
 
-def even_batches(num_images: int, rank: int = 0, world: int = 1) -> list[BatchPlan]:
+def even_batches(num_images: int, rank: int = 0, world: int = 1, batch_size: int = EVAL_BATCH) -> list[BatchPlan]:
     """All images in order, each once; every process gets the same number of batches, and none of them is empty.
 
     Raises:
@@ -83,7 +83,7 @@ def even_batches(num_images: int, rank: int = 0, world: int = 1) -> list[BatchPl
     order = torch.arange(num_images)
     # with several processes sizes differ by one at most, so that no share is empty
     batches = (
-        torch.split(order, EVAL_BATCH) if world == 1 else order.tensor_split(-(-num_images // (EVAL_BATCH * world)))
+        torch.split(order, batch_size) if world == 1 else order.tensor_split(-(-num_images // (batch_size * world)))
     )
     return [BatchPlan(batch.tensor_split(world)[rank], 0) for batch in batches]
 
@@ -138,6 +138,7 @@ class PlannedDataModule(L.LightningDataModule):
         seed: Seed of order and augmentation.
         grad_accum_steps: Parts a batch is computed in.
         num_workers: Loader processes.
+        eval_batch_size: Images at once on a process, in evaluation.
     """
 
     def __init__(
@@ -150,11 +151,12 @@ class PlannedDataModule(L.LightningDataModule):
         seed: int = 0,
         grad_accum_steps: int = 1,
         num_workers: int = 0,
+        eval_batch_size: int = EVAL_BATCH,
     ) -> None:
         super().__init__()
         self.train_images, self.val_images, self.test_images = train, val, test
         self.batch_size, self.seed, self.grad_accum_steps = min(batch_size, len(train)), seed, grad_accum_steps
-        self.num_workers = num_workers
+        self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
 
     def prepare_training_batch(self, batch: Any, seed: int, first: int) -> Any:
         """Augment and normalise a training batch on the device; here it passes through untouched.
@@ -195,14 +197,14 @@ class PlannedDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The held-out training images."""
-        return self._loader(self.val_images, even_batches(len(self.val_images), *self._rank_and_world()))
+        return self._loader(self.val_images, even_batches(len(self.val_images), *self._rank_and_world(), self.eval_batch_size))
 
     def scoring_dataloader(self, split: Literal["test", "holdout"]) -> DataLoader[Any]:
         """This process's share of the test images or of those held out, in their order; it may be empty."""
         images = self.test_images if split == "test" else self.val_images
         rank, world = self._rank_and_world()
         share = torch.arange(len(images)).tensor_split(world)[rank]
-        return self._loader(images, [BatchPlan(part, 0) for part in torch.split(share, EVAL_BATCH) if len(part)])
+        return self._loader(images, [BatchPlan(part, 0) for part in torch.split(share, self.eval_batch_size) if len(part)])
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
