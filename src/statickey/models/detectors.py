@@ -117,6 +117,11 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
                 found["labels"] = found["labels"] - 1
         return said
 
+    @property
+    def body(self) -> nn.Module:
+        """The network without its head."""
+        return self.backbone.pyramid.body  # type: ignore[no-any-return]
+
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay must leave alone."""
         return {f"backbone.pyramid.{name}" for name in self.backbone.pyramid.no_weight_decay()}

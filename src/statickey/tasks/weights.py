@@ -3,7 +3,7 @@
 import json
 import math
 import reprlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class ModelCard:
     streamed: bool = False
     fp32_logits: bool = False
     task: str = "classify"
+    parts: dict[str, Any] = field(default_factory=dict)
+    """What a task builds around the network, as its own constructor takes it."""
 
     def build(self, img_size: int | None = None) -> nn.Module:
         """The network with fresh weights, for its own or another image size."""
@@ -53,8 +55,8 @@ class ModelCard:
         A tag, the hub or a folder need not be there when the network is built again: the card has the architecture
         behind the name, the arguments and mixer saved there, and the sizes that followed the image size.
         """
-        built: Any = model
-        if not hasattr(model, "mixer_text"):  # not of build_model
+        built: Any = getattr(model, "body", model)
+        if not hasattr(built, "mixer_text"):  # not of build_model
             return self
         given = _without_weights(self.model_args)
         architecture, mixer = built.pretrained_cfg["architecture"], built.mixer_text
@@ -84,6 +86,7 @@ class ModelCard:
                 "streamed": self.streamed,
                 "fp32_logits": self.fp32_logits,
                 "task": self.task,
+                **({"parts": self.parts} if self.parts else {}),
             },
         }
 
@@ -109,6 +112,7 @@ class ModelCard:
                 "streamed": own["streamed"],
                 "fp32_logits": own.get("fp32_logits", False),  # version 0.1 said neither this
                 "task": own.get("task", "classify"),  # nor this
+                "parts": own.get("parts", {}),
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise OutputError(f"{path} does not describe a network of this program ({error!r})") from error
@@ -134,6 +138,7 @@ class ModelCard:
             streamed=fields["streamed"],
             fp32_logits=fields["fp32_logits"],
             task=fields["task"],
+            parts=fields["parts"],
         )
 
 
@@ -141,7 +146,7 @@ def _fits(name: str, field: Any) -> bool:
     """Whether a field of a card has the type and range it must have."""
     if name in ("streamed", "fp32_logits"):
         return isinstance(field, bool)
-    if name == "model_args":
+    if name in ("model_args", "parts"):
         return isinstance(field, dict)
     if name in ("architecture", "mixer", "task"):
         return isinstance(field, str) or (name == "mixer" and field is None)
