@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from scenes import COLOURS, rectangles
 
+from scenes import COLOURS, rectangles
 from statickey.data.detection_batches import DetectionImages, DetectionModule, Rescaling
 from statickey.data.plan import BatchPlan
 from statickey.errors import DataError

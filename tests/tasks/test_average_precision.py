@@ -72,8 +72,7 @@ def by_pycocotools(found, targets, classes, kind, repeats=None):
             x1, y1, x2, y2 = box.astype(float)
             row = {"image_id": image_id, "category_id": int(label), "score": float(score)}
             results.append(
-                row
-                | ({"bbox": [x1, y1, x2 - x1, y2 - y1]} if kind == "bbox" else {"segmentation": own["masks"][n]})
+                row | ({"bbox": [x1, y1, x2 - x1, y2 - y1]} if kind == "bbox" else {"segmentation": own["masks"][n]})
             )
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()

@@ -9,8 +9,8 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from rich.console import Console
-from scenes import rectangles
 
+from scenes import rectangles
 from statickey.data import open_image
 from statickey.errors import StaticKeyError
 from statickey.tasks import TASKS, Machine, load_model, train

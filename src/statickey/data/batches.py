@@ -197,14 +197,18 @@ class PlannedDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """The held-out training images."""
-        return self._loader(self.val_images, even_batches(len(self.val_images), *self._rank_and_world(), self.eval_batch_size))
+        return self._loader(
+            self.val_images, even_batches(len(self.val_images), *self._rank_and_world(), self.eval_batch_size)
+        )
 
     def scoring_dataloader(self, split: Literal["test", "holdout"]) -> DataLoader[Any]:
         """This process's share of the test images or of those held out, in their order; it may be empty."""
         images = self.test_images if split == "test" else self.val_images
         rank, world = self._rank_and_world()
         share = torch.arange(len(images)).tensor_split(world)[rank]
-        return self._loader(images, [BatchPlan(part, 0) for part in torch.split(share, self.eval_batch_size) if len(part)])
+        return self._loader(
+            images, [BatchPlan(part, 0) for part in torch.split(share, self.eval_batch_size) if len(part)]
+        )
 
     def _rank_and_world(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -59,10 +59,10 @@ class Rescaling:
 class DetectionImages(Dataset[Batch]):
     """Batches of images (C, H, W) in uint8, each of its own size, with what is marked on them.
 
-    For training a target has ``boxes``, ``labels``, ``masks`` as cut-outs where masks are learned, and the ``seed`` of
-    the draws that a detector makes for the image. Crowds are left out: what lies on one is background, as in
-    torchvision's and Detectron2's recipes. In evaluation it has all marks as the data have them, masks as run lengths,
-    and the ``image_id``.
+    For training a target has ``boxes``, ``labels``, ``masks`` as cut-outs where masks are learned, and the ``seed``
+    of the draws that a detector makes for the image. Crowds are left out: what lies on one is background, as in
+    torchvision's and Detectron2's recipes. In evaluation it has all marks as the data have them, masks as run
+    lengths, and the ``image_id``.
 
     Args:
         pictures: The images.
@@ -94,7 +94,7 @@ class DetectionImages(Dataset[Batch]):
 
     def _as_marked(self, index: int) -> dict[str, Any]:
         marked = self.pictures.objects(index)
-        target = {"boxes": marked.boxes, "labels": marked.labels, "crowd": marked.crowd}
+        target: dict[str, Any] = {"boxes": marked.boxes, "labels": marked.labels, "crowd": marked.crowd}
         target["image_id"] = self.pictures.image_id(index)
         return target | ({"masks": list(marked.masks or ())} if self.masks else {})
 
@@ -111,9 +111,7 @@ class DetectionImages(Dataset[Batch]):
             places = kept.nonzero().flatten().tolist()
             alone = (replace(marked, masks=(marked.masks or ())[i : i + 1]) for i in places)
             # one at a time, however many there are
-            target["masks"] = MaskWindows.cut(
-                apply(Mask(one.mask_tensor())).as_subclass(Tensor)[0] for one in alone
-            )
+            target["masks"] = MaskWindows.cut(apply(Mask(one.mask_tensor())).as_subclass(Tensor)[0] for one in alone)
         return apply(Image(image)).as_subclass(Tensor), target
 
 

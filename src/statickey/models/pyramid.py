@@ -106,7 +106,7 @@ class Pyramid(nn.Module):
         return {f"body.{name}": layer for name, layer in groups.items()}
 
     def freeze(self, stages: int) -> None:
-        """Keep the weights of the stem and the first stages, or of a vision transformer the first blocks, as they are.
+        """Keep the weights of the stem and the first stages, or a vision transformer's first blocks, as they are.
 
         Args:
             stages: How many; 0 freezes nothing.

@@ -201,7 +201,7 @@ class Detection(Task):
         self, data: DetectionData, module: DetectionModule, split: ScoreOn, number: int
     ) -> tuple[list[Tensor], list[Tensor], list[str]]:
         """The first images, brought to one size, and which classes they show."""
-        images = module.test_images if split == "test" else module.val_images
+        images: Any = module.test_images if split == "test" else module.val_images
         size = list(self.input_size(data)[1:])
         pixels, captions = [], []
         for i in images.indices[:number]:

@@ -55,7 +55,7 @@ class DetectionScores:
         return found
 
     def to_json(self) -> dict[str, Any]:
-        """AP in percent, at overlaps of 0.5 and 0.75, and of small, medium and large objects; None without objects."""
+        """AP in percent, at overlaps of 0.5 and 0.75, and by the objects' size; None without objects."""
         found: dict[str, Any] = {"images": len(self._targets)}
         for kind, scores in self.scores.items():
             found[f"{kind}_ap"] = _mean(scores.by_class())

@@ -57,7 +57,9 @@ def draw_detections(
         axes.set(xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         axes.set_axis_off()
         if title:
-            figure.text(0.01, 1 - 0.1 / figure.get_figheight(), title, va="top", fontsize=10, weight="bold", color=INK)
+            figure.text(
+                0.01, 1 - 0.1 / figure.get_figheight(), title, va="top", fontsize=10, weight="bold", color=INK
+            )
         # large objects first, so that small ones lie on top
         order = sorted(range(len(objects)), key=lambda i: -_area(objects[i]["box"]))
         if masks is not None:
@@ -76,9 +78,7 @@ def draw_detections(
     return figure
 
 
-def class_scores(
-    class_names: Sequence[str], values: Mapping[str, Sequence[float | None]], label: str
-) -> Figure:
+def class_scores(class_names: Sequence[str], values: Mapping[str, Sequence[float | None]], label: str) -> Figure:
     """Bars of what every class scores, the best above; of many classes the best and the worst.
 
     Args:
