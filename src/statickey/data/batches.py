@@ -154,10 +154,9 @@ class PlannedDataModule(L.LightningDataModule):
         num_workers: int = 0,
     ) -> None:
         super().__init__()
-        self.eval_batch_size = eval_batch_size
         self.train_images, self.val_images, self.test_images = train, val, test
         self.batch_size, self.seed, self.grad_accum_steps = min(batch_size, len(train)), seed, grad_accum_steps
-        self.num_workers = num_workers
+        self.num_workers, self.eval_batch_size = num_workers, eval_batch_size
 
     def prepare_training_batch(self, batch: Any, seed: int, first: int) -> Any:
         """Augment and normalise a training batch on the device; here it passes through untouched.

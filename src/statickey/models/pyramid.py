@@ -62,7 +62,9 @@ class Pyramid(nn.Module):
                 f"{type(body).__name__} has maps at strides {strides or 'unknown'}; a detector or segmenter needs "
                 f"{', '.join(map(str, STRIDES))}, or a vision transformer's single one"
             )
+        args = dict(getattr(host, "_model_args", {}))
         self._indices = host.prune_intermediate_layers(self._indices, prune_norm=self.necks is None, prune_head=True)
+        host._model_args = args  # timm notes the lost norm there, but with it another network would be built
         self.body = body
 
     def forward(self, x: Tensor) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from .accuracy import Accuracy
 from .checkpoint import AtomicCheckpointIO
 from .classification import Classification, ClassificationRecipe
+from .detection import Detection, DetectionRecipe
 from .display import Display, RunProgress, RunsDisplay, counted, facts_table
 from .engine import new_trainer, train_run
 from .evaluate import evaluate
@@ -12,6 +13,7 @@ from .predict import Predictions, predict
 from .recipe import Machine, Recipe, difference, identities
 from .registry import TASKS, task_named, task_of
 from .run import PREDICTIONS_FILE, RESULT_FILE, Run, read_result
+from .segmentation import Segmentation, SegmentationRecipe
 from .task import Evidence, Metric, ScoreOn, Task
 from .train import train
 from .training import TrainingModule
@@ -26,6 +28,8 @@ __all__ = [
     "AtomicCheckpointIO",
     "Classification",
     "ClassificationRecipe",
+    "Detection",
+    "DetectionRecipe",
     "Display",
     "Evidence",
     "Machine",
@@ -37,6 +41,8 @@ __all__ = [
     "RunProgress",
     "RunsDisplay",
     "ScoreOn",
+    "Segmentation",
+    "SegmentationRecipe",
     "Task",
     "TrainingModule",
     "counted",

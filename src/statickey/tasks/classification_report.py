@@ -104,6 +104,9 @@ class ClassificationScores:
             for name, r, n in zip(self.class_names, right, total, strict=True)
         ]
 
+    def results(self, data: Any) -> None:
+        """No other program reads these."""
+
     def figures(self) -> dict[str, Figure]:
         """The confusion matrix."""
         return {"confusion": confusion_matrix(self.counts.tolist(), self.class_names)}

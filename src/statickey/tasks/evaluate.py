@@ -109,6 +109,9 @@ def evaluate(
     write_json(folder / "evaluation.json", report)
     rows = found.per_class()
     write_csv(folder / "per_class.csv", list(rows[0]), rows)
+    results = found.results(images)
+    if results is not None:
+        write_json(folder / "results.json", results)
     for stem, figure in found.figures().items():
         save_png(figure, folder / f"{stem}.png")
     shown = [counted(numbers["images"], split + " image") + f" of {Path(recipe.data).name}"]

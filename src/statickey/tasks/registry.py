@@ -3,11 +3,12 @@
 from .._checks import check_name
 from ..errors import StaticKeyError
 from .classification import Classification
+from .detection import Detection
 from .recipe import Recipe
 from .segmentation import Segmentation
 from .task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Segmentation())}
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Detection(), Segmentation())}
 """Tasks by name. Add one of your own under a new name, and its recipes train and compare."""
 
 

@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 from .._checks import check_positive
 from ..data import normalize, open_image, resized_image, to_mode
 from ..models import segment
-from ..viz import class_bars, class_colours, class_map_overlay, confusion_matrix
+from ..viz import class_colours, class_map_overlay, class_scores, confusion_matrix
 from .display import counted
 from .overlap import Overlap
 from .task import Answer
@@ -92,10 +92,14 @@ class SegmentationScores:
             for name, n, right, iou in zip(self.class_names, true, both, self._overlap.per_class(), strict=True)
         ]
 
+    def results(self, data: Any) -> None:
+        """No other program reads these."""
+
     def figures(self) -> dict[str, Figure]:
         """Intersection over union per class, and the confusion matrix."""
+        ious = [row["iou"] for row in self.per_class()]
         return {
-            "iou": class_bars(self.per_class(), "iou", "intersection over union, %"),
+            "iou": class_scores(self.class_names, {"IoU": ious}, "intersection over union in %"),
             "confusion": confusion_matrix(self._counts.tolist(), self.class_names),
         }
 
@@ -153,7 +157,8 @@ class SegmentationPredictor:
     def mask(self, answer: Answer) -> Image.Image:
         """The class of every pixel, with the colours of pictures as its palette."""
         mask = Image.fromarray(answer.detail).convert("P")
-        mask.putpalette([value for colour in class_colours(len(self.card.class_names)) for value in colour])
+        colours = class_colours(self.card.class_names).values()
+        mask.putpalette([round(255 * value) for colour in colours for value in colour])
         return mask
 
     def title(self, row: Mapping[str, Any]) -> str:

@@ -74,6 +74,9 @@ class Evaluation(Protocol):
     def figures(self) -> dict[str, Figure]:
         """Pictures, by the stem of their file's name."""
 
+    def results(self, data: Any) -> Any:
+        """What was said of each image of some data, for other programs to read as JSON; None where none do."""
+
 
 @dataclass(frozen=True)
 class Answer:

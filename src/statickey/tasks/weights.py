@@ -117,10 +117,10 @@ class ModelCard:
             }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise OutputError(f"{path} does not describe a network of this program ({error!r})") from error
-        for name, field in fields.items():
-            if not _fits(name, field):
+        for name, given in fields.items():
+            if not _fits(name, given):
                 raise OutputError(
-                    f"{path} does not describe a network of this program ({name} is {reprlib.repr(field)}); give the "
+                    f"{path} does not describe a network of this program ({name} is {reprlib.repr(given)}); give the "
                     "folder of a finished run"
                 )
         channels, height, _ = fields.pop("input_size")

@@ -2,6 +2,7 @@
 
 from . import page
 from .capture import capture_attention, key_colours
+from .detections import class_colours, class_scores, draw_detections
 from .figures import (
     attention_of_token,
     attention_overlay,
@@ -12,7 +13,7 @@ from .figures import (
     static_keys,
 )
 from .page import save_png
-from .segmentation import class_bars, class_colours, class_map_overlay
+from .segmentation import class_map_overlay
 from .speed import accuracy_against_cost, scaling
 
 __all__ = [
@@ -20,11 +21,12 @@ __all__ = [
     "attention_of_token",
     "attention_overlay",
     "capture_attention",
-    "class_bars",
     "class_colours",
     "class_map_overlay",
+    "class_scores",
     "confusion_matrix",
     "differences",
+    "draw_detections",
     "key_colours",
     "labelled_image",
     "learning_curves",

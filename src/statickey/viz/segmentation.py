@@ -1,6 +1,6 @@
-"""Pictures of class maps: over their image, and as bars."""
+"""Pictures of class maps."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -9,20 +9,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from numpy.typing import NDArray
 
-from .figures import FAINT, STYLE
+from .detections import class_colours
+from .figures import STYLE
 
-Colour = tuple[int, int, int]
 _SHOWN = 12
-
-
-def class_colours(num_classes: int) -> list[Colour]:
-    """Colours for classes, far from each other however many: hues a golden angle apart, at two brightnesses."""
-    colours: list[Colour] = []
-    for i in range(num_classes):
-        hue = (0.58 + i * 0.381966) % 1
-        red, green, blue = mpl.colors.hsv_to_rgb((hue, (0.75, 0.5)[i % 2], (0.95, 0.72)[i // 2 % 2]))
-        colours.append((round(255 * red), round(255 * green), round(255 * blue)))
-    return colours
 
 
 def class_map_overlay(
@@ -30,7 +20,6 @@ def class_map_overlay(
     classes: NDArray[Any],
     class_names: Sequence[str],
     title: str = "",
-    palette: Sequence[Colour] | None = None,
 ) -> Figure:
     """An image beside itself under the colours of its classes, with the names of those that cover most.
 
@@ -39,9 +28,8 @@ def class_map_overlay(
         classes: Class of every pixel, (H, W).
         class_names: Names of the classes.
         title: Above the picture.
-        palette: A colour per class; default ``class_colours``.
     """
-    colours = np.asarray(class_colours(len(class_names)) if palette is None else palette) / 255
+    colours = np.array(list(class_colours(class_names).values()))
     found, counts = np.unique(classes, return_counts=True)
     most = found[np.argsort(-counts, kind="stable")][:_SHOWN]
     height, width = classes.shape
@@ -62,28 +50,4 @@ def class_map_overlay(
             frameon=False,
         )
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, fontweight="bold")
-    return figure
-
-
-def class_bars(rows: Sequence[Mapping[str, Any]], key: str, label: str) -> Figure:
-    """One bar a class, the best first.
-
-    Args:
-        rows: One a class, with ``class`` and a number, or None, under ``key``.
-        key: Which number.
-        label: What it is.
-    """
-    known = sorted((row for row in rows if row[key] is not None), key=lambda row: row[key])
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6, 0.8 + 0.26 * max(len(known), 1)), layout="constrained")
-        axes = figure.subplots()
-        axes.barh([row["class"] for row in known], [row[key] for row in known], color="#2f4b7c", height=0.7)
-        for place, row in enumerate(known):
-            axes.text(row[key] + 1, place, f"{row[key]:.1f}", va="center", fontsize=8)
-        axes.set_xlim(0, 108)
-        axes.set_title(label)
-        axes.tick_params(axis="y", length=0)
-        axes.grid(axis="x")
-        axes.set_axisbelow(True)
-        axes.spines["bottom"].set_color(FAINT)
     return figure

@@ -1,0 +1,260 @@
+"""Learning where objects are, of which class, and, where data have masks, which pixels are theirs."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from faster_coco_eval.core import mask as run_lengths
+from torch import Tensor, nn
+from torchmetrics.detection import MeanAveragePrecision
+from torchvision.transforms.v2 import functional as geometry
+
+from .._checks import check_choice, check_positive
+from ..data import DetectionData, normalize, open_detection
+from ..data.detection_batches import DetectionModule, Rescaling
+from ..errors import StaticKeyError
+from ..models import ARCHS, Detector, build_detector
+from .average_precision import BOX_AP, MOST_DETECTIONS, AveragePrecision, match_boxes
+from .dense import DenseRecipe
+from .detection_report import DetectionScores, ObjectFinder
+from .recipe import Recipe
+from .task import Arrays, Metric, ScoreOn, Task
+from .weights import ModelCard, without_weights
+
+_SMALL = 256
+"""Pixels along an image under which a narrower and quicker detector does."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectionRecipe(DenseRecipe):
+    """How to train a detector: what dense recipes have, and what stands here.
+
+    Args:
+        lr: Peak learning rate; default 1e-4, 1e-3 for images under 256 pixels.
+        arch: ``faster_rcnn`` or ``cascade_rcnn`` for boxes, ``mask_rcnn`` or ``cascade_mask_rcnn`` for masks too;
+            default ``mask_rcnn`` where the data have masks, else ``faster_rcnn``.
+        max_size: Longer side of images at most, where ``img_size`` brings the shorter one to a size.
+        train_size: Side in pixels that keys and position embeddings are built for; default ``img_size``, or that of
+            the first image.
+        anchor_size: Side of the smallest anchors in pixels; default in step with ``train_size``, 32 at 800.
+        channels: Width of the feature maps; default 256, 64 for images under 256 pixels.
+    """
+
+    batch_size: int = 16
+    scale: tuple[float, float] = (1.0, 1.0)
+    arch: str | None = None
+    max_size: int = 1333
+    train_size: int | None = None
+    anchor_size: int | None = None
+    channels: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.arch is not None:
+            check_choice(arch=(self.arch, ARCHS))
+        sizes = {name: getattr(self, name) for name in ("train_size", "anchor_size", "channels")}
+        check_positive(max_size=self.max_size, **{k: v for k, v in sizes.items() if v is not None})
+        if self.img_size is not None and self.img_size > self.max_size:
+            raise StaticKeyError(f"img_size={self.img_size} must not exceed max_size={self.max_size}")
+
+
+class Detection(Task):
+    """The losses of Faster, Mask or Cascade R-CNN, and COCO's average precision of boxes."""
+
+    name: ClassVar[str] = "detect"
+    metric: ClassVar[Metric] = BOX_AP
+    recipe_class: ClassVar[type[Recipe]] = DetectionRecipe
+    fixed_size: ClassVar[bool] = False
+
+    def read_data(self, recipe: DetectionRecipe) -> DetectionData:
+        """Images that are decoded as they are needed, and what is marked on them."""
+        data_dir = None if recipe.data_dir is None else Path(recipe.data_dir)
+        return open_detection(recipe.data, data_dir=data_dir, limit=recipe.limit, on_bad_sample=recipe.on_bad_sample)
+
+    def settled(self, recipe: DetectionRecipe, data: DetectionData) -> DetectionRecipe:
+        """The recipe with what these images ask for.
+
+        Raises:
+            StaticKeyError: Masks are to be learned from data without them.
+        """
+        arch = ("mask_rcnn" if data.has_masks else "faster_rcnn") if recipe.arch is None else recipe.arch
+        if "mask" in arch and not data.has_masks:
+            raise StaticKeyError(f"arch={arch!r} learns masks, but {recipe.data} has boxes alone; use faster_rcnn")
+        side = recipe.train_size
+        if side is None:
+            side = recipe.img_size or 32 * math.ceil(max(data.train.open(0).size) / 32)
+        small = side < _SMALL
+        anchor_size = max(4, 2 ** round(math.log2(side / 25))) if recipe.anchor_size is None else recipe.anchor_size
+        return replace(
+            recipe,
+            arch=arch,
+            train_size=side,
+            anchor_size=anchor_size,
+            channels=(64 if small else 256) if recipe.channels is None else recipe.channels,
+            flip=data.flip if recipe.flip is None else recipe.flip,
+            lr=(1e-3 if small else 1e-4) if recipe.lr is None else recipe.lr,
+        )
+
+    def data_module(
+        self, recipe: DetectionRecipe, data: DetectionData, seed: int, num_workers: int = 0
+    ) -> DetectionModule:
+        """Batches of images, each (C, H, W), and a dict of marks for each."""
+        recipe = self.settled(recipe, data)
+        assert recipe.flip is not None
+        assert recipe.arch is not None
+        low, high = recipe.scale
+        return DetectionModule(
+            data,
+            batch_size=recipe.batch_size,
+            rescaling=Rescaling(recipe.flip, (low, high), recipe.img_size, recipe.max_size),
+            masks="mask" in recipe.arch,
+            seed=seed,
+            holdout=recipe.holdout,
+            grad_accum_steps=recipe.grad_accum_steps,
+            mean=recipe.mean,
+            std=recipe.std,
+            num_workers=num_workers,
+        )
+
+    def build(self, recipe: DetectionRecipe, data: DetectionData, mixer: str | None, seed: int) -> Detector:
+        """A detector; see ``build_detector``."""
+        recipe = self.settled(recipe, data)
+        assert recipe.train_size is not None
+        detector = build_detector(
+            recipe.model,
+            mixer,
+            img_size=recipe.train_size,
+            num_classes=len(data.class_names),
+            seed=seed,
+            model_args=recipe.model_args,
+            fp32_logits=recipe.fp32_logits,
+            **_around(recipe),
+        )
+        detector.backbone.pyramid.freeze(recipe.frozen_stages)
+        return detector
+
+    def rebuild(self, card: ModelCard, img_size: int | None = None) -> Detector:
+        """The detector of a card, which brings the shorter side of images to ``img_size``, if that is given."""
+        unknown = card.task_args.keys() ^ {"arch", "channels", "anchor_size", "img_size", "max_size"}
+        if unknown:
+            raise StaticKeyError(f"{', '.join(sorted(unknown))} is missing, or no setting of a detector")
+        recipe = DetectionRecipe(**card.task_args)
+        if img_size is not None:
+            recipe = replace(recipe, img_size=img_size, max_size=max(recipe.max_size, img_size))
+        return build_detector(
+            card.architecture,
+            card.mixer,
+            img_size=card.img_size,
+            num_classes=len(card.class_names),
+            model_args=without_weights(card.model_args),
+            fp32_logits=card.fp32_logits,
+            **_around(recipe),
+        )
+
+    def input_size(self, recipe: DetectionRecipe, data: DetectionData) -> tuple[int, int, int]:
+        """That of the first training image; of the heads' products those of the regions found on it are counted."""
+        width, height = data.train.open(0).size
+        return data.in_chans, height, width
+
+    def card(self, recipe: DetectionRecipe, data: DetectionData, module: Any, mixer: str | None) -> ModelCard:
+        """Architecture, classes and normalisation."""
+        recipe = self.settled(recipe, data)
+        assert recipe.train_size is not None
+        return ModelCard(
+            architecture=recipe.model,
+            mixer=mixer,
+            model_args=recipe.model_args,
+            img_size=recipe.train_size,
+            in_chans=data.in_chans,
+            class_names=data.class_names,
+            mean=recipe.mean,
+            std=recipe.std,
+            fp32_logits=recipe.fp32_logits,
+            task_args={
+                name: getattr(recipe, name) for name in ("arch", "channels", "anchor_size", "img_size", "max_size")
+            },
+        )
+
+    def examples(
+        self, data: DetectionData, module: DetectionModule, split: ScoreOn, number: int
+    ) -> tuple[list[Tensor], list[Tensor], list[str]]:
+        """The first images, brought to one size, and which classes they show."""
+        images: Any = module.test_images if split == "test" else module.val_images
+        size = list(data.train.open(0).size[::-1])
+        pixels, captions = [], []
+        for i in images.indices[:number]:
+            pixels.append(geometry.resize(geometry.pil_to_tensor(images.pictures.open(i)), size))
+            shown = dict.fromkeys(images.pictures.objects(i).labels.tolist())
+            captions.append(", ".join(data.class_names[label] for label in shown) or "nothing")
+        return pixels, [normalize(image, module.mean, module.std) for image in pixels], captions
+
+    def losses(
+        self, model: nn.Module, batch: tuple[list[Tensor], list[Any]], recipe: DetectionRecipe
+    ) -> dict[str, Tensor]:
+        """Those of proposals, boxes, classes and masks."""
+        images, targets = batch
+        losses: dict[str, Tensor] = model(images, targets)
+        return losses
+
+    def outputs(
+        self, model: nn.Module, batch: tuple[list[Tensor], list[Any]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Of each image ``boxes``, ``labels``, ``scores`` and, as run lengths, ``masks``; and its marks."""
+        images, targets = batch
+        return [_compact(found) for found in model(images)], targets
+
+    def validation_metric(self, data: DetectionData) -> "BoxAveragePrecision":
+        """Box AP, as COCO has it."""
+        return BoxAveragePrecision()
+
+    def evidence(self, outputs: Sequence[Any], targets: Sequence[Any]) -> AveragePrecision:
+        """What each box found was."""
+        return match_boxes([own for batch in outputs for own in batch], [own for batch in targets for own in batch])
+
+    def evidence_from(self, arrays: Arrays) -> AveragePrecision:
+        """From its arrays."""
+        return AveragePrecision.from_arrays(arrays)
+
+    def evaluation(self, class_names: Sequence[str]) -> DetectionScores:
+        """AP of boxes and masks, at two overlaps, by size and by class."""
+        return DetectionScores(tuple(class_names))
+
+    def predictor(self, model: nn.Module, card: ModelCard, *, img_size: int | None, top_k: int) -> ObjectFinder:
+        """A detector at work on files; it brings them to its size itself."""
+        return ObjectFinder(model, card, top_k=top_k)
+
+
+class BoxAveragePrecision(MeanAveragePrecision):
+    """COCO's AP of boxes, between 0 and 1."""
+
+    def __init__(self) -> None:
+        super().__init__(backend="faster_coco_eval", max_detection_thresholds=[1, 10, MOST_DETECTIONS])
+        self.warn_on_many_detections = False
+
+    def update(self, preds: Sequence[dict[str, Any]], target: Sequence[dict[str, Any]]) -> None:
+        """Add a batch of outputs and marks."""
+        said = [{name: own[name] for name in ("boxes", "labels", "scores")} for own in preds]
+        real = [{"boxes": own["boxes"], "labels": own["labels"], "iscrowd": own["crowd"].int()} for own in target]
+        super().update(said, real)
+
+    def compute(self) -> Tensor:  # type: ignore[override]
+        """AP; 0 where no object was marked."""
+        ap: Tensor = super().compute()["map"]
+        return ap.clamp(min=0)
+
+
+def _around(recipe: DetectionRecipe) -> dict[str, Any]:
+    """What ``build_detector`` takes of a settled recipe for all but the network."""
+    same = {name: getattr(recipe, name) for name in ("arch", "channels", "anchor_size", "max_size")}
+    return same | {"min_size": recipe.img_size}
+
+
+def _compact(found: dict[str, Tensor]) -> dict[str, Any]:
+    """Detections with their masks as run lengths."""
+    if "masks" not in found:
+        return found
+    masks = found["masks"].cpu().numpy().astype(np.uint8)
+    return found | {"masks": [run_lengths.encode(np.asfortranarray(mask)) for mask in masks]}
