@@ -1,6 +1,7 @@
 """Objects in the JSON of COCO."""
 
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Hashable, Mapping
 from pathlib import Path
@@ -156,9 +157,10 @@ def _mark(mark: dict[str, Any], places: Mapping[int, int], ids: Counter[int | st
         raise DataError(f"{name} is listed {ids[number]} times")
     if not isinstance(category, int) or category not in places:
         raise DataError(f"{name} is of the category {category!r}, which it does not list")
-    box = mark.get("bbox")
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
-        raise DataError(f"{name} has the bbox {box!r}; it must be x, y, width and height")
-    x, y, width, height = box
+    try:
+        x, y, width, height = map(float, mark["bbox"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        shown = reprlib.repr(mark.get("bbox"))
+        raise DataError(f"{name} has the bbox {shown}; it must be x, y, width and height") from error
     crowd = bool(mark.get("iscrowd"))
     return Mark(name, (x, y, x + width, y + height), places[category], crowd, mark.get("segmentation"))

@@ -136,27 +136,28 @@ class ObjectFiles(ObjectPictures):
         return run_lengths
 
 
-def clip_box(box: Sequence[float], size: tuple[int, int], name: str) -> NDArray[np.float32]:
-    """Corners of a box, (4,), inside an image of this width and height.
+def _clipped(box: Sequence[float], size: tuple[int, int], name: str) -> Sequence[float]:
+    """Corners of a box inside an image of this width and height, in float32.
 
     Raises:
-        DataError: It is no box, leaves the image by over 2 pixels, or has no area.
+        DataError: It is not finite, leaves the image by over 2 pixels, or has no area.
     """
-    corners = np.asarray(box, np.float64)
-    limits = np.array([*size, *size], np.float64)
-    shown = [float(f"{corner:.6g}") for corner in corners.tolist()]
-    if not np.isfinite(corners).all():
-        raise DataError(f"{name} has the box {shown}, which is not finite")
-    if (corners < -_ROUNDING).any() or (corners > limits + _ROUNDING).any():
-        raise DataError(f"{name} has the box {shown}, outside its image of {size[0]}x{size[1]} pixels")
-    clipped = corners.clip(0, limits).astype(np.float32)
-    if not (clipped[2:] > clipped[:2]).all():
-        raise DataError(f"{name} has the box {shown} of no area")
+    limits = (*size, *size)
+    clipped = array("f", [min(max(corner, 0.0), limit) for corner, limit in zip(box, limits, strict=True)])
+    problem = None
+    if not all(map(math.isfinite, box)):
+        problem = ", which is not finite"
+    elif not all(-_ROUNDING <= corner <= limit + _ROUNDING for corner, limit in zip(box, limits, strict=True)):
+        problem = f", outside its image of {size[0]}x{size[1]} pixels"
+    elif not (clipped[2] > clipped[0] and clipped[3] > clipped[1]):
+        problem = " of no area"
+    if problem is not None:
+        raise DataError(f"{name} has the box [{', '.join(f'{corner:.6g}' for corner in box)}]{problem}")
     return clipped
 
 
-def _checked(mark: Mark, size: tuple[int, int], has_masks: bool) -> tuple[Mark, list[float], tuple[bool, bytes]]:
-    box = clip_box(mark.box, size, mark.name).tolist()
+def _checked(mark: Mark, size: tuple[int, int], has_masks: bool) -> tuple[Mark, Sequence[float], tuple[bool, bytes]]:
+    box = _clipped(mark.box, size, mark.name)
     if not has_masks:
         return mark, box, (False, b"")
     if mark.mask:
@@ -170,11 +171,9 @@ def _checked(mark: Mark, size: tuple[int, int], has_masks: bool) -> tuple[Mark, 
 def _packed_mask(mask: Any, size: tuple[int, int], name: str) -> tuple[bool, bytes]:
     """Whether a mask is of polygons, and its bytes."""
     try:
-        return (
-            (False, _run_length_bytes(mask, size, name))
-            if isinstance(mask, dict)
-            else (True, _polygon_bytes(mask, size, name))
-        )
+        if isinstance(mask, dict):
+            return False, _run_length_bytes(mask, size, name)
+        return True, _polygon_bytes(mask, size, name)
     except DataError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -187,11 +186,11 @@ def _polygon_bytes(polygons: Any, size: tuple[int, int], name: str) -> bytes:
         points = np.asarray(polygon, np.float64)
         if points.ndim != 1 or len(points) < 6 or len(points) % 2:
             raise DataError(f"{name} has a polygon of {points.size} numbers; x and y of 3 points or more are needed")
-        limits = np.resize(np.array(size, np.float64), len(points))
-        if not ((points >= -_ROUNDING) & (points <= limits + _ROUNDING)).all():
+        xs, ys = points[::2], points[1::2]
+        if not (points.min() >= -_ROUNDING and xs.max() <= size[0] + _ROUNDING and ys.max() <= size[1] + _ROUNDING):
             raise DataError(f"{name} has a polygon outside its image of {size[0]}x{size[1]} pixels")
         packed.append(len(points))
-        packed.extend(points.clip(0, limits).tolist())
+        packed.frombytes(points.reshape(-1, 2).clip(0, size).astype(np.float32).tobytes())
     return packed.tobytes()
 
 
