@@ -43,6 +43,8 @@ MIXERS = [
 ]
 SEEDS, OUT = (0, 1, 2), Path("runs/any-size")
 SIZES = (24, 28, 32, 40, 48, 64)
+IMAGES = 4_000
+"""Test images, the first ones, that are scored at all sizes; their order in the file is random."""
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     "mhsa": ("mhsa", {}),
     "grid keys, resampled": ("ska", {}),
@@ -69,8 +71,8 @@ def network(mixer: str, seed: int, settings: dict[str, Any]) -> Any:
     for layer in token_mixers(model).values():
         if isinstance(layer, StaticKeyAttention) and "key_size" in settings:
             layer.set_key_size(settings["key_size"])
-        if isinstance(layer, StaticKeyAttention):
-            layer.off_grid = settings.get("off_grid", layer.off_grid)
+        if isinstance(layer, StaticKeyAttention) and "off_grid" in settings:
+            layer.set_off_grid(settings["off_grid"])
     return model.eval()
 
 
@@ -98,7 +100,7 @@ def sizes(data: str) -> None:
     """Score the networks of the comparison at all sizes."""
     module = ImageDataModule(Classification().read_data(recipe(data)), batch_size=64)
     test = module.data.test
-    images, truth = module.normalize(test.images), test.labels.numpy()
+    images, truth = module.normalize(test.images[:IMAGES]), test.labels[:IMAGES].numpy()
     evidence: dict[int, dict[str, dict[int, Accuracy]]] = {size: {} for size in SIZES}
     for way, (mixer, settings) in WAYS.items():
         for seed in SEEDS:
