@@ -32,7 +32,15 @@ DATA = {"boxes": rectangles(masks=False), "masks": rectangles()}
 
 
 def recipe(**changes):
-    settings = {"data": "masks", "model_args": VIT, "epochs": 2, "batch_size": 4, "channels": 8, "holdout": 0.25}
+    settings = {
+        "model": "small_vit",
+        "data": "masks",
+        "model_args": VIT,
+        "epochs": 2,
+        "batch_size": 4,
+        "channels": 8,
+        "holdout": 0.25,
+    }
     return DetectionRecipe(**settings | {"lr": 1e-3, "scale": (0.8, 1.2)} | changes)
 
 
@@ -174,7 +182,7 @@ def test_an_evaluation_says_what_pycocotools_says(tmp_path, capsys):
     assert set(scores.figures()) == {"per_class"}
 
     results = tmp_path / "results.json"
-    results.write_text(json.dumps(scores.coco_results(data.category_ids)))
+    results.write_text(json.dumps(scores.results(data)))
     truth = COCO()
     rows = [
         {"id": 1 + n, "image_id": own["image_id"], "category_id": data.category_ids[label], "iscrowd": int(crowd)}
@@ -204,7 +212,8 @@ def test_objects_are_found_on_files(run, tmp_path):
     DATA["masks"].test.open(0).save(path)
     model.roi_heads.box_predictor.cls_score.bias.data[1] += 50  # everything is red
     finder = TASK.predictor(model, card, img_size=None, top_k=3)
-    (row,) = finder.predict(finder.prepare([finder.read(path)]))
+    (answer,) = finder.predict(finder.prepare([finder.read(path)]))
+    row = answer.row
     json.dumps(row)
     assert len(row["objects"]) == 3
     assert row["objects"][0]["class"] == "red"

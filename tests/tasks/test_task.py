@@ -21,6 +21,7 @@ from statickey.errors import StaticKeyError
 from statickey.models import build_model
 from statickey.tasks import (
     TASKS,
+    Answer,
     Machine,
     Metric,
     ModelCard,
@@ -122,6 +123,7 @@ class Brightness(Task):
             rows=lambda: {"mean error": f"{errors().value():.3f}"},
             per_class=lambda: [{"class": class_names[0], "error": errors().value()}],
             figures=dict,
+            results=lambda data: None,
         )
 
     def predictor(self, model, card, *, img_size, top_k):
@@ -132,7 +134,8 @@ class Brightness(Task):
         return SimpleNamespace(
             read=read,
             prepare=lambda pixels: torch.stack(pixels).float() / 255,
-            predict=lambda images: [{"brightness": value.item()} for value in model(images)[:, 0]],
+            batch_size=8,
+            predict=lambda images: [Answer({"brightness": value.item()}) for value in model(images)[:, 0]],
             title=lambda row: f"{row['brightness']:.2f}",
             csv=lambda rows: (list(rows[0]), rows),
             table=lambda rows: facts_table("brightness", {row["file"]: str(row["brightness"]) for row in rows}),
@@ -253,6 +256,6 @@ def test_a_task_without_a_learning_rate(tmp_path, monkeypatch):
 
 def test_a_recipe_of_no_task():
     with pytest.raises(
-        StaticKeyError, match=r"recipe is a Recipe, which is of no task; use ClassificationRecipe, Bri"
+        StaticKeyError, match=r"recipe is a Recipe, which is of no task; use ClassificationRecipe, .*Bri"
     ):
         train(Recipe(), out="nowhere")

@@ -14,7 +14,7 @@ from .recipe import Machine, Recipe, difference, identities
 from .registry import TASKS, task_named, task_of
 from .run import PREDICTIONS_FILE, RESULT_FILE, Run, read_result
 from .segmentation import Segmentation, SegmentationRecipe
-from .task import Evidence, Metric, ScoreOn, Task
+from .task import Answer, Evidence, Metric, ScoreOn, Task
 from .train import train
 from .training import TrainingModule
 from .weights import WEIGHTS_FILES, ModelCard
@@ -25,6 +25,7 @@ __all__ = [
     "TASKS",
     "WEIGHTS_FILES",
     "Accuracy",
+    "Answer",
     "AtomicCheckpointIO",
     "Classification",
     "ClassificationRecipe",

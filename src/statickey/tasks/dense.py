@@ -1,7 +1,6 @@
 """What the recipes of detection and segmentation share."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -30,7 +29,6 @@ class DenseRecipe(Recipe):
 
     data: str = "scenes"
     model: str = "skaformer_nano"
-    model_args: dict[str, Any] = field(default_factory=dict)
     on_bad_sample: OnBadSample = "fail"
     img_size: int | None = None
     scale: tuple[float, float] = (0.5, 2.0)

@@ -24,6 +24,8 @@ from .recipe import Recipe
 from .task import Arrays, Metric, ScoreOn, Task
 from .weights import ModelCard, without_weights
 
+_SETTINGS = ("arch", "channels", "anchor_size", "img_size", "max_size")
+"""What a card says of all around the network."""
 _SMALL = 256
 """Pixels along an image under which a narrower and quicker detector does."""
 
@@ -138,7 +140,7 @@ class Detection(Task):
 
     def rebuild(self, card: ModelCard, img_size: int | None = None) -> Detector:
         """The detector of a card, which brings the shorter side of images to ``img_size``, if that is given."""
-        unknown = card.task_args.keys() ^ {"arch", "channels", "anchor_size", "img_size", "max_size"}
+        unknown = card.task_args.keys() ^ set(_SETTINGS)
         if unknown:
             raise StaticKeyError(f"{', '.join(sorted(unknown))} is missing, or no setting of a detector")
         recipe = DetectionRecipe(**card.task_args)
@@ -173,9 +175,7 @@ class Detection(Task):
             mean=recipe.mean,
             std=recipe.std,
             fp32_logits=recipe.fp32_logits,
-            task_args={
-                name: getattr(recipe, name) for name in ("arch", "channels", "anchor_size", "img_size", "max_size")
-            },
+            task_args={name: getattr(recipe, name) for name in _SETTINGS},
         )
 
     def examples(
