@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -235,15 +236,14 @@ class Segmentation(Task):
         return SegmentationPredictor(model, card, img_size=usual if img_size is None else img_size, top_k=top_k)
 
 
-def _cross_entropy(logits: Tensor, maps: Tensor) -> Tensor:
-    """Mean over pixels of a class; zero where there is none, which torch's own mean is not."""
-    total = F.cross_entropy(logits, maps, ignore_index=IGNORE_INDEX, reduction="sum")
-    return total / (maps != IGNORE_INDEX).sum().clamp_min(1)
+def _mean(summed: Callable[[Tensor, Tensor], Tensor], logits: Tensor, maps: Tensor) -> Tensor:
+    """Mean of a loss over pixels of a class; zero where there is none, when a library's own mean is NaN."""
+    return summed(logits, maps) / (maps != IGNORE_INDEX).sum().clamp_min(1)
 
 
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": _cross_entropy,
+    "cross_entropy": partial(_mean, partial(F.cross_entropy, ignore_index=IGNORE_INDEX, reduction="sum")),
     "dice": smp.losses.DiceLoss("multiclass", ignore_index=IGNORE_INDEX),
-    "focal": smp.losses.FocalLoss("multiclass", ignore_index=IGNORE_INDEX),
+    "focal": partial(_mean, smp.losses.FocalLoss("multiclass", ignore_index=IGNORE_INDEX, reduction="sum")),
 }
 """From logits (B, num_classes, H, W) in float32 and maps (B, H, W) to a scalar."""
