@@ -9,6 +9,7 @@ from .annotations import (
     OnBadSample,
     Pictures,
     SegmentationData,
+    run_length_tools,
 )
 from .augment import Augmentation, BatchAugment
 from .batches import EpochBatches, PlannedDataModule, PlannedImages, hold_out
@@ -56,6 +57,7 @@ __all__ = [
     "open_segmentation",
     "open_stream",
     "resized_image",
+    "run_length_tools",
     "settled_augmentation",
     "square",
     "stream_transforms",

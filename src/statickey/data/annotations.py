@@ -36,9 +36,15 @@ class Objects:
 
     def mask_tensor(self) -> Tensor:
         """The masks as pixels, (n, H, W) bool; only for data with masks and at least one object."""
-        from faster_coco_eval.core import mask
+        decode = run_length_tools().decode
+        return torch.from_numpy(np.stack([decode(run_lengths) for run_lengths in self.masks or ()])).bool()
 
-        return torch.from_numpy(np.stack([mask.decode(run_lengths) for run_lengths in self.masks or ()])).bool()
+
+def run_length_tools() -> Any:
+    """The functions of faster-coco-eval on run lengths of masks, imported when needed: the package is an extra."""
+    from faster_coco_eval.core import mask
+
+    return mask
 
 
 class Pictures(ABC):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import DataError
-from .annotations import ObjectPictures, Objects
+from .annotations import ObjectPictures, Objects, run_length_tools
 from .layout import read_picture
 
 _ROUNDING = 2.0
@@ -130,7 +130,7 @@ class ObjectFiles(ObjectPictures):
         width, height = size
         if not self._is_polygon[k]:
             return {"size": [height, width], "counts": self._mask_bytes(k)}
-        from faster_coco_eval.core import mask
+        mask = run_length_tools()
 
         run_lengths: dict[str, Any] = mask.segmToRle(_unpacked(self._mask_bytes(k)), width, height)
         return run_lengths
@@ -205,7 +205,7 @@ def _unpacked(packed: bytes) -> list[list[float]]:
 
 
 def _run_length_bytes(mask: dict[str, Any], size: tuple[int, int], name: str) -> bytes:
-    from faster_coco_eval.core import mask as run_lengths
+    run_lengths = run_length_tools()
 
     width, height = size
     if list(mask["size"]) != [height, width]:

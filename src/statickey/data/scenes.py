@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from .annotations import MapPictures, ObjectPictures, Objects
+from .annotations import MapPictures, ObjectPictures, Objects, run_length_tools
 from .images import read_digits
 
 DIGITS = tuple("0123456789")
@@ -85,7 +85,7 @@ class Scenes(ObjectPictures, MapPictures):
 
     def objects(self, i: int) -> Objects:
         """Digits with boxes tight around their visible parts."""
-        from faster_coco_eval.core import mask
+        mask = run_length_tools()
 
         scene = self.scene(i)
         masks = [scene.places == place for place in range(1, len(scene.labels) + 1)]

@@ -6,9 +6,9 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-from faster_coco_eval.core import mask as run_lengths
 from numpy.typing import NDArray
 
+from ..data import run_length_tools
 from ..errors import StaticKeyError
 from .task import Arrays, Metric
 
@@ -158,7 +158,7 @@ def _match_image(found: Any, real: Any, ranges: NDArray[np.float64], shapes_of: 
         overlaps = np.zeros((len(mine), 0))
         if len(theirs):
             flags = crowd[theirs].astype(np.uint8).tolist()
-            overlaps = np.asarray(run_lengths.iou(_taken(shapes, mine), _taken(real_shapes, theirs), flags))
+            overlaps = np.asarray(run_length_tools().iou(_taken(shapes, mine), _taken(real_shapes, theirs), flags))
         hit, free = _assign(overlaps, crowd[theirs], real_ignored[theirs].T)
         order.append(mine)
         right.append(hit)
@@ -222,7 +222,7 @@ def _xywh(boxes: Any) -> NDArray[np.float64]:
 def _areas(shapes: Any) -> NDArray[np.float64]:
     if isinstance(shapes, np.ndarray):
         return np.asarray(shapes[:, 2] * shapes[:, 3])
-    return np.asarray(run_lengths.area(shapes), np.float64) if shapes else np.zeros(0)
+    return np.asarray(run_length_tools().area(shapes), np.float64) if shapes else np.zeros(0)
 
 
 def _taken(shapes: Any, places: NDArray[np.intp]) -> Any:

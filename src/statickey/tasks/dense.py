@@ -1,6 +1,7 @@
 """What the recipes of detection and segmentation share."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
@@ -38,6 +39,8 @@ class DenseRecipe(Recipe):
     frozen_stages: int = 0
 
     def __post_init__(self) -> None:
+        if not (find_spec("segmentation_models_pytorch") and find_spec("faster_coco_eval")):
+            raise StaticKeyError("detection and segmentation need more packages: pip install 'statickey[dense]'")
         for name in ("scale", "mean", "std"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))

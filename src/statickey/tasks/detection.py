@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from faster_coco_eval.core import mask as run_lengths
 from torch import Tensor, nn
 from torchmetrics.detection import MeanAveragePrecision
 from torchvision.transforms.v2 import functional as geometry
 
 from .._checks import check_choice, check_positive
-from ..data import DetectionData, normalize, open_detection
+from ..data import DetectionData, normalize, open_detection, run_length_tools
 from ..data.detection_batches import DetectionModule, Rescaling
 from ..errors import StaticKeyError
 from ..models import ARCHS, Detector, build_detector
@@ -257,4 +256,4 @@ def _compact(found: dict[str, Tensor]) -> dict[str, Any]:
     if "masks" not in found:
         return found
     masks = found["masks"].cpu().numpy().astype(np.uint8)
-    return found | {"masks": [run_lengths.encode(np.asfortranarray(mask)) for mask in masks]}
+    return found | {"masks": [run_length_tools().encode(np.asfortranarray(mask)) for mask in masks]}

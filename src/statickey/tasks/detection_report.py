@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from faster_coco_eval.core import mask as run_lengths
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .._checks import check_positive
-from ..data import DetectionData, normalize, open_image, to_mode
+from ..data import DetectionData, normalize, open_image, run_length_tools, to_mode
 from ..errors import StaticKeyError
 from ..viz import class_colours, class_scores, draw_detections
 from .average_precision import AREAS, AveragePrecision, match_boxes, match_masks
@@ -159,7 +158,7 @@ class ObjectFinder:
             if "masks" in found:
                 for i, own in zip(kept, objects, strict=True):
                     pixels = found["masks"][i].cpu().numpy().astype(np.uint8)
-                    own["mask"] = _plain(run_lengths.encode(np.asfortranarray(pixels)))
+                    own["mask"] = _plain(run_length_tools().encode(np.asfortranarray(pixels)))
             rows.append(Answer({"objects": objects}))
         return rows
 
@@ -206,7 +205,7 @@ def mask_pixels(objects: Sequence[Mapping[str, Any]]) -> NDArray[np.bool_] | Non
     """The masks (n, H, W) of an image's predicted objects; None where they have none."""
     if not objects or "mask" not in objects[0]:
         return None
-    return np.stack([run_lengths.decode(own["mask"]) for own in objects]).astype(bool)
+    return np.stack([run_length_tools().decode(own["mask"]) for own in objects]).astype(bool)
 
 
 def _plain(mask: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-import segmentation_models_pytorch as smp
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -241,9 +240,23 @@ def _mean(summed: Callable[[Tensor, Tensor], Tensor], logits: Tensor, maps: Tens
     return summed(logits, maps) / (maps != IGNORE_INDEX).sum().clamp_min(1)
 
 
+def _dice(logits: Tensor, maps: Tensor) -> Tensor:
+    from segmentation_models_pytorch.losses import DiceLoss
+
+    loss: Tensor = DiceLoss("multiclass", ignore_index=IGNORE_INDEX)(logits, maps)
+    return loss
+
+
+def _focal(logits: Tensor, maps: Tensor) -> Tensor:
+    from segmentation_models_pytorch.losses import FocalLoss
+
+    loss: Tensor = FocalLoss("multiclass", ignore_index=IGNORE_INDEX, reduction="sum")(logits, maps)
+    return loss
+
+
 _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": partial(_mean, partial(F.cross_entropy, ignore_index=IGNORE_INDEX, reduction="sum")),
-    "dice": smp.losses.DiceLoss("multiclass", ignore_index=IGNORE_INDEX),
-    "focal": partial(_mean, smp.losses.FocalLoss("multiclass", ignore_index=IGNORE_INDEX, reduction="sum")),
+    "dice": _dice,
+    "focal": partial(_mean, _focal),
 }
 """From logits (B, num_classes, H, W) in float32 and maps (B, H, W) to a scalar."""
