@@ -38,13 +38,13 @@ def class_map_overlay(
         left, right = figure.subplots(1, 2)
         left.imshow(image)
         right.imshow(0.45 * image + 0.55 * colours[classes])
-        if len(found) > 1:
-            right.contour(classes, levels=np.arange(len(class_names)) + 0.5, colors="white", linewidths=0.5)
+        for each in found if len(found) > 1 else ():
+            right.contour(classes == each, levels=[0.5], colors="white", linewidths=0.5)
         for axes in (left, right):
             axes.axis("off")
         share = dict(zip(found.tolist(), (100 * counts / classes.size).tolist(), strict=True))
         figure.legend(
-            handles=[Patch(color=colours[c], label=f"{class_names[c]} {share[c]:.0f} %") for c in most.tolist()],
+            handles=[Patch(color=colours[c], label=f"{class_names[c]}: {share[c]:.1f} %") for c in most.tolist()],
             loc="outside lower center",
             ncols=6,
             frameon=False,
