@@ -81,9 +81,10 @@ def predict(
     files = [str(files)] if isinstance(files, str | Path) else list(map(str, files))
     if out is not None and Path(out).suffix not in (".csv", ".json"):
         raise OutputError(f"out={out!r} must end in .csv or .json")
-    folders = {"picture": pictures, "mask": masks, "attention": attention}
-    asked = {kind: Path(folder) for kind, folder in folders.items() if folder is not None}
-    check_folder(**{kind: str(folder) for kind, folder in asked.items()})
+    options = {"pictures": pictures, "masks": masks, "attention": attention}
+    check_folder(**{option: folder for option, folder in options.items() if folder is not None})
+    kinds = zip(("picture", "mask", "attention"), options.values(), strict=True)
+    asked = {kind: Path(folder) for kind, folder in kinds if folder is not None}
     check_writable(out=out, **{kind: folder / "picture.png" for kind, folder in asked.items()})
     display = Display(console)
     model, card = load_model(source, img_size=img_size, ema=ema)
