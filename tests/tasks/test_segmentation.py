@@ -36,8 +36,15 @@ def trained(out, **changes):
     return train(recipe(**changes), mixer="ska", out=str(out), machine=CPU, console=quiet())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def few_scenes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("statickey.data.scenes.TEST_SCENES", 12)
+        yield
+
+
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, few_scenes):
     folder = tmp_path_factory.mktemp("segment")
     return folder, trained(folder, loss=["cross_entropy", "dice", "focal"])
 
@@ -56,7 +63,7 @@ def test_a_run_is_trained_scored_and_read_back(run):
 def test_evaluation(run, tmp_path):
     folder, result = run
     found = evaluate(str(folder), out=str(tmp_path / "e"), accelerator="cpu", console=quiet())
-    assert found["miou"] == pytest.approx(result["miou"], abs=1e-4) and found["images"] == 100
+    assert found["miou"] == pytest.approx(result["miou"], abs=1e-4) and found["images"] == 12
     rows = found["per_class"]
     assert [row["class"] for row in rows][:2] == ["background", "0"]
     confusion = np.array(found["confusion"])
