@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from scenes import COLOURS, rectangles
-from statickey.data.detection_batches import DetectionImages, DetectionModule, Rescaling
+from scenes import COLOURS, Rectangles, rectangles
+from statickey.data.detection_batches import DetectionDataModule, DetectionImages, Rescaling
 from statickey.data.plan import BatchPlan
 from statickey.errors import DataError
 
 
 def module(**changes):
-    settings = {"batch_size": 4, "rescaling": Rescaling(scale=(0.5, 1.5)), "holdout": 0.25}
-    return DetectionModule(rectangles(), **settings | changes)
+    settings = {"batch_size": 4, "rescaling": Rescaling(scale=(0.5, 1.5)), "holdout": 0.25, "masks": True}
+    return DetectionDataModule(rectangles(), **settings | changes)
 
 
 def same(one, other):
@@ -95,10 +95,36 @@ def test_images_are_normalised_and_scored_as_marked():
 
 
 def test_evaluation_goes_through_few_images_at_once():
-    made = DetectionModule(rectangles(test=20), batch_size=2, rescaling=Rescaling())
+    made = DetectionDataModule(rectangles(test=20), batch_size=2, rescaling=Rescaling(), masks=True)
     assert [len(images) for images, _ in made.scoring_dataloader("test")] == [8, 8, 4]
 
 
 def test_bad_normalisation_is_refused():
     with pytest.raises(DataError, match="2 numbers for images of 3 channels"):
         module(mean=(0.5, 0.5))
+
+
+class Broken(Rectangles):
+    """Image 1 cannot be read."""
+
+    def open(self, i):
+        if i == 1:
+            raise DataError("image 1 is broken")
+        return super().open(i)
+
+
+def test_an_image_that_cannot_be_read():
+    pictures, plan = Broken(4, 0), BatchPlan(torch.arange(3), 5)
+    for rescaling in (Rescaling(), None):
+        with pytest.raises(DataError, match="image 1 is broken"):
+            DetectionImages(pictures, range(4), masks=True, rescaling=rescaling)[plan]
+    skipping = {"masks": True, "on_bad_sample": "skip"}
+    with pytest.warns(UserWarning, match="image 1 is broken; the next one takes its place"):
+        images, targets = DetectionImages(pictures, range(4), rescaling=Rescaling(), **skipping)[plan]
+    instead = DetectionImages(pictures, range(4), rescaling=Rescaling(), masks=True)[
+        BatchPlan(torch.tensor([2]), 5, 1)
+    ]
+    assert len(images) == 3 and images[1].equal(instead[0][0]) and targets[1]["seed"] == instead[1][0]["seed"]
+    with pytest.warns(UserWarning, match="left out"):
+        _, targets = DetectionImages(pictures, range(4), **skipping)[plan]
+    assert [target["image_id"] for target in targets] == [100, 102]

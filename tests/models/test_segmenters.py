@@ -4,7 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from statickey.errors import StaticKeyError, UnknownNameError
-from statickey.models import DECODERS, build_model, build_segmenter, segment, start_from
+from statickey.models import DECODERS, build_detector, build_model, build_segmenter, start_from
+from statickey.models.segmenters import in_windows
 
 
 def small(decoder="upernet", name="skaformer_nano", mixer=None, **options):
@@ -45,13 +46,21 @@ def test_windows_are_averaged():
             return torch.cat([x, torch.full_like(x, x.shape[-1])], dim=1)
 
     image = torch.arange(7 * 11.0).reshape(1, 7, 11)
-    whole = segment(Position(), image)
-    tiled = segment(Position(), image, 5)
+    whole = in_windows(Position(), image, None)
+    tiled = in_windows(Position(), image, 5)
     torch.testing.assert_close(tiled[0], image[0])  # each window says the same of a pixel
     assert (tiled[1] == 5).all() and (whole[1] == 11).all()
-    assert segment(Position(), image, 20).equal(whole)
-    resized = segment(Position(), image, None, (14, 22))
-    torch.testing.assert_close(resized, F.interpolate(whole[None], (14, 22), mode="bilinear")[0])
+    assert in_windows(Position(), image, 20).equal(whole)
+
+
+def test_segment_answers_in_the_size_asked_for():
+    model, image = small(window=32).eval(), torch.rand(3, 40, 70)
+    with torch.no_grad():
+        logits = in_windows(model, image, 32)
+        assert model.segment(image).equal(logits.argmax(0))
+        resized = F.interpolate(logits[None], (20, 35), mode="bilinear")[0]
+        assert model.segment(image, (20, 35)).equal(resized.argmax(0))
+        assert not in_windows(model, image, None).equal(logits)
 
 
 def test_a_classifiers_weights_fill_the_backbone(tmp_path):
@@ -64,6 +73,12 @@ def test_a_classifiers_weights_fill_the_backbone(tmp_path):
     report = start_from(model, tmp_path / "c.safetensors")
     assert "stem.conv.weight" in report.taken and not report.fresh
     assert model.pyramid.body.stem.conv.weight.equal(classifier.stem.conv.weight)
+    detector = build_detector("skaformer_nano", None, img_size=64, num_classes=2, channels=16, seed=1)
+    assert not start_from(detector, tmp_path / "c.safetensors").fresh
+    assert detector.pyramid.body.stem.conv.weight.equal(classifier.stem.conv.weight)
+    own = detector.state_dict()
+    save_file({k: v.contiguous() for k, v in own.items()}, tmp_path / "d.safetensors")
+    assert "rpn.head.cls_logits.weight" in start_from(detector, tmp_path / "d.safetensors").taken
     save_file({k: v.contiguous() for k, v in small(seed=7).state_dict().items()}, tmp_path / "s.safetensors")
     assert "head.weight" in start_from(model, tmp_path / "s.safetensors").taken
 

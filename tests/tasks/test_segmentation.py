@@ -196,7 +196,14 @@ def test_a_card_that_is_none(run, tmp_path):
     for name in ("model.safetensors", "config.json"):
         (tmp_path / name).write_bytes((folder / name).read_bytes())
     card = json.loads((tmp_path / "config.json").read_text())
-    card["statickey"]["task_args"] = {"decoder": "upernet", "nonsense": 1}
-    (tmp_path / "config.json").write_text(json.dumps(card))
-    with pytest.raises(OutputError, match="nonsense is no setting of a segmenter"):
-        load_model(tmp_path)
+    given = card["statickey"]["task_args"]
+    missing = {name: value for name, value in given.items() if name != "window"}
+    for wrong, message in (
+        (given | {"nonsense": 1}, "nonsense is no setting of task 'segment'"),
+        (missing, "window is missing for task 'segment'"),
+        (given | {"decoder": "upernext"}, "decoder 'upernext'"),
+    ):
+        card["statickey"]["task_args"] = wrong
+        (tmp_path / "config.json").write_text(json.dumps(card))
+        with pytest.raises(OutputError, match=message):
+            load_model(tmp_path)

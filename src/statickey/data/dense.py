@@ -1,6 +1,5 @@
 """Where data with objects or maps of classes come from: a name or a folder, and the layout that is there."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -20,9 +19,7 @@ from .yolo import yolo_data, yolo_file
 SCENES = "scenes"
 
 
-def open_detection(
-    data: str, *, data_dir: Path | None = None, limit: int | None = None, on_bad_sample: OnBadSample = "fail"
-) -> DetectionData:
+def open_detection(data: str, *, limit: int | None = None, on_bad_sample: OnBadSample = "fail") -> DetectionData:
     """Images with objects, marked by boxes and, in some data, masks.
 
     Args:
@@ -32,7 +29,6 @@ def open_detection(
             the names of splits may end in a year, as ``train2017``; YOLO's ``data.yaml``, with labels in folders
             ``labels`` beside ``images``; or, as Pascal VOC, ``JPEGImages``, ``Annotations`` and
             ``ImageSets/Main/train.txt`` and ``val.txt`` (or else ``validation`` or ``test``).
-        data_dir: Where downloads are kept; these data need none.
         limit: Use this many training images, drawn once at random.
         on_bad_sample: Refuse data with a sample that cannot be used, or leave such samples out, image and marks.
 
@@ -57,11 +53,15 @@ def open_detection(
             "nor YOLO's data.yaml, nor Pascal VOC's Annotations and JPEGImages"
         )
     _check(found, found.train, found.test)
-    return found if limit is None else replace(found, train=ObjectPart(found.train, _drawn(found.train, limit)))
+    return (
+        found
+        if limit is None
+        else replace(found, train=ObjectPart(found.train, draw_indices(len(found.train), limit)))
+    )
 
 
 def open_segmentation(
-    data: str, *, data_dir: Path | None = None, limit: int | None = None, on_bad_sample: OnBadSample = "fail"
+    data: str, *, limit: int | None = None, on_bad_sample: OnBadSample = "fail"
 ) -> SegmentationData:
     """Images with a class for every pixel.
 
@@ -72,7 +72,6 @@ def open_segmentation(
             ``read_classes``; or, as Pascal VOC, ``JPEGImages``, ``SegmentationClass`` and
             ``ImageSets/Segmentation/train.txt`` and ``val.txt``. Masks hold indices of classes, 255 for none. Without
             ``classes.json`` the training masks are read for the highest index.
-        data_dir: Where downloads are kept; these data need none.
         limit: Use this many training images, drawn once at random.
         on_bad_sample: Refuse data with a sample that cannot be used, or leave such samples out. Indices that no class
             has are found when a mask is read.
@@ -95,7 +94,9 @@ def open_segmentation(
             "annotations/train, nor SegmentationClass of Pascal VOC"
         )
     _check(found, found.train, found.test)
-    return found if limit is None else replace(found, train=MapPart(found.train, _drawn(found.train, limit)))
+    return (
+        found if limit is None else replace(found, train=MapPart(found.train, draw_indices(len(found.train), limit)))
+    )
 
 
 def _bad_samples(limit: int | None, on_bad_sample: OnBadSample) -> BadSamples:
@@ -119,7 +120,3 @@ def _check(data: DetectionData | SegmentationData, train: Pictures, test: Pictur
     if not data.class_names:
         raise DataError(f"{data.name} has no class; {remedy}")
     check_names(data.name, data.class_names)
-
-
-def _drawn(pictures: Pictures, limit: int) -> Sequence[int]:
-    return draw_indices(len(pictures), limit)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torchvision.transforms.v2 import functional as geometry
 from torchvision.tv_tensors import BoundingBoxes, BoundingBoxFormat, Image, Mask
 
 from ..models import MaskWindows
-from .annotations import DetectionData, ObjectPictures
+from .annotations import DetectionData, ObjectPictures, OnBadSample
 from .batches import PlannedDataModule, hold_out
 from .pixels import normalize, per_channel
 from .plan import BatchPlan, mix_seed
+from .readable import readable, substituted
 
 _EVAL_IMAGES = 8
 _LEAST_SIDE = 1.0
@@ -28,7 +30,7 @@ class Rescaling:
     """What is drawn for each training image.
 
     Args:
-        flip: Mirror every other image.
+        flip: Mirror half of the images.
         scale: Least and greatest factor on its size.
         min_size: Shorter side in pixels at scale 1; None leaves the image's own.
         max_size: Longer side at most, whatever the scale.
@@ -69,28 +71,37 @@ class DetectionImages(Dataset[Batch]):
         indices: Those to choose from.
         masks: Whether masks are learned or scored.
         rescaling: What is drawn for training images; None for evaluation.
+        on_bad_sample: Refuse an image that cannot be read; or, in training, let the next one take its place, and in
+            evaluation leave it out.
     """
 
     def __init__(
-        self, pictures: ObjectPictures, indices: Sequence[int], *, masks: bool, rescaling: Rescaling | None = None
+        self,
+        pictures: ObjectPictures,
+        indices: Sequence[int],
+        *,
+        masks: bool,
+        rescaling: Rescaling | None = None,
+        on_bad_sample: OnBadSample = "fail",
     ) -> None:
         self.pictures, self.indices, self.masks, self.rescaling = pictures, indices, masks, rescaling
+        self.on_bad_sample = on_bad_sample
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, plan: BatchPlan) -> Batch:
-        images, targets = [], []
-        for place, i in enumerate(plan.indices.tolist(), start=plan.first):
-            index = int(self.indices[i])
-            image = geometry.pil_to_tensor(self.pictures.open(index))
-            if self.rescaling is None:
-                targets.append(self._as_marked(index))
-            else:
-                image, target = self._drawn(index, image, mix_seed(plan.seed, place))
-                targets.append(target)
-            images.append(image)
-        return images, targets
+        wanted = plan.indices.tolist()
+        if self.rescaling is None:
+            samples = readable(self._read, self.indices, wanted, self.on_bad_sample)
+            return [image for _, image in samples], [self._as_marked(index) for index, _ in samples]
+        read = substituted(self._read, self.indices, wanted, self.on_bad_sample)
+        seeds = (mix_seed(plan.seed, place) for place in count(plan.first))
+        drawn = [self._drawn(index, image, seed) for (index, image), seed in zip(read, seeds, strict=False)]
+        return [image for image, _ in drawn], [target for _, target in drawn]
+
+    def _read(self, index: int) -> tuple[int, Tensor]:
+        return index, geometry.pil_to_tensor(self.pictures.open(index))
 
     def _as_marked(self, index: int) -> dict[str, Any]:
         marked = self.pictures.objects(index)
@@ -115,7 +126,7 @@ class DetectionImages(Dataset[Batch]):
         return apply(Image(image)).as_subclass(Tensor), target
 
 
-class DetectionModule(PlannedDataModule):
+class DetectionDataModule(PlannedDataModule):
     """Training, validation and test batches of images with objects.
 
     Images are decoded and augmented where they are loaded, each by draws of its own, and normalised on the device; so
@@ -125,11 +136,12 @@ class DetectionModule(PlannedDataModule):
         data: The images.
         batch_size: Images per optimizer step, over all processes.
         rescaling: What is drawn for training images.
-        masks: Whether masks are learned; default where the data have them.
+        masks: Whether masks are learned.
+        on_bad_sample: Refuse an image that cannot be read, or skip it.
         seed: Seed of order and augmentation.
         holdout: Share of the training images to hold out, in (0, 1).
         grad_accum_steps: Parts a batch is computed in.
-        mean: Normalisation per channel; default that of ImageNet.
+        mean: Normalisation per channel.
         std: As ``mean``.
         num_workers: Loader processes.
 
@@ -143,28 +155,29 @@ class DetectionModule(PlannedDataModule):
         *,
         batch_size: int,
         rescaling: Rescaling,
-        masks: bool | None = None,
+        masks: bool,
+        on_bad_sample: OnBadSample = "fail",
         seed: int = 0,
         holdout: float = 0.1,
         grad_accum_steps: int = 1,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Sequence[float] = IMAGENET_DEFAULT_MEAN,
+        std: Sequence[float] = IMAGENET_DEFAULT_STD,
         num_workers: int = 0,
     ) -> None:
-        with_masks = data.has_masks if masks is None else masks
+        common: Any = {"masks": masks, "on_bad_sample": on_bad_sample}
         held_out, learned = (part.tolist() for part in hold_out(len(data.train), holdout))
         super().__init__(
-            DetectionImages(data.train, learned, masks=with_masks, rescaling=rescaling),
-            DetectionImages(data.train, held_out, masks=with_masks),
-            DetectionImages(data.test, range(len(data.test)), masks=with_masks),
+            DetectionImages(data.train, learned, rescaling=rescaling, **common),
+            DetectionImages(data.train, held_out, **common),
+            DetectionImages(data.test, range(len(data.test)), **common),
             batch_size=batch_size,
             seed=seed,
             grad_accum_steps=grad_accum_steps,
             num_workers=num_workers,
             eval_batch_size=_EVAL_IMAGES,
         )
-        self.mean = per_channel("mean", IMAGENET_DEFAULT_MEAN if mean is None else mean, data.in_chans)
-        self.std = per_channel("std", IMAGENET_DEFAULT_STD if std is None else std, data.in_chans)
+        self.mean = per_channel("mean", mean, data.in_chans)
+        self.std = per_channel("std", std, data.in_chans)
 
     def prepare_training_batch(self, batch: Batch, seed: int, first: int) -> Batch:
         """Normalised images, and their targets."""

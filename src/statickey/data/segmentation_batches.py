@@ -1,7 +1,7 @@
 """Batches of images with a class for every pixel: random crops to learn from, whole images to score."""
 
-import warnings
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from .annotations import IGNORE_INDEX, MapPictures, OnBadSample, SegmentationDat
 from .batches import PlannedDataModule, hold_out
 from .pixels import normalize, per_channel
 from .plan import BatchPlan, mix_seed, seeded
+from .readable import readable, substituted
 
 Sample = tuple[tv_tensors.Image, tv_tensors.Mask]
 
@@ -58,26 +59,16 @@ class Crops(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, plan: BatchPlan) -> tuple[Tensor, Tensor]:
         """Crops (B, 3, S, S) and maps (B, S, S), both in uint8."""
+        read = partial(read_sample, self.pictures)
+        samples = substituted(read, self.indices, plan.indices.tolist(), self.on_bad_sample)
         crops = []
-        for place, wanted in enumerate(plan.indices.tolist(), plan.first):
-            sample = self._readable(wanted)
+        for place, sample in enumerate(samples, plan.first):
             with seeded(mix_seed(plan.seed, place)):
                 low, high = self.scale
                 factor = low + (high - low) * torch.rand(()).item()
                 crops.append(self.transform(*resized(*sample, self.img_size, factor)))
         images, maps = zip(*crops, strict=True)
         return torch.stack(images).as_subclass(Tensor), torch.stack(maps).as_subclass(Tensor)
-
-    def _readable(self, wanted: int) -> Sample:
-        for step in range(len(self)):
-            try:
-                return read_sample(self.pictures, self.indices[(wanted + step) % len(self)])
-            except DataError as error:
-                if self.on_bad_sample == "fail":
-                    raise
-                problem = error
-                warnings.warn(f"{error}; the next one takes its place", stacklevel=2)
-        raise DataError(f"no readable image left; the last bad one: {problem}")
 
 
 class WholeImages(Dataset[tuple[list[Tensor], list[Tensor]]]):
@@ -100,19 +91,10 @@ class WholeImages(Dataset[tuple[list[Tensor], list[Tensor]]]):
         return len(self.indices)
 
     def __getitem__(self, plan: BatchPlan) -> tuple[list[Tensor], list[Tensor]]:
-        samples = []
-        for i in plan.indices.tolist():
-            try:
-                image, classes = read_sample(self.pictures, self.indices[i])
-            except DataError as error:
-                if self.on_bad_sample == "fail":
-                    raise
-                warnings.warn(f"{error}; left out", stacklevel=2)
-            else:
-                samples.append((resized(image, classes, self.img_size)[0], classes))
-        if not samples:
-            raise DataError(f"none of {len(plan.indices)} images in a row could be read; mend the data")
-        return [image.as_subclass(Tensor) for image, _ in samples], [each.as_subclass(Tensor) for _, each in samples]
+        read = partial(read_sample, self.pictures)
+        samples = readable(read, self.indices, plan.indices.tolist(), self.on_bad_sample)
+        images = [resized_image(image.as_subclass(Tensor), self.img_size) for image, _ in samples]
+        return images, [classes.as_subclass(Tensor) for _, classes in samples]
 
 
 class SegmentationDataModule(PlannedDataModule):

@@ -8,7 +8,7 @@ from .figures import ModelFigures, model_figures
 from .pyramid import Pyramid, build_pyramid
 from .reference import load_reference_state_dict
 from .region_heads import MaskWindows
-from .segmenters import DECODERS, Segmenter, build_segmenter, segment
+from .segmenters import DECODERS, Segmenter, build_segmenter
 from .swaps import Swap
 from .weights import CONFIG_FILE, WEIGHTS_FILE, load_exactly, read_weights, start_from
 
@@ -37,7 +37,6 @@ __all__ = [
     "lsa_vit",
     "model_figures",
     "read_weights",
-    "segment",
     "small_vit",
     "start_from",
     "static_key_former",

@@ -118,9 +118,9 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
         return said
 
     @property
-    def body(self) -> nn.Module:
-        """The network without its head."""
-        return self.backbone.pyramid.body  # type: ignore[no-any-return]
+    def pyramid(self) -> Pyramid:
+        """The feature maps of the network it stands on."""
+        return self.backbone.pyramid  # type: ignore[no-any-return]
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay must leave alone."""

@@ -12,6 +12,8 @@ from .._checks import check_name, check_positive
 from .pyramid import Pyramid, build_pyramid
 from .swaps import Swap
 
+_RGB = 3
+
 
 class Segmenter(nn.Module):
     """Images (B, C, H, W), of any size, to logits of each pixel's class, (B, num_classes, H, W).
@@ -19,29 +21,30 @@ class Segmenter(nn.Module):
     No norm spans a batch: BatchNorm of the decoder is replaced by GroupNorm, so that one image at a time trains, and
     several processes train as one.
 
-    Attributes: ``pyramid``, ``decoder``, ``head``; ``window``, the side in pixels of the windows it is best used in,
-    see ``segment``, None for whole images.
+    Attributes: ``pyramid``, ``decoder``, ``head``, ``window``.
 
     Args:
         pyramid: The backbone.
         decoder: The name of one, of ``DECODERS``.
         num_classes: Classes.
         channels: Width of the decoder.
-        in_chans: Channels of the images.
+        window: Side of the windows in pixels that ``segment`` uses; None for whole images.
     """
 
     def __init__(
-        self, pyramid: Pyramid, decoder: str, *, num_classes: int, channels: int = 256, in_chans: int = 3
+        self, pyramid: Pyramid, decoder: str, *, num_classes: int, channels: int = 256, window: int | None = None
     ) -> None:
         super().__init__()
         check_name("decoder", decoder, DECODERS)
         check_positive(num_classes=num_classes, decoder_channels=channels)
+        if window is not None:
+            check_positive(window=window)
         self.pyramid = pyramid
         # what the decoders know are the image itself, a map at stride 2, which there is none of, and ours
-        made, width = DECODERS[decoder]([in_chans, 0, *pyramid.channels], channels)
+        made, width = DECODERS[decoder]([_RGB, 0, *pyramid.channels], channels)
         self.decoder = _without_batch_norms(made)
         self.head = nn.Conv2d(width, num_classes, 1)
-        self.window: int | None = None
+        self.window = window
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits of all pixels."""
@@ -49,6 +52,21 @@ class Segmenter(nn.Module):
         half = x.new_empty(len(x), 0, 2 * maps[0].shape[-2], 2 * maps[0].shape[-1])
         logits = self.head(self.decoder([x, half, *maps]))
         return F.interpolate(logits, x.shape[-2:], mode="bilinear")
+
+    def segment(self, image: Tensor, size: tuple[int, ...] | None = None) -> Tensor:
+        """The class of every pixel of one image, seen whole or in windows.
+
+        Args:
+            image: (C, H, W), normalised.
+            size: (H', W') of the result, to which logits are resized; default that of the image.
+
+        Returns:
+            (H', W') in int64.
+        """
+        logits = in_windows(self, image, self.window)
+        if size is not None and logits.shape[-2:] != size:
+            logits = F.interpolate(logits.unsqueeze(0), size, mode="bilinear")[0]
+        return logits.argmax(0)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay must leave alone."""
@@ -60,9 +78,7 @@ class Segmenter(nn.Module):
         return lambda name: layers.get(name, math.inf)
 
 
-def segment(
-    model: nn.Module, image: Tensor, window: int | None = None, size: tuple[int, ...] | None = None
-) -> Tensor:
+def in_windows(model: nn.Module, image: Tensor, window: int | None) -> Tensor:
     """Logits of one image, at once or window by window.
 
     Args:
@@ -70,18 +86,10 @@ def segment(
         image: (C, H, W), normalised.
         window: Side of windows in pixels, which overlap by at least a third and whose logits are averaged; None for
             the whole image at once.
-        size: (H', W') of the result; default that of the image.
 
     Returns:
-        (num_classes, H', W') in float32.
+        (num_classes, H, W) in float32.
     """
-    logits = _logits(model, image, window)
-    if size is None or logits.shape[-2:] == size:
-        return logits
-    return F.interpolate(logits.unsqueeze(0), size, mode="bilinear")[0]
-
-
-def _logits(model: nn.Module, image: Tensor, window: int | None) -> Tensor:
     height, width = image.shape[-2:]
     if window is None or (height <= window and width <= window):
         return model(image.unsqueeze(0))[0].float()  # type: ignore[no-any-return]
@@ -107,6 +115,7 @@ def build_segmenter(
     num_classes: int,
     decoder: str = "upernet",
     decoder_channels: int = 256,
+    window: int | None = None,
     seed: int = 0,
     model_args: Mapping[str, Any] | None = None,
     fp32_logits: bool = False,
@@ -120,6 +129,7 @@ def build_segmenter(
         num_classes: Classes.
         decoder: ``"upernet"``, ``"fpn"``, ``"unet"`` or ``"segformer"``.
         decoder_channels: Width of the decoder.
+        window: Side of the windows in pixels that images are segmented in; default whole images.
         seed: All weights that mixers share are bit-identical at one seed.
         model_args: As in ``build_model``.
         fp32_logits: As in ``build_model``.
@@ -129,7 +139,7 @@ def build_segmenter(
     """
     pyramid = build_pyramid(name, mixer, img_size=img_size, seed=seed, model_args=model_args, fp32_logits=fp32_logits)
     torch.manual_seed(seed)  # a mixer must not shift what is drawn for the head
-    return Segmenter(pyramid, decoder, num_classes=num_classes, channels=decoder_channels)
+    return Segmenter(pyramid, decoder, num_classes=num_classes, channels=decoder_channels, window=window)
 
 
 def _starts(extent: int, window: int) -> list[int]:

@@ -51,7 +51,7 @@ def start_from(model: nn.Module, path: str | Path) -> LoadReport:
     """
     state = read_weights(path)
     body = getattr(getattr(model, "pyramid", None), "body", None)
-    of_classifier = not any(name.startswith("pyramid.") for name in state)
+    of_classifier = not any("pyramid." in name for name in state)
     try:
         return warm_start(body if isinstance(body, nn.Module) and of_classifier else model, state)
     except StaticKeyError as error:

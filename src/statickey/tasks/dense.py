@@ -1,14 +1,23 @@
-"""What the recipes of detection and segmentation share."""
+"""What detection and segmentation share: recipes, networks on a pyramid, and their cards."""
 
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, ClassVar
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 from .._checks import check_count, check_positive
-from ..data import OnBadSample
+from ..data import OnBadSample, open_image, to_mode
 from ..errors import StaticKeyError
 from .recipe import Recipe
+from .task import Task
+from .weights import ModelCard, without_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,3 +64,108 @@ class DenseRecipe(Recipe):
                 raise StaticKeyError(f"{name}={list(getattr(self, name))} must be three numbers, one per channel")
         if min(self.std) <= 0:
             raise StaticKeyError(f"std={list(self.std)} must be positive numbers")
+
+
+class DenseTask(Task):
+    """A task whose network stands on a pyramid of feature maps and takes images of any size."""
+
+    recipe_class: ClassVar[type[DenseRecipe]]
+    fixed_size: ClassVar[bool] = False
+    built_for: ClassVar[str]
+    """The setting that says which side in pixels keys are built for."""
+    settings: ClassVar[tuple[str, ...]]
+    """The settings of a recipe, beside the network's, that decide what is built; a card keeps them."""
+
+    @abstractmethod
+    def network(self, name: str, mixer: str | None, settings: Any, **common: Any) -> nn.Module:
+        """A detector or segmenter with fresh weights.
+
+        Args:
+            name: Of the network it stands on.
+            mixer: As in ``build_model``.
+            settings: A recipe, of which ``settings`` decide.
+            common: Further arguments of ``build_model``: sizes, seed and what is given to the network.
+        """
+
+    def build(self, recipe: Any, data: Any, mixer: str | None, seed: int) -> nn.Module:
+        """The network for some data, its first stages frozen where the recipe says so."""
+        recipe = self.settled(recipe, data)
+        model: Any = self.network(
+            recipe.model,
+            mixer,
+            recipe,
+            img_size=getattr(recipe, self.built_for),
+            num_classes=len(data.class_names),
+            model_args=recipe.model_args,
+            fp32_logits=recipe.fp32_logits,
+            seed=seed,
+        )
+        model.pyramid.freeze(recipe.frozen_stages)
+        return model  # type: ignore[no-any-return]
+
+    def rebuild(self, card: ModelCard, img_size: int | None = None) -> nn.Module:
+        """The network of a card, for images whose shorter side is brought to ``img_size``, if that is given."""
+        settings = self._settings_of(card.task_args)
+        if img_size is not None:
+            settings = self.resized(settings, img_size)
+        return self.network(
+            card.architecture,
+            card.mixer,
+            settings,
+            img_size=card.img_size,
+            num_classes=len(card.class_names),
+            model_args=without_weights(card.model_args),
+            fp32_logits=card.fp32_logits,
+            seed=0,
+        )
+
+    def resized(self, recipe: Any, img_size: int) -> Any:
+        """The recipe for images of another size."""
+        return replace(recipe, img_size=img_size)
+
+    def card(self, recipe: Any, data: Any, module: Any, mixer: str | None) -> ModelCard:
+        """Architecture, what stands on it, classes and normalisation."""
+        recipe = self.settled(recipe, data)
+        return ModelCard(
+            architecture=recipe.model,
+            mixer=mixer,
+            model_args=recipe.model_args,
+            img_size=getattr(recipe, self.built_for),
+            in_chans=data.in_chans,
+            class_names=data.class_names,
+            mean=recipe.mean,
+            std=recipe.std,
+            fp32_logits=recipe.fp32_logits,
+            task_args={name: getattr(recipe, name) for name in self.settings},
+        )
+
+    def _settings_of(self, task_args: Mapping[str, Any]) -> Any:
+        for name in sorted(task_args.keys() ^ set(self.settings)):
+            problem = "is no setting of" if name in task_args else "is missing for"
+            raise StaticKeyError(f"{name} {problem} task {self.name!r}")
+        return self.recipe_class(**task_args)
+
+
+class DensePredictor:
+    """A trained network of such a task at work on image files, one by one: each has its own size.
+
+    Args:
+        model: The network.
+        card: How its images were prepared.
+        top_k: Answers per image.
+    """
+
+    batch_size: ClassVar[int] = 1
+
+    def __init__(self, model: nn.Module, card: ModelCard, *, top_k: int) -> None:
+        check_positive(top_k=top_k)
+        self.model: Any = model
+        self.card, self.top_k = card, top_k
+        device = next(model.parameters()).device
+        self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (card.mean, card.std))
+
+    def read(self, path: Path) -> Tensor:
+        """Pixels (3, H, W) in uint8."""
+        with open_image(path) as file:
+            pixels: Tensor = pil_to_tensor(to_mode(file, "RGB"))
+        return pixels

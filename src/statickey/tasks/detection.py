@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -13,18 +12,15 @@ from torchvision.transforms.v2 import functional as geometry
 
 from .._checks import check_choice, check_positive
 from ..data import DetectionData, normalize, open_detection, run_length_tools
-from ..data.detection_batches import DetectionModule, Rescaling
+from ..data.detection_batches import DetectionDataModule, Rescaling
 from ..errors import StaticKeyError
 from ..models import ARCHS, Detector, build_detector
 from .average_precision import BOX_AP, MOST_DETECTIONS, AveragePrecision, match_boxes
-from .dense import DenseRecipe
-from .detection_report import DetectionScores, ObjectFinder
-from .recipe import Recipe
-from .task import Arrays, Metric, ScoreOn, Task
-from .weights import ModelCard, without_weights
+from .dense import DenseRecipe, DenseTask
+from .detection_report import DetectionPredictor, DetectionScores
+from .task import Arrays, Metric, ScoreOn
+from .weights import ModelCard
 
-_SETTINGS = ("arch", "channels", "anchor_size", "img_size", "max_size")
-"""What a card says of all around the network."""
 _SMALL = 256
 """Pixels along an image under which a narrower and quicker detector does."""
 
@@ -62,18 +58,18 @@ class DetectionRecipe(DenseRecipe):
             raise StaticKeyError(f"img_size={self.img_size} must not exceed max_size={self.max_size}")
 
 
-class Detection(Task):
+class Detection(DenseTask):
     """The losses of Faster, Mask or Cascade R-CNN, and COCO's average precision of boxes."""
 
     name: ClassVar[str] = "detect"
     metric: ClassVar[Metric] = BOX_AP
-    recipe_class: ClassVar[type[Recipe]] = DetectionRecipe
-    fixed_size: ClassVar[bool] = False
+    recipe_class: ClassVar[type[DenseRecipe]] = DetectionRecipe
+    built_for: ClassVar[str] = "train_size"
+    settings: ClassVar[tuple[str, ...]] = ("arch", "channels", "anchor_size", "img_size", "max_size")
 
     def read_data(self, recipe: DetectionRecipe) -> DetectionData:
         """Images that are decoded as they are needed, and what is marked on them."""
-        data_dir = None if recipe.data_dir is None else Path(recipe.data_dir)
-        return open_detection(recipe.data, data_dir=data_dir, limit=recipe.limit, on_bad_sample=recipe.on_bad_sample)
+        return open_detection(recipe.data, limit=recipe.limit, on_bad_sample=recipe.on_bad_sample)
 
     def settled(self, recipe: DetectionRecipe, data: DetectionData) -> DetectionRecipe:
         """The recipe with what these images ask for.
@@ -101,17 +97,16 @@ class Detection(Task):
 
     def data_module(
         self, recipe: DetectionRecipe, data: DetectionData, seed: int, num_workers: int = 0
-    ) -> DetectionModule:
+    ) -> DetectionDataModule:
         """Batches of images, each (C, H, W), and a dict of marks for each."""
         recipe = self.settled(recipe, data)
-        assert recipe.flip is not None
-        assert recipe.arch is not None
-        low, high = recipe.scale
-        return DetectionModule(
+        assert recipe.flip is not None and recipe.arch is not None
+        return DetectionDataModule(
             data,
             batch_size=recipe.batch_size,
-            rescaling=Rescaling(recipe.flip, (low, high), recipe.img_size, recipe.max_size),
+            rescaling=Rescaling(recipe.flip, recipe.scale, recipe.img_size, recipe.max_size),
             masks="mask" in recipe.arch,
+            on_bad_sample=recipe.on_bad_sample,
             seed=seed,
             holdout=recipe.holdout,
             grad_accum_steps=recipe.grad_accum_steps,
@@ -120,65 +115,31 @@ class Detection(Task):
             num_workers=num_workers,
         )
 
-    def build(self, recipe: DetectionRecipe, data: DetectionData, mixer: str | None, seed: int) -> Detector:
+    def network(self, name: str, mixer: str | None, settings: DetectionRecipe, **common: Any) -> Detector:
         """A detector; see ``build_detector``."""
-        recipe = self.settled(recipe, data)
-        assert recipe.train_size is not None
-        detector = build_detector(
-            recipe.model,
-            mixer,
-            img_size=recipe.train_size,
-            num_classes=len(data.class_names),
-            seed=seed,
-            model_args=recipe.model_args,
-            fp32_logits=recipe.fp32_logits,
-            **_around(recipe),
-        )
-        detector.backbone.pyramid.freeze(recipe.frozen_stages)
-        return detector
-
-    def rebuild(self, card: ModelCard, img_size: int | None = None) -> Detector:
-        """The detector of a card, which brings the shorter side of images to ``img_size``, if that is given."""
-        unknown = card.task_args.keys() ^ set(_SETTINGS)
-        if unknown:
-            raise StaticKeyError(f"{', '.join(sorted(unknown))} is missing, or no setting of a detector")
-        recipe = DetectionRecipe(**card.task_args)
-        if img_size is not None:
-            recipe = replace(recipe, img_size=img_size, max_size=max(recipe.max_size, img_size))
+        assert settings.arch is not None and settings.channels is not None and settings.anchor_size is not None
         return build_detector(
-            card.architecture,
-            card.mixer,
-            img_size=card.img_size,
-            num_classes=len(card.class_names),
-            model_args=without_weights(card.model_args),
-            fp32_logits=card.fp32_logits,
-            **_around(recipe),
+            name,
+            mixer,
+            arch=settings.arch,
+            channels=settings.channels,
+            anchor_size=settings.anchor_size,
+            min_size=settings.img_size,
+            max_size=settings.max_size,
+            **common,
         )
+
+    def resized(self, recipe: DetectionRecipe, img_size: int) -> DetectionRecipe:
+        """The recipe for images of another size, its limit raised where it must be."""
+        return replace(recipe, img_size=img_size, max_size=max(recipe.max_size, img_size))
 
     def input_size(self, recipe: DetectionRecipe, data: DetectionData) -> tuple[int, int, int]:
         """That of the first training image; of the heads' products those of the regions found on it are counted."""
         width, height = data.train.open(0).size
         return data.in_chans, height, width
 
-    def card(self, recipe: DetectionRecipe, data: DetectionData, module: Any, mixer: str | None) -> ModelCard:
-        """Architecture, classes and normalisation."""
-        recipe = self.settled(recipe, data)
-        assert recipe.train_size is not None
-        return ModelCard(
-            architecture=recipe.model,
-            mixer=mixer,
-            model_args=recipe.model_args,
-            img_size=recipe.train_size,
-            in_chans=data.in_chans,
-            class_names=data.class_names,
-            mean=recipe.mean,
-            std=recipe.std,
-            fp32_logits=recipe.fp32_logits,
-            task_args={name: getattr(recipe, name) for name in _SETTINGS},
-        )
-
     def examples(
-        self, data: DetectionData, module: DetectionModule, split: ScoreOn, number: int
+        self, data: DetectionData, module: DetectionDataModule, split: ScoreOn, number: int
     ) -> tuple[list[Tensor], list[Tensor], list[str]]:
         """The first images, brought to one size, and which classes they show."""
         images: Any = module.test_images if split == "test" else module.val_images
@@ -221,9 +182,9 @@ class Detection(Task):
         """AP of boxes and masks, at two overlaps, by size and by class."""
         return DetectionScores(tuple(class_names))
 
-    def predictor(self, model: nn.Module, card: ModelCard, *, img_size: int | None, top_k: int) -> ObjectFinder:
+    def predictor(self, model: nn.Module, card: ModelCard, *, img_size: int | None, top_k: int) -> DetectionPredictor:
         """A detector at work on files; it brings them to its size itself."""
-        return ObjectFinder(model, card, top_k=top_k)
+        return DetectionPredictor(model, card, top_k=top_k)
 
 
 class BoxAveragePrecision(MeanAveragePrecision):
@@ -243,12 +204,6 @@ class BoxAveragePrecision(MeanAveragePrecision):
         """AP; 0 where no object was marked."""
         ap: Tensor = super().compute()["map"]
         return ap.clamp(min=0)
-
-
-def _around(recipe: DetectionRecipe) -> dict[str, Any]:
-    """What ``build_detector`` takes of a settled recipe for all but the network."""
-    same = {name: getattr(recipe, name) for name in ("arch", "channels", "anchor_size", "max_size")}
-    return same | {"min_size": recipe.img_size}
 
 
 def _compact(found: dict[str, Tensor]) -> dict[str, Any]:

@@ -3,8 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,17 +12,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.markup import escape
 from rich.table import Table
-from torch import Tensor, nn
-from torchvision.transforms.v2.functional import pil_to_tensor
+from torch import Tensor
 
-from .._checks import check_positive
-from ..data import DetectionData, normalize, open_image, run_length_tools, to_mode
+from ..data import DetectionData, normalize, run_length_tools
 from ..errors import StaticKeyError
 from ..viz import class_colours, class_scores, draw_detections
 from .average_precision import AREAS, AveragePrecision, match_boxes, match_masks
+from .dense import DensePredictor
 from .display import counted
 from .task import Answer
-from .weights import ModelCard
 
 LEAST_SCORE = 0.3
 """Under it a detection is not shown."""
@@ -110,28 +107,8 @@ class DetectionScores:
         return rows
 
 
-class ObjectFinder:
-    """A trained detector at work on image files.
-
-    Args:
-        model: The detector.
-        card: How its images were prepared.
-        top_k: Objects per image, the surest first.
-    """
-
-    batch_size: ClassVar[int] = 1
-
-    def __init__(self, model: nn.Module, card: ModelCard, *, top_k: int) -> None:
-        check_positive(top_k=top_k)
-        self.model, self.card, self.top_k = model, card, top_k
-        device = next(model.parameters()).device
-        self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (card.mean, card.std))
-
-    def read(self, path: Path) -> Tensor:
-        """Pixels (C, H, W) in uint8."""
-        with open_image(path) as file:
-            pixels: Tensor = pil_to_tensor(to_mode(file, "RGB"))
-        return pixels
+class DetectionPredictor(DensePredictor):
+    """A trained detector at work on image files, which it brings to its size itself; ``top_k`` objects an image."""
 
     def prepare(self, pixels: Sequence[Tensor]) -> list[Tensor]:
         """Normalised images, each of its own size."""

@@ -36,6 +36,11 @@ class Overlap:
                 f"both {self.both.shape}, said {self.said.shape}, true {self.true.shape} must be (N, classes), N > 0"
             )
 
+    @classmethod
+    def of(cls, counts: NDArray[Any]) -> "Overlap":
+        """From pixels by true class and the one said, (N, num_classes, num_classes)."""
+        return cls(counts.diagonal(axis1=1, axis2=2), counts.sum(1), counts.sum(2))
+
     @property
     def num_images(self) -> int:
         """N."""
@@ -80,6 +85,4 @@ class MeanIoU(torchmetrics.Metric):
 
     def compute(self) -> Tensor:
         """Mean over the classes that are there or said to be."""
-        counts = self.counts[None].cpu().numpy()
-        found = Overlap(counts.diagonal(axis1=1, axis2=2), counts.sum(1), counts.sum(2))
-        return torch.tensor(found.value() / 100)
+        return torch.tensor(Overlap.of(self.counts[None].cpu().numpy()).value() / 100)

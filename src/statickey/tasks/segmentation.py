@@ -3,24 +3,23 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_confusion_matrix
 from torchvision.transforms.v2.functional import center_crop
 
 from .._checks import check_name, check_positive
 from ..data import IGNORE_INDEX, BatchPlan, SegmentationData, SegmentationDataModule, open_segmentation
 from ..errors import DataError, StaticKeyError
-from ..models import DECODERS, build_segmenter, segment
-from .dense import DenseRecipe
+from ..models import DECODERS, Segmenter, build_segmenter
+from .dense import DenseRecipe, DenseTask
 from .overlap import MEAN_IOU, MeanIoU, Overlap
-from .recipe import Recipe
 from .segmentation_report import SegmentationPredictor, SegmentationScores
-from .task import Arrays, Evidence, Metric, ScoreOn, Task
-from .weights import ModelCard, without_weights
+from .task import Arrays, Evidence, Metric, ScoreOn
+from .weights import ModelCard
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,22 +56,18 @@ class SegmentationRecipe(DenseRecipe):
             raise StaticKeyError(f"loss={list(self.loss)} must be one or several of {', '.join(_LOSSES)}, each once")
 
 
-class Segmentation(Task):
+class Segmentation(DenseTask):
     """Cross-entropy and its kin, and mean intersection over union."""
 
     name: ClassVar[str] = "segment"
     metric: ClassVar[Metric] = MEAN_IOU
-    recipe_class: ClassVar[type[Recipe]] = SegmentationRecipe
-    fixed_size: ClassVar[bool] = False
+    recipe_class: ClassVar[type[DenseRecipe]] = SegmentationRecipe
+    built_for: ClassVar[str] = "crop_size"
+    settings: ClassVar[tuple[str, ...]] = ("decoder", "decoder_channels", "window", "img_size")
 
     def read_data(self, recipe: SegmentationRecipe) -> SegmentationData:
         """Images with their maps, read as they are needed."""
-        data = open_segmentation(
-            recipe.data,
-            data_dir=None if recipe.data_dir is None else Path(recipe.data_dir),
-            limit=recipe.limit,
-            on_bad_sample=recipe.on_bad_sample,
-        )
+        data = open_segmentation(recipe.data, limit=recipe.limit, on_bad_sample=recipe.on_bad_sample)
         if len(data.class_names) < 2:
             raise DataError(f"{recipe.data} has the one class {data.class_names}; segmentation needs two")
         return data
@@ -112,73 +107,22 @@ class Segmentation(Task):
             lr=1e-3 if recipe.lr is None else recipe.lr,
         )
 
-    def build(self, recipe: SegmentationRecipe, data: SegmentationData, mixer: str | None, seed: int) -> nn.Module:
+    def network(self, name: str, mixer: str | None, settings: SegmentationRecipe, **common: Any) -> Segmenter:
         """Images (B, 3, H, W) to logits (B, num_classes, H, W)."""
-        crop_size = self.settled(recipe, data).crop_size
-        assert crop_size is not None
-        model = build_segmenter(
-            recipe.model,
+        return build_segmenter(
+            name,
             mixer,
-            img_size=crop_size,
-            num_classes=len(data.class_names),
-            decoder=recipe.decoder,
-            decoder_channels=recipe.decoder_channels,
-            seed=seed,
-            model_args=recipe.model_args,
-            fp32_logits=recipe.fp32_logits,
+            decoder=settings.decoder,
+            decoder_channels=settings.decoder_channels,
+            window=settings.window,
+            **common,
         )
-        model.window = recipe.window
-        model.pyramid.freeze(recipe.frozen_stages)
-        return model
-
-    def rebuild(self, card: ModelCard, img_size: int | None = None) -> nn.Module:
-        """The network of a card; it takes images of any size."""
-        unknown = card.task_args.keys() - self.recipe_class.defaults().keys()
-        if unknown:
-            raise StaticKeyError(f"{', '.join(sorted(unknown))} is no setting of a segmenter")
-        recipe = SegmentationRecipe(**card.task_args)
-        model = build_segmenter(
-            card.architecture,
-            card.mixer,
-            img_size=card.img_size,
-            num_classes=len(card.class_names),
-            decoder=recipe.decoder,
-            decoder_channels=recipe.decoder_channels,
-            model_args=without_weights(card.model_args),
-            fp32_logits=card.fp32_logits,
-        )
-        model.window = recipe.window
-        return model
 
     def input_size(self, recipe: SegmentationRecipe, data: SegmentationData) -> tuple[int, int, int]:
         """A crop's."""
         crop_size = self.settled(recipe, data).crop_size
         assert crop_size is not None
         return data.in_chans, crop_size, crop_size
-
-    def card(
-        self, recipe: SegmentationRecipe, data: SegmentationData, module: SegmentationDataModule, mixer: str | None
-    ) -> ModelCard:
-        """Architecture, decoder, classes and normalisation."""
-        crop_size = self.settled(recipe, data).crop_size
-        assert crop_size is not None
-        return ModelCard(
-            architecture=recipe.model,
-            mixer=mixer,
-            model_args=recipe.model_args,
-            img_size=crop_size,
-            in_chans=data.in_chans,
-            class_names=data.class_names,
-            mean=recipe.mean,
-            std=recipe.std,
-            fp32_logits=recipe.fp32_logits,
-            task_args={
-                "decoder": recipe.decoder,
-                "decoder_channels": recipe.decoder_channels,
-                "window": recipe.window,
-                "img_size": recipe.img_size,
-            },
-        )
 
     def examples(
         self, data: SegmentationData, module: SegmentationDataModule, split: ScoreOn, number: int
@@ -200,15 +144,20 @@ class Segmentation(Task):
 
     def outputs(self, model: nn.Module, batch: tuple[list[Tensor], list[Tensor]]) -> tuple[Tensor, Tensor]:
         """Pixels of each image by true class and the one said, (B, num_classes, num_classes), and by the former."""
-        counts = torch.stack([self._counts(model, image, truth) for image, truth in zip(*batch, strict=True)])
+        segmenter: Any = model
+        counts = torch.stack(
+            [
+                multiclass_confusion_matrix(
+                    segmenter.segment(image, tuple(truth.shape)),
+                    truth.long(),
+                    segmenter.head.out_channels,
+                    ignore_index=IGNORE_INDEX,
+                    validate_args=False,
+                )
+                for image, truth in zip(*batch, strict=True)
+            ]
+        )
         return counts, counts.sum(dim=2)
-
-    def _counts(self, model: nn.Module, image: Tensor, truth: Tensor) -> Tensor:
-        logits = segment(model, image, model.window, tuple(truth.shape))  # type: ignore[arg-type]
-        classes = len(logits)
-        said, known = logits.argmax(0), truth != IGNORE_INDEX
-        pairs = truth[known].long() * classes + said[known]
-        return torch.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
     def validation_metric(self, data: SegmentationData) -> MeanIoU:
         """Mean intersection over union over all images."""
@@ -216,8 +165,7 @@ class Segmentation(Task):
 
     def evidence(self, outputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Overlap:
         """Pixels of each image and class."""
-        counts = torch.cat(list(outputs)).numpy()
-        return Overlap(counts.diagonal(axis1=1, axis2=2), counts.sum(1), counts.sum(2))
+        return Overlap.of(torch.cat(list(outputs)).numpy())
 
     def evidence_from(self, arrays: Arrays) -> Evidence:
         """From its three arrays."""

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +13,10 @@ from PIL import Image
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-from .._checks import check_positive
-from ..data import normalize, open_image, resized_image, to_mode
-from ..models import segment
+from ..data import normalize, resized_image
 from ..viz import class_colours, class_map_overlay, class_scores, confusion_matrix
+from .dense import DensePredictor
 from .display import counted
 from .overlap import Overlap
 from .task import Answer
@@ -64,8 +62,7 @@ class SegmentationScores:
 
     @property
     def _overlap(self) -> Overlap:
-        counts = self._counts[None]
-        return Overlap(counts.diagonal(axis1=1, axis2=2), counts.sum(1), counts.sum(2))
+        return Overlap.of(self._counts[None])
 
     def rows(self) -> dict[str, str]:
         """The numbers for the terminal."""
@@ -104,7 +101,7 @@ class SegmentationScores:
         }
 
 
-class SegmentationPredictor:
+class SegmentationPredictor(DensePredictor):
     """A trained segmenter at work on image files.
 
     Args:
@@ -114,20 +111,13 @@ class SegmentationPredictor:
         top_k: Classes per image in tables, those that cover most.
     """
 
-    batch_size: ClassVar[int] = 1
-
     def __init__(self, model: nn.Module, card: ModelCard, *, img_size: int | None, top_k: int) -> None:
-        check_positive(top_k=top_k)
-        self.model, self.card = model, card
-        self.top_k, self.img_size = min(top_k, len(card.class_names)), img_size
-        device = next(model.parameters()).device
-        self.mean, self.std = (torch.tensor(x, device=device).view(-1, 1, 1) for x in (card.mean, card.std))
+        super().__init__(model, card, top_k=top_k)
+        self.img_size = img_size
 
     def read(self, path: Path) -> Tensor:
-        """Pixels (3, H, W) in uint8."""
-        with open_image(path) as file:
-            pixels = pil_to_tensor(to_mode(file, "RGB"))
-        return resized_image(pixels, self.img_size)
+        """Pixels (3, H, W) in uint8, at the network's size."""
+        return resized_image(super().read(path), self.img_size)
 
     def prepare(self, pixels: Sequence[Tensor]) -> Tensor:
         """One normalised image (1, 3, H, W)."""
@@ -138,8 +128,7 @@ class SegmentationPredictor:
         """``classes`` of each image, those that cover most first: a list of ``class`` and ``share``, in percent."""
         answers = []
         for image in images:
-            window: Any = self.model.window
-            classes = segment(self.model, image, window).argmax(0).cpu().numpy().astype(np.uint8)
+            classes = self.model.segment(image).cpu().numpy().astype(np.uint8)
             found, counts = np.unique(classes, return_counts=True)
             order = np.argsort(-counts, kind="stable")[: self.top_k]
             shares = [
