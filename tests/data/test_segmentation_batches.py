@@ -61,6 +61,8 @@ def test_draws_are_of_the_plan_alone():
     for kind in (0, 1):
         assert whole[kind].equal(torch.cat([part[kind] for part in parts]))
     assert not whole[0].equal(own[plan._replace(seed=8)][0])
+    twice, _ = own[BatchPlan(torch.tensor([1, 1]), 7)]
+    assert not twice[0].equal(twice[1])  # each place has draws of its own
 
 
 def test_padding_is_not_learned_from():

@@ -73,13 +73,16 @@ def test_every_stage_matches_the_boxes_of_the_one_before_by_its_own_overlap():
         assert losses[f"loss_classifier_{stage}"].item() == pytest.approx(expected, rel=1e-5)
 
 
-def test_overlaps_decide_how_many_regions_are_objects():
-    """0.5, 0.6 and 0.7 leave three, two and one of the four."""
-    heads = fixed_heads()
+@pytest.mark.parametrize(
+    ("offsets", "counts"), [(FURTHER, (3, 2, 1)), ([[0.0] * 4] * 3, (3, 2, 2))], ids=["moved", "left in place"]
+)
+def test_overlaps_decide_how_many_regions_are_objects(offsets, counts):
+    """Of the four, which overlap by 0.8, 0.55, 0 and 1 where they are left in place."""
+    heads = fixed_heads(offsets)
     for predictor in heads.box_predictor:
         predictor.logits.data = torch.tensor([0.0, log(3)])
     _, losses = losses_of(heads)
-    for stage, objects in ((1, 3), (2, 2), (3, 1)):
+    for stage, objects in enumerate(counts, start=1):
         expected = -(objects * log(0.75) + (4 - objects) * log(0.25)) / 4
         assert losses[f"loss_classifier_{stage}"].item() == pytest.approx(expected, rel=1e-5)
 

@@ -234,3 +234,15 @@ def test_examples_are_of_one_size():
     pixels, images, captions = TASK.examples(data, module, "test", 3)
     assert {image.shape for image in pixels} == {image.shape for image in images} == {TASK.input_size(recipe(), data)}
     assert len(captions) == 3
+
+
+def test_another_size_of_images_is_the_networks_own_affair(run):
+    folder, _ = run
+    model, _ = load_model(folder, img_size=96)
+    usual, _ = load_model(folder)
+    seen = []
+    for network in (model, usual):
+        network.backbone.register_forward_pre_hook(lambda _, args: seen.append(tuple(args[0].shape[2:])))
+        with torch.no_grad():
+            network([torch.rand(3, 48, 40)])
+    assert seen == [(128, 96), (64, 64)]  # the shorter side at 96, or as it comes; then padded to multiples of 32

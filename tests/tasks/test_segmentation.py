@@ -144,6 +144,18 @@ def test_overlap_by_hand():
         Overlap(np.zeros((2, 3)), np.zeros((2, 2)), np.zeros((2, 3)))
 
 
+def test_pixels_of_no_class_are_not_counted():
+    model = TASK.build(recipe(), TASK.read_data(recipe()), "ska", 0).eval()
+    image, truth = torch.rand(3, 32, 40), torch.randint(0, 11, (32, 40), dtype=torch.uint8)
+    truth[:, 30:] = IGNORE_INDEX
+    with torch.no_grad():
+        counts, of_class = TASK.outputs(model, ([image], [truth]))
+        said = model.segment(image)
+    assert counts.sum() == 32 * 30 and of_class[0].equal(torch.bincount(truth[:, :30].flatten(), minlength=11))
+    for true, guess in ((3, 3), (4, int(said.flatten().mode().values))):
+        assert counts[0, true, guess] == ((truth == true) & (said == guess)).sum()
+
+
 def test_losses_ignore_what_is_of_no_class():
     model = torch.nn.Conv2d(3, 4, 1)
     images, maps = torch.rand(2, 3, 8, 8), torch.randint(0, 4, (2, 8, 8))

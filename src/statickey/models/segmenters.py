@@ -138,7 +138,6 @@ def build_segmenter(
         StaticKeyError: As ``build_model``, or the network has no pyramid.
     """
     pyramid = build_pyramid(name, mixer, img_size=img_size, seed=seed, model_args=model_args, fp32_logits=fp32_logits)
-    torch.manual_seed(seed)  # a mixer must not shift what is drawn for the head
     return Segmenter(pyramid, decoder, num_classes=num_classes, channels=decoder_channels, window=window)
 
 
