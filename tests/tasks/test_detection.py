@@ -117,7 +117,7 @@ def test_sizes_follow_the_images():
     assert (large.train_size, large.anchor_size, large.channels, large.regions_per_image) == (224, 32, 256, 512)
     small = TASK.settled(recipe(), DATA["boxes"])
     assert (small.train_size, small.anchor_size, small.regions_per_image) == (64, 4, 64)
-    changes = {"model": "skaformer_nano", "model_args": None}
+    changes = {"model": "skaformer_nano", "model_args": {}}
     given = TASK.settled(recipe(img_size=800, train_size=96, regions_per_image=8, **changes), DATA["boxes"])
     assert (given.train_size, given.regions_per_image) == (96, 8)
     model = TASK.build(given, DATA["boxes"], "ska:off_grid=window", 0)
