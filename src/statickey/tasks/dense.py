@@ -31,7 +31,7 @@ class DenseRecipe(Recipe):
     Args:
         data: ``scenes``, digits on a canvas, or a folder; see the documentation for its layouts.
         model: As in every recipe; the network needs maps at strides 4, 8, 16 and 32, or be a vision transformer.
-        weights: Weights to start from: of a classifier, which fill the backbone, or of a network of this task.
+        weights: As in every recipe; those of a classifier fill the backbone.
         on_bad_sample: Refuse data with a sample that cannot be used, or skip such samples.
         img_size: Bring the shorter side of all images to this many pixels; default as stored.
         train_size: Side in pixels that keys and position embeddings are built for; default 224, or less where images
