@@ -19,8 +19,8 @@ from .loading import load_model
 from .recipe import Machine
 from .registry import task_named
 from .run import read_result
-from .start import RESULT_FILE
 from .scoring import explained_workers, outputs_on
+from .start import RESULT_FILE
 from .task import Task
 from .weights import WEIGHTS_FILES, ModelCard
 
