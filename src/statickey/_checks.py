@@ -218,7 +218,7 @@ def nearest_divisors(whole: int, wanted: int) -> list[int]:
 
 def check_rank(name: str, tensor: torch.Tensor, axes: str) -> None:
     """Refuse a tensor without exactly these axes, written like ``"B h N d"``."""
-    if tensor.ndim != len(axes.split()):
+    if tensor.ndim != axes.count(" ") + 1:
         raise StaticKeyError(f"{name} {tuple(tensor.shape)} must be ({', '.join(axes.split())})")
 
 
@@ -313,7 +313,7 @@ def check_static_key_attention(
     query_offset: int,
     attn_mask: torch.Tensor | None,
     key_count: torch.Tensor | None,
-    query_shape: torch.Size | None = None,
+    query_shape: Sequence[int] | None = None,
 ) -> None:
     """Refuse inputs of the op whose shapes or dtypes do not fit together, the query as if it had ``query_shape``."""
     if query.ndim != 4 or key.ndim not in (3, 4):
@@ -322,8 +322,8 @@ def check_static_key_attention(
             "or (B, h, M, d) when it is dynamic"
         )
     batch, heads, num_queries, width = query.shape if query_shape is None else query_shape
-    num_keys = key.shape[-2]
-    if key.shape[-3] != heads or key.shape[-1] != width or (key.ndim == 4 and key.shape[0] != batch):
+    *images, key_heads, num_keys, key_width = key.shape
+    if key_heads != heads or key_width != width or (images and images[0] != batch):
         raise StaticKeyError(
             f"query {tuple(query.shape)} and key {tuple(key.shape)} differ: with {batch} images, {heads} heads and "
             f"width {width} the key must be ({heads}, M, {width}) or ({batch}, {heads}, M, {width})"
@@ -344,10 +344,10 @@ def check_static_key_attention(
             raise StaticKeyError(f"{shown} must be floats ({num_keys},)")
         if key_count.device != query.device:
             raise StaticKeyError(f"key_count is on {key_count.device}, the query on {query.device}; move one of them")
-    named = {"key": key, "value": value, "key_bias": key_bias}
-    for name, tensor in named.items():
-        if tensor is not None and tensor.dtype != query.dtype:
-            raise StaticKeyError(f"{name} is {tensor.dtype}, the query {query.dtype}; cast one of them")
+    dtype = query.dtype
+    for name, tensor in (("key", key), ("value", value), ("key_bias", key_bias)):
+        if tensor is not None and tensor.dtype != dtype:
+            raise StaticKeyError(f"{name} is {tensor.dtype}, the query {dtype}; cast one of them")
     if attn_mask is not None:
         if attn_mask.dtype != torch.bool and not attn_mask.is_floating_point():
             raise StaticKeyError(
@@ -394,9 +394,8 @@ def check_dtype(dtype: Any) -> None:
 
 def check_backend(backend: str, known: Iterable[str]) -> None:
     """Refuse a backend that does not exist."""
-    names = sorted(known)
-    if backend not in names:
-        raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(names)}")
+    if backend not in known:
+        raise BackendError(f"unknown backend {backend!r}; choose one of {', '.join(sorted(known))}")
 
 
 def check_triton(

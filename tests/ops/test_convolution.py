@@ -1,5 +1,6 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from statickey.ops import attention, convolution, reference, static_key_attention, tiles
 from statickey.ops.convolution import convolved_attention, is_convolved
@@ -47,7 +48,7 @@ def test_is_the_convolution_of_the_paper(kernel_size, batch, images, with_bias, 
 def test_prefix_borders_and_masks(prefix, bordered, batch, of, monkeypatch):
     keys = TOKENS + prefix
     monkeypatch.setattr(tiles, "TILE_NUMEL", 2 * HEADS * TOKENS * keys)
-    monkeypatch.setattr(convolution, "UNFOLDED_TOKENS", 4 * TOKENS)  # one image is unfolded
+    monkeypatch.setattr(convolution, "UNFOLDED_TOKENS", TOKENS)  # one image is unfolded without gradients
     extents = {"map": (TOKENS, keys), "head": (HEADS, TOKENS, keys), "image": (batch, 1, 1, keys)}[of]
     inputs = [*tensors(batch, prefix=prefix, bordered=bordered), torch.randn(extents, dtype=torch.float64)]
 
@@ -60,12 +61,13 @@ def test_prefix_borders_and_masks(prefix, bordered, batch, of, monkeypatch):
         return reference.static_key_attention(unfolded, key, value, key_bias=bias, attn_mask=mask, scale=1.0)
 
     assert_same_with_gradients(ours, plain, inputs)
+    with torch.no_grad():
+        assert_close("output", ours(*inputs), plain(*inputs))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
 def test_second_derivatives(batch, monkeypatch):
     monkeypatch.setattr(tiles, "TILE_NUMEL", 1)
-    monkeypatch.setattr(convolution, "UNFOLDED_TOKENS", 24)
     shapes = ((batch, 2, 6, 2), (2, 6, 18), (2, 6), (batch, 2, 6, 2))
     inputs = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
 
@@ -99,6 +101,32 @@ def test_what_is_convolved(shape):
         forward = is_convolved(query, key, unfold)
     assert (forward, is_convolved(query, key, unfold)) == CHOICES[shape]
     assert not is_convolved(query.double(), key.double(), unfold)
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")
+@pytest.mark.parametrize(
+    ("batch", "grad", "unfolds"), [(4, False, True), (5, False, False), (1, True, False)], ids=str
+)
+def test_a_key_is_its_convolutions_weight_without_a_copy(batch, grad, unfolds, monkeypatch):
+    weights, taken = [], []
+    conv2d, unfold = F.conv2d, convolution.unfold_queries
+
+    def spy(maps, weight, *args, **kwargs):
+        weights.append(weight.data_ptr())
+        return conv2d(maps, weight, *args, **kwargs)
+
+    def unfolding(*args):
+        taken.append(True)
+        return unfold(*args)
+
+    monkeypatch.setattr(F, "conv2d", spy)
+    monkeypatch.setattr(convolution, "unfold_queries", unfolding)
+    query, key, value = torch.randn(batch, 2, 16, 5), torch.randn(2, 16, 45), torch.randn(batch, 2, 16, 4)
+    with torch.set_grad_enabled(grad):
+        out = static_key_attention(query, key, value, scale=0.4, unfold=((4, 4), 3))
+    expected = reference.static_key_attention(unfold_queries(query, (4, 4), 3), key, value, scale=0.4)
+    assert_close("output", out, expected)
+    assert (weights, bool(taken)) == ([] if unfolds else [key.data_ptr()], unfolds)
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is built without oneDNN")

@@ -1,20 +1,21 @@
 """Attention against a key that does not depend on the input: the one formula of the package."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from functools import partial
-from math import prod
 from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import _C, Tensor
+from torch.autograd import forward_ad
 
 from .._checks import check_backend, check_rate, check_static_key_attention, check_triton
 from .._typing import Backend, Size2
 from .convolution import convolved_attention, is_convolved
 from .grid import check_unfolding, unfold_queries
 from .tiles import tiled_attention
+
+_BACKENDS: tuple[str, ...] = get_args(Backend)
 
 
 def static_key_attention(
@@ -73,13 +74,13 @@ def static_key_attention(
     Source:
         Hu, Zhou, Rostami, Static Key Attention in Vision, arXiv 2412.07049.
     """
-    check_backend(backend, get_args(Backend))
+    check_backend(backend, _BACKENDS)
     check_rate(dropout_p=dropout_p)
-    shape = query.shape
+    shape: Sequence[int] = query.shape
     if unfold is not None:
         check_unfolding(query, *unfold)
         feat_size, kernel_size = unfold
-        shape = torch.Size((*shape[:2], prod(feat_size), shape[3] * kernel_size**2))
+        shape = (shape[0], shape[1], feat_size[0] * feat_size[1], shape[3] * kernel_size**2)
     check_static_key_attention(
         query, static_key, value, key_bias, scale, mask_diagonal, query_offset, attn_mask, key_count, shape
     )
@@ -97,7 +98,7 @@ def static_key_attention(
         recompute = partial(static_key_attention, **hidden, unfold=unfold, backend="math")
         return kernel.fused_attention(query, static_key, value, key_bias, scale, own, unfold, recompute)
     mask, empty = _mask(query, shape[2], static_key.shape[-2], mask_diagonal, query_offset, attn_mask, key_count)
-    wide_key = static_key.ndim == 3 and static_key.shape[-1] > value.shape[-1] and query.device.type == "cpu"
+    wide_key = query.is_cpu and static_key.ndim == 3 and static_key.shape[-1] > value.shape[-1]
     if backend == "sdpa" and wide_key and dropout_p == 0 and not _is_traced(query):
         out = _tiled(query, static_key, value, key_bias, scale, mask, unfold)
     else:
@@ -210,9 +211,9 @@ def _sdpa(
 
 def _is_traced(query: Tensor) -> bool:
     """Whether a call is traced, compiled or transformed, which neither a loop over tiles nor a kernel supports."""
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
-    tracing = torch._C._get_tracing_state() is not None or query.is_meta or forward_mode
-    return tracing or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    forward_mode = forward_ad._current_level >= 0
+    tracing = _C._get_tracing_state() is not None or query.is_meta or forward_mode
+    return tracing or torch.compiler.is_compiling() or _C._are_functorch_transforms_active()
 
 
 def _tiled(
@@ -224,17 +225,21 @@ def _tiled(
     mask: Tensor | None,
     unfold: tuple[Size2, int] | None,
 ) -> Tensor:
+    if torch.is_autocast_enabled("cpu"):
+        with torch.autocast("cpu", enabled=False):
+            return _tiled(query, key, value, key_bias, scale, mask, unfold)
     wide = torch.promote_types(query.dtype, torch.float32)
-    with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
-        bias = None if key_bias is None else key_bias.to(wide) * scale
-        if mask is not None:
-            mask = mask.to(wide).reshape((1,) * (4 - mask.ndim) + mask.shape)
-        queries, key, value = query.to(wide), key.to(wide) * scale, value.to(wide)
-        if unfold is not None and is_convolved(queries, key, unfold):
-            out = convolved_attention(queries, key, bias, value, mask, unfold)
-        else:
-            out = tiled_attention(queries, key, bias, value, mask, unfold)
-    return out.to(query.dtype)
+    if query.dtype != wide:  # all have one dtype; a call costs so much that on a few tokens casts to the same count
+        bias = None if key_bias is None else key_bias.to(wide)
+        mask = None if mask is None else mask.to(wide)
+        return _tiled(query.to(wide), key.to(wide), value.to(wide), bias, scale, mask, unfold).to(query.dtype)
+    bias = None if key_bias is None else key_bias * scale
+    if mask is not None:
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape)
+    if unfold is not None and is_convolved(query, key, unfold):
+        # on few tokens the query is smaller than the key, and scaling it is the copy that the convolution needs
+        return convolved_attention(query * scale, key, bias, value, mask, unfold)
+    return tiled_attention(query, key * scale, bias, value, mask, unfold)
 
 
 def _weights(

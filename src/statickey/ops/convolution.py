@@ -1,7 +1,5 @@
 """Attention on a static key without tiles, for maps of few tokens on the CPU: logits by torch's own convolution."""
 
-from math import prod
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,8 +8,8 @@ from .._typing import Size2
 from . import tiles
 from .grid import unfold_queries
 
-UNFOLDED_TOKENS = 128
-"""Most tokens of a batch for which unfolding them is faster than to start a convolution; with gradients an eighth."""
+UNFOLDED_TOKENS = 64
+"""Most tokens of a batch for which unfolding them is faster than to start a convolution; never with gradients."""
 KEPT_EXTENT = 8
 """Most tokens per channel of a head where the map is kept for backward, so many times as large as the query."""
 
@@ -36,8 +34,8 @@ def is_convolved(query: Tensor, key: Tensor, unfold: tuple[Size2, int]) -> bool:
     """
     if query.dtype != torch.float32 or not torch._C._has_mkldnn:
         return False
-    num_tokens = prod(unfold[0])
-    fits = num_tokens * prod(key.shape[:2]) <= tiles.TILE_NUMEL
+    num_tokens = unfold[0][0] * unfold[0][1]
+    fits = num_tokens * key.shape[0] * key.shape[1] <= tiles.TILE_NUMEL
     return fits and (not torch.is_grad_enabled() or num_tokens <= KEPT_EXTENT * query.shape[-1])
 
 
@@ -53,7 +51,7 @@ def convolved_attention(
     """
     (height, width), kernel_size = unfold
     batch, heads, num_tokens, dim = query.shape
-    if batch * height * width <= UNFOLDED_TOKENS // (8 if torch.is_grad_enabled() else 1):
+    if batch * height * width <= UNFOLDED_TOKENS and not torch.is_grad_enabled():
         flat = unfold_queries(query, *unfold).transpose(0, 1).flatten(1, 2)
         logits = flat @ key.mT if key_bias is None else torch.baddbmm(key_bias.unsqueeze(1), flat, key.mT)
         return _weigh(logits.view(heads, batch, height * width, -1).transpose(0, 1), mask, value)
