@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from statickey.bench import bench, main, suites
+from statickey.bench import bench, contender, main, suites
 from statickey.bench.contender import (
     PLAIN_CSKA,
     TIMM_MHSA,
@@ -23,6 +24,7 @@ from statickey.bench.contender import (
     Targets,
     layer,
     macs,
+    mask_rcnn,
     model,
     twin,
 )
@@ -388,3 +390,22 @@ def test_models_with_arguments():
     assert network.stages[1].blocks[0].token_mixer.key_size == (7, 7)
     assert contenders["skaformer_s18:key_size=[7,7]"].targets == suites.Targets(1.0, 1.0)
     assert "ska_vit_small_patch16_224:key_size=[7,7]" in contenders
+
+
+def test_whole_detectors(small, tmp_path, monkeypatch):
+    """Pooled by default, so that keys do not grow with the image; what attends to all is left out on large ones."""
+    monkeypatch.setattr(suites, "DETECTOR_IMAGES", ((40, 64), (64, 96)))
+    monkeypatch.setattr(suites, "LONGEST_RESAMPLED", 64)
+    monkeypatch.setattr(contender, "BUILT_FOR", 32)
+    texts = ["ska", "ska:off_grid=resample"]
+    plan = [
+        replace(each, make=partial(mask_rcnn, "skaformer_nano", *each.make.args[1:]))
+        for each in suites.detectors(texts)
+    ]
+    assert [each.name for each in plan] == ["caformer_s18", *texts, "caformer_s18", texts[0]]
+    monkeypatch.setitem(suites.SUITES, "detectors", lambda mixers: plan)
+    rows, _ = run(tmp_path, "detectors", mixers=texts)
+    found = {(row["group"], row["contender"], row["phase"]): row for row in rows}
+    assert len(found) == 2 * len(plan) and all(row["milliseconds"] > 0 for row in rows)
+    group = plan[0].group
+    assert found[group, "ska", "forward"]["gmacs"] < found[group, texts[1], "forward"]["gmacs"]

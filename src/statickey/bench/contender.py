@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from .._typing import Backend, Size2
 from ..layers import MIXERS, AttentionMixer, ConvStaticKeyAttention, TokenMixer
 from ..layers.attention import AttendOp
-from ..models import Swap, build_model, count_macs
+from ..models import Detector, MaskWindows, Swap, build_detector, build_model, count_macs
 from ..ops import reference, static_key_attention
 
 
@@ -89,6 +89,8 @@ class PlainConvStaticKeyAttention(ConvStaticKeyAttention):
         )
 
 
+BUILT_FOR = 224
+"""Pixels that the keys of detectors are built for: those of a classifier to start from."""
 PLAIN_CSKA = "plain cska"
 TIMM_MHSA = "timm mhsa"
 
@@ -184,6 +186,38 @@ def network(
         name, mixer, img_size=img_size, num_classes=num_classes, in_chans=in_chans, model_args=model_args
     )
     return made, torch.randn(batch, in_chans, img_size, img_size)
+
+
+class DetectorPass(nn.Module):
+    """A detector from images to one tensor: the boxes found, or in training the loss of some objects."""
+
+    def __init__(self, detector: Detector, objects: int = 8) -> None:
+        super().__init__()
+        self.detector, self.objects = detector, objects
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Detect, or learn."""
+        if not self.training:
+            return torch.cat([found["boxes"] for found in self.detector(list(x))])
+        height, width = x.shape[-2:]
+        starts = torch.linspace(0, 0.5, self.objects, device=x.device, dtype=x.dtype)[:, None]
+        sides = torch.tensor([width, height], device=x.device, dtype=x.dtype)
+        boxes = torch.cat([starts * sides, (starts + 0.25) * sides], 1)
+        whole = torch.ones(height, width, dtype=torch.bool, device=x.device)
+        target = {
+            "boxes": boxes,
+            "labels": torch.zeros(self.objects, dtype=torch.long, device=x.device),
+            "masks": MaskWindows.cut(whole for _ in range(self.objects)),
+            "seed": 0,
+        }
+        losses: dict[str, Tensor] = self.detector(list(x), [target] * len(x))
+        return torch.stack(list(losses.values())).sum()
+
+
+def mask_rcnn(name: str, mixer: str | None, size: Size2) -> tuple[nn.Module, Tensor]:
+    """Mask R-CNN of one class with weights of seed 0, and an image."""
+    detector = build_detector(name, mixer, arch="mask_rcnn", img_size=BUILT_FOR, num_classes=1, min_size=None)
+    return DetectorPass(detector), torch.randn(1, 3, *size)
 
 
 def plain(module: nn.Module) -> nn.Module:

@@ -28,10 +28,11 @@ PHASES: dict[str, tuple[Phase, ...]] = {
     "models": ("forward", "training"),
     "resolution": ("forward",),
     "detector": ("forward", "training"),
+    "detectors": ("forward", "training"),
     "training": ("forward", "step"),
     "shapes": ("forward", "training"),
 }
-ROUNDS = {"layers": 25, "models": 9, "resolution": 5, "detector": 3, "training": 15, "shapes": 11}
+ROUNDS = {"layers": 25, "models": 9, "resolution": 5, "detector": 3, "detectors": 3, "training": 15, "shapes": 11}
 QUICK = {"shapes": 3.0}
 """Suites of many groups, and the seconds after which a group of theirs gets no more than three rounds; their memory
 is not measured, and the machine but once."""
@@ -63,7 +64,8 @@ def bench(
 
     Args:
         suites: ``layers``, ``models``, ``resolution`` (224 to 1536 pixels), ``detector`` (keys with a ``key_size`` at
-            800 x 1088 pixels), ``training``, or ``shapes`` (CSKA's op over a hundred shapes, without memory).
+            800 x 1088 pixels), ``detectors`` (Mask R-CNN, up to 1000 x 1333 pixels), ``training``, or ``shapes``
+            (CSKA's op over a hundred shapes, without memory).
         mixers: Token mixers, with their arguments if need be, as ``ska:key=continuous``.
         device: What to run on.
         dtype: Type of weights and inputs.

@@ -16,6 +16,7 @@ from .contender import (
     LayerShape,
     Targets,
     layer,
+    mask_rcnn,
     model,
     network,
     op,
@@ -50,6 +51,9 @@ STRIDE, BUILT_FOR = 8, (28, 28)
 """The second stage of a MetaFormer, built for images of 224 pixels."""
 DETECTOR = LayerShape((100, 136), 128, 8, batch=1)
 """That stage on a detector's image of 800 x 1088 pixels."""
+DETECTOR_IMAGES = ((168, 224), (384, 512), (600, 800), (800, 1066), (1000, 1333))
+LONGEST_RESAMPLED = 1066
+"""Pixels along an image up to which keys for all tokens are measured."""
 
 
 def layers(mixers: Sequence[str], kernel: bool = False) -> list[Contender]:
@@ -156,6 +160,25 @@ def detector(mixers: Sequence[str]) -> list[Contender]:
     return rows
 
 
+def detectors(mixers: Sequence[str]) -> list[Contender]:
+    """Mask R-CNN on a MetaFormer S18 whose second stage has these mixers, from 224 pixels on the longer side to 1333.
+
+    Keys are built for 224 pixels, and average values over their grid unless their arguments say otherwise; those that
+    attend to all tokens are left out where that would take more memory than machines have.
+    """
+    rows = []
+    for height, width in DETECTOR_IMAGES:
+        group = f"Mask R-CNN, S18, one image of {height}x{width}"
+        make = partial(mask_rcnn, "caformer_s18", None, (height, width))
+        rows.append(Contender(group, "caformer_s18", make, checked=False))
+        for mixer in mixers:
+            if Swap.parse(mixer).mixer_args.get("off_grid") == "resample" and width > LONGEST_RESAMPLED:
+                continue
+            make = partial(mask_rcnn, "skaformer_s18", mixer, (height, width))
+            rows.append(Contender(group, mixer, make, "caformer_s18", checked=False))
+    return rows
+
+
 def training(mixers: Sequence[str], compared: Path | None = None, batch: int = 64) -> list[Contender]:
     """The network of a comparison, or the built-in one at 32 pixels, against itself with self-attention."""
     name = "small_vit"
@@ -209,6 +232,7 @@ SUITES: dict[str, Callable[..., list[Contender]]] = {
     "models": models,
     "resolution": resolution,
     "detector": detector,
+    "detectors": detectors,
     "training": training,
     "shapes": shapes,
 }
