@@ -71,6 +71,7 @@ class DenseTask(Task):
 
     recipe_class: ClassVar[type[DenseRecipe]]
     fixed_size: ClassVar[bool] = False
+    pictured: ClassVar[bool] = True
     built_for: ClassVar[str]
     """The setting that says which side in pixels keys are built for."""
     settings: ClassVar[tuple[str, ...]]
