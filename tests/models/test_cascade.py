@@ -42,7 +42,7 @@ class FixedPredictor(nn.Module):
 
 
 def fixed_heads(offsets=FURTHER):
-    heads = CascadeHeads(FixedPool(), 1, 1, 2)
+    heads = CascadeHeads(FixedPool(), 1, 1, 2, regions_per_image=512)
     heads.box_head = nn.ModuleList(nn.Identity() for _ in range(3))
     heads.box_predictor = nn.ModuleList(
         FixedPredictor(logits, [o / 10 for o in own]) for logits, own in zip(LOG_ODDS, offsets, strict=True)

@@ -69,3 +69,35 @@ def test_what_has_no_pyramid():
         build_pyramid("caformer_s18", None, img_size=64).freeze(1)
     with pytest.raises(StaticKeyError, match="refuses"):
         build_pyramid("skaformer_nano", None, img_size=64, model_args={"nonsense": 1})
+
+
+@pytest.mark.parametrize(
+    ("mixer", "model_args", "expected"),
+    [
+        (None, {}, "pool"),
+        ("cska", {}, "pool"),
+        ("ska:key=continuous", {}, "pool"),
+        ("ska:off_grid=window", {}, "window"),
+        ("ska:off_grid=resample", {}, "resample"),
+        ("ska", {"off_grid": "resample"}, "resample"),
+        ("ska", {"mixer_args": {"ska": {"off_grid": "window"}}}, "window"),
+    ],
+    ids=str,
+)
+def test_keys_do_not_grow_with_the_image_unless_asked(mixer, model_args, expected):
+    body = build_pyramid("skaformer_nano", mixer, img_size=64, model_args=model_args).body
+    assert body.stages[1].blocks[0].token_mixer.off_grid == expected
+    if not model_args:
+        vit = build_pyramid("vit_tiny_patch16_224", mixer or "fcska", img_size=64, model_args={"depth": 1}).body
+        assert vit.blocks[0].attn.off_grid == expected
+
+
+def test_what_keys_do_on_other_grids_can_be_chosen():
+    for off_grid in ("window", "resample"):
+        body = build_pyramid("skaformer_nano", None, img_size=64, off_grid=off_grid).body
+        assert body.stages[1].blocks[0].token_mixer.off_grid == off_grid
+    sized = build_pyramid("skaformer_nano", "ska:key_size=[4,4]", img_size=64, off_grid="window").body
+    assert sized.stages[1].blocks[0].token_mixer.key_size == (4, 4)
+    build_pyramid("skaformer_nano", "mhsa", img_size=64, off_grid="window")  # nothing to choose
+    with pytest.raises(StaticKeyError, match="off_grid"):
+        build_pyramid("skaformer_nano", None, img_size=64, off_grid="sample")

@@ -69,8 +69,10 @@ def test_a_run_is_trained_scored_and_read_back(run):
         "arch": "mask_rcnn",
         "channels": 8,
         "anchor_size": 4,
+        "regions_per_image": 64,
         "img_size": None,
         "max_size": 1333,
+        "off_grid": "pool",
     }
     with np.load(folder / "predictions.npz") as arrays:
         assert TASK.evidence_from(arrays).value() == result["box_ap"]
@@ -107,6 +109,20 @@ def test_the_data_decide_what_is_learned(data, arch, expected):
     assert all(("masks" in target) == ("mask" in expected) for target in batch[1])
     model = TASK.build(recipe(data=data, arch=arch), DATA[data], "ska", 0).train()
     assert ("loss_mask" in TASK.losses(model, batch, settled)) == ("mask" in expected)
+
+
+def test_sizes_follow_the_images():
+    """Keys are built for a classifier's images; anchors, widths and regions for those of the data."""
+    large = TASK.settled(recipe(img_size=800, lr=None, channels=None), DATA["boxes"])
+    assert (large.train_size, large.anchor_size, large.channels, large.regions_per_image) == (224, 32, 256, 512)
+    small = TASK.settled(recipe(), DATA["boxes"])
+    assert (small.train_size, small.anchor_size, small.regions_per_image) == (64, 4, 64)
+    changes = {"model": "skaformer_nano", "model_args": {}}
+    given = TASK.settled(recipe(img_size=800, train_size=96, regions_per_image=8, **changes), DATA["boxes"])
+    assert (given.train_size, given.regions_per_image) == (96, 8)
+    model = TASK.build(given, DATA["boxes"], "ska:off_grid=window", 0)
+    layer = model.pyramid.body.stages[1].blocks[0].token_mixer
+    assert (layer.feat_size, layer.off_grid) == ((12, 12), "window")
 
 
 def test_masks_cannot_be_learned_from_boxes():

@@ -24,7 +24,9 @@ RECIPES = {
 @pytest.fixture(autouse=True)
 def small_data(monkeypatch):
     monkeypatch.setattr("statickey.data.scenes.TEST_SCENES", 2)
-    monkeypatch.setattr("statickey.tasks.detection.open_detection", lambda data, **options: rectangles(train=8, test=2))
+    monkeypatch.setattr(
+        "statickey.tasks.detection.open_detection", lambda data, **options: rectangles(train=8, test=2)
+    )
 
 
 def trained(recipe, out, **options):

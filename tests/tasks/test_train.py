@@ -37,6 +37,8 @@ from statickey.tasks import (
     train,
 )
 from statickey.tasks.checkpoint import check_whole
+from statickey.tasks.recipe import identities
+from statickey.tasks.start import start_file
 
 TINY = {
     "limit": 120,
@@ -175,6 +177,26 @@ def test_weights_to_start_from(tmp_path):
     with pytest.raises(OutputError, match="no weights file 'nowhere'"):
         run(tmp_path / "third", weights="nowhere")
     assert not (tmp_path / "third").exists()
+
+
+def test_a_run_or_a_comparison_to_start_from(tmp_path):
+    for mixer, seed in (("ska", 0), ("ska", 3), ("fcska", 3)):
+        model = build_model("small_vit", mixer, img_size=8, num_classes=10, in_chans=1, seed=seed)
+        folder = tmp_path / "comparison" / "runs" / f"{mixer}-{seed}"
+        folder.mkdir(parents=True)
+        save_file(model.state_dict(), folder / "model.safetensors")
+        (folder / "run.json").write_text(json.dumps({"mixer": mixer, "seed": seed}))
+    comparison = str(tmp_path / "comparison")
+    for mixer, seed, expected in (("ska", 3, "ska-3"), ("ska", 7, "ska-0"), ("fcska", 0, "fcska-3")):
+        assert start_file(comparison, mixer, seed).parent.name == expected
+    assert start_file(str(folder), "mhsa", 0) == folder / "model.safetensors"
+    with pytest.raises(StaticKeyError, match="no finished run of cska, but of fcska, ska; train it there first"):
+        start_file(comparison, "cska", 0)
+    with pytest.raises(StaticKeyError, match="neither a run's folder nor a comparison's"):
+        start_file(str(tmp_path), "ska", 0)
+    before = identities(ClassificationRecipe(weights=comparison), "classify", "", {})
+    save_file({"other": torch.zeros(1)}, folder / "model.safetensors")
+    assert identities(ClassificationRecipe(weights=comparison), "classify", "", {}) != before
 
 
 def test_layer_decay_slows_the_lower_layers(tmp_path, monkeypatch):

@@ -31,13 +31,21 @@ class CascadeHeads(RegionHeads):
         width: Of the regions' vectors.
         num_classes: Classes with the background.
         mask_branch: As in ``RegionHeads``.
+        regions_per_image: As in ``RegionHeads``.
 
     Source:
         Cai & Vasconcelos, Cascade R-CNN, arXiv 1712.00726.
     """
 
     def __init__(
-        self, pool: nn.Module, in_features: int, width: int, num_classes: int, mask_branch: MaskBranch | None = None
+        self,
+        pool: nn.Module,
+        in_features: int,
+        width: int,
+        num_classes: int,
+        mask_branch: MaskBranch | None = None,
+        *,
+        regions_per_image: int,
     ) -> None:
         stages = range(len(IOU_THRESHOLDS))
         super().__init__(
@@ -45,6 +53,7 @@ class CascadeHeads(RegionHeads):
             nn.ModuleList(TwoMLPHead(in_features, width) for _ in stages),
             nn.ModuleList(BoxPredictor(width, num_classes, shared=True) for _ in stages),
             mask_branch,
+            regions_per_image=regions_per_image,
         )
         self.box_coders = [BoxCoder(weights) for weights in OFFSET_WEIGHTS]
         self.matchers = [Matcher(iou, iou) for iou in IOU_THRESHOLDS]

@@ -13,6 +13,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from .._checks import check_choice, check_positive
+from .._typing import OffGrid
 from ..errors import StaticKeyError
 from .cascade import CascadeHeads
 from .pyramid import STRIDES, Pyramid, build_pyramid
@@ -59,6 +60,7 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
         arch: One of ``ARCHS``.
         channels: Width of the feature maps; of the vectors of regions four times that.
         anchor_size: Side in pixels of the anchors at stride 4; from map to map it doubles.
+        regions_per_image: Proposed regions of an image that the heads learn from.
         min_size: Shorter side in pixels in evaluation; None takes images as they come.
         max_size: Longer side at most.
     """
@@ -71,6 +73,7 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
         arch: str,
         channels: int,
         anchor_size: int,
+        regions_per_image: int,
         min_size: int | None,
         max_size: int,
     ) -> None:
@@ -88,7 +91,7 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
                 post_nms_top_n={"training": 2000, "testing": 1000},
                 nms_thresh=0.7,
             ),
-            _heads(arch, channels, num_classes + 1, anchor_size),
+            _heads(arch, channels, num_classes + 1, anchor_size, regions_per_image),
             _Preparation(min_size, max_size),
         )
         self.rpn.fg_bg_sampler = SeededSampler(_ANCHORS_PER_IMAGE, 0.5)
@@ -142,8 +145,10 @@ def build_detector(
     seed: int = 0,
     model_args: Mapping[str, Any] | None = None,
     fp32_logits: bool = False,
+    off_grid: OffGrid = "pool",
     channels: int = 256,
     anchor_size: int = 32,
+    regions_per_image: int = 512,
     min_size: int | None = 800,
     max_size: int = 1333,
 ) -> Detector:
@@ -158,8 +163,10 @@ def build_detector(
         seed: As in ``build_model``; the body's weights are those of a classifier of one class at this seed.
         model_args: As in ``build_model``.
         fp32_logits: As in ``build_model``.
+        off_grid: As in ``build_pyramid``.
         channels: Width of the feature maps; fewer for small networks.
         anchor_size: Side in pixels of the smallest anchors, about that of the smallest objects.
+        regions_per_image: Proposed regions of an image that the heads learn from; few do for few objects.
         min_size: Shorter side that images are brought to in evaluation; None takes them as they come.
         max_size: Longer side at most.
 
@@ -173,18 +180,28 @@ def build_detector(
         Ren et al., arXiv 1506.01497; He et al., arXiv 1703.06870; Cai & Vasconcelos, arXiv 1712.00726.
     """
     check_choice(arch=(arch, ARCHS))
-    check_positive(num_classes=num_classes, channels=channels, anchor_size=anchor_size, max_size=max_size)
+    sizes = {"channels": channels, "anchor_size": anchor_size, "max_size": max_size}
+    check_positive(num_classes=num_classes, regions_per_image=regions_per_image, **sizes)
     if min_size is not None:
         check_positive(min_size=min_size)
         if min_size > max_size:
             raise StaticKeyError(f"min_size={min_size} must not exceed max_size={max_size}")
-    pyramid = build_pyramid(name, mixer, img_size=img_size, seed=seed, model_args=model_args, fp32_logits=fp32_logits)
+    pyramid = build_pyramid(
+        name,
+        mixer,
+        img_size=img_size,
+        seed=seed,
+        model_args=model_args,
+        fp32_logits=fp32_logits,
+        off_grid=off_grid,
+    )
     return Detector(
         pyramid,
         num_classes,
         arch=arch,
         channels=channels,
         anchor_size=anchor_size,
+        regions_per_image=regions_per_image,
         min_size=min_size,
         max_size=max_size,
     )
@@ -217,9 +234,10 @@ class _Preparation(GeneralizedRCNNTransform):  # type: ignore[misc]
         return result
 
 
-def _heads(arch: str, channels: int, num_classes: int, anchor_size: int) -> RegionHeads:
+def _heads(arch: str, channels: int, num_classes: int, anchor_size: int, regions_per_image: int) -> RegionHeads:
     pool, in_features, width = region_pool(_REGION, anchor_size), channels * _REGION**2, 4 * channels
     mask_branch = MaskBranch(channels, num_classes, anchor_size) if "mask" in arch else None
     if arch.startswith("cascade"):
-        return CascadeHeads(pool, in_features, width, num_classes, mask_branch)
-    return RegionHeads(pool, TwoMLPHead(in_features, width), BoxPredictor(width, num_classes), mask_branch)
+        return CascadeHeads(pool, in_features, width, num_classes, mask_branch, regions_per_image=regions_per_image)
+    head, predictor = TwoMLPHead(in_features, width), BoxPredictor(width, num_classes)
+    return RegionHeads(pool, head, predictor, mask_branch, regions_per_image=regions_per_image)

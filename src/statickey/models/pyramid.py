@@ -9,7 +9,10 @@ from timm.models import group_parameters
 from torch import Tensor, nn
 
 from .._checks import check_count, check_mapping
+from .._typing import OffGrid
+from ..convert import token_mixers
 from ..errors import StaticKeyError
+from ..layers import StaticKeyAttention
 from .build import build_model
 from .swaps import Swap
 
@@ -134,6 +137,7 @@ def build_pyramid(
     seed: int = 0,
     model_args: Mapping[str, Any] | None = None,
     fp32_logits: bool = False,
+    off_grid: OffGrid = "pool",
 ) -> Pyramid:
     """The network that ``build_model`` builds, without its head.
 
@@ -144,19 +148,39 @@ def build_pyramid(
         seed: As in ``build_model``; the body's weights are those of the classifier of one class at this seed.
         model_args: As in ``build_model``.
         fp32_logits: As in ``build_model``.
+        off_grid: What static keys do on another grid than that of ``img_size``, where neither ``mixer`` nor
+            ``model_args`` say; see ``StaticKeyAttention``. ``"resample"`` costs the square of the image's pixels.
 
     Raises:
         StaticKeyError: As ``build_model``, or the network has no pyramid.
     """
     args = check_mapping("model_args", model_args)
     common: dict[str, Any] = {"img_size": img_size, "num_classes": 1, "seed": seed, "fp32_logits": fp32_logits}
+    body = _for_any_size(name, mixer, args, common)
+    for layer in token_mixers(body).values() if not _names_off_grid(mixer, args) else ():
+        if isinstance(layer, StaticKeyAttention) and layer.key_size is None and layer.off_grid == "resample":
+            layer.set_off_grid(off_grid)
+    return Pyramid(body)
+
+
+def _for_any_size(
+    name: str, mixer: str | Swap | None, args: Mapping[str, Any], common: Mapping[str, Any]
+) -> nn.Module:
     for any_size in _ANY_SIZE:
         try:
-            return Pyramid(build_model(name, mixer, model_args=any_size | args, **common))
+            return build_model(name, mixer, model_args={**any_size, **args}, **common)
         except StaticKeyError as error:
             if not any(repr(arg) in str(error.__cause__) for arg in any_size):
                 raise
     raise AssertionError("the last way adds no argument")
+
+
+def _names_off_grid(mixer: str | Swap | None, model_args: Mapping[str, Any]) -> bool:
+    by_mixer = check_mapping("mixer_args", model_args.get("mixer_args"))
+    given = [model_args, by_mixer, *(own for own in by_mixer.values() if isinstance(own, Mapping))]
+    if mixer is not None:
+        given.append(Swap.parse(mixer).mixer_args)
+    return any("off_grid" in args for args in given)
 
 
 def _neck(width: int, stride: int, wanted: int) -> tuple[nn.Module, int]:

@@ -16,7 +16,6 @@ from torchvision.ops.poolers import initLevelMapper
 
 from .pyramid import STRIDES
 
-REGIONS_PER_IMAGE = 512
 _CANONICAL = 7
 """A region this many times the smallest anchor is pooled at stride 16: 224 pixels for anchors of 32."""
 _MASK_REGION = 14
@@ -201,10 +200,17 @@ class RegionHeads(RoIHeads):  # type: ignore[misc]
         head: Pooled regions to vectors.
         predictor: Vectors to class logits and box offsets.
         mask_branch: Learns masks; None for boxes alone.
+        regions_per_image: Regions of an image to learn from.
     """
 
     def __init__(
-        self, pool: nn.Module, head: nn.Module, predictor: nn.Module, mask_branch: MaskBranch | None
+        self,
+        pool: nn.Module,
+        head: nn.Module,
+        predictor: nn.Module,
+        mask_branch: MaskBranch | None,
+        *,
+        regions_per_image: int,
     ) -> None:
         super().__init__(
             pool,
@@ -212,14 +218,14 @@ class RegionHeads(RoIHeads):  # type: ignore[misc]
             predictor,
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
-            batch_size_per_image=REGIONS_PER_IMAGE,
+            batch_size_per_image=regions_per_image,
             positive_fraction=0.25,
             bbox_reg_weights=None,
             score_thresh=0.05,
             nms_thresh=0.5,
             detections_per_img=100,
         )
-        self.fg_bg_sampler = SeededSampler(REGIONS_PER_IMAGE, 0.25)
+        self.fg_bg_sampler = SeededSampler(regions_per_image, 0.25)
         self.mask_branch = mask_branch
         self._samples: tuple[list[Tensor], list[Tensor], list[Tensor]] = ([], [], [])
 

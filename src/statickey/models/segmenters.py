@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import check_name, check_positive
+from .._typing import OffGrid
 from .pyramid import Pyramid, build_pyramid
 from .swaps import Swap
 
@@ -119,6 +120,7 @@ def build_segmenter(
     seed: int = 0,
     model_args: Mapping[str, Any] | None = None,
     fp32_logits: bool = False,
+    off_grid: OffGrid = "pool",
 ) -> Segmenter:
     """A segmentation network on any backbone that ``build_model`` builds.
 
@@ -133,11 +135,20 @@ def build_segmenter(
         seed: All weights that mixers share are bit-identical at one seed.
         model_args: As in ``build_model``.
         fp32_logits: As in ``build_model``.
+        off_grid: As in ``build_pyramid``.
 
     Raises:
         StaticKeyError: As ``build_model``, or the network has no pyramid.
     """
-    pyramid = build_pyramid(name, mixer, img_size=img_size, seed=seed, model_args=model_args, fp32_logits=fp32_logits)
+    pyramid = build_pyramid(
+        name,
+        mixer,
+        img_size=img_size,
+        seed=seed,
+        model_args=model_args,
+        fp32_logits=fp32_logits,
+        off_grid=off_grid,
+    )
     return Segmenter(pyramid, decoder, num_classes=num_classes, channels=decoder_channels, window=window)
 
 

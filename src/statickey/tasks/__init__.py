@@ -12,8 +12,9 @@ from .loading import load_model
 from .predict import Predictions, predict
 from .recipe import Machine, Recipe, difference, identities
 from .registry import TASKS, task_named, task_of
-from .run import PREDICTIONS_FILE, RESULT_FILE, Run, read_result
+from .run import PREDICTIONS_FILE, Run, read_result
 from .segmentation import Segmentation, SegmentationRecipe
+from .start import RESULT_FILE
 from .task import Answer, Evidence, Metric, ScoreOn, Task
 from .train import train
 from .training import TrainingModule

@@ -5,19 +5,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import pil_to_tensor
 
-from .._checks import check_count, check_positive
+from .._checks import check_choice, check_count, check_positive
+from .._typing import OffGrid
 from ..data import OnBadSample, open_image, to_mode
 from ..errors import StaticKeyError
 from .recipe import Recipe
 from .task import Task
 from .weights import ModelCard, without_weights
+
+KEYS_FOR = 224
+"""Pixels a side, at most, that keys are built for where nothing is said: those of a classifier to start from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,9 +31,14 @@ class DenseRecipe(Recipe):
     Args:
         data: ``scenes``, digits on a canvas, or a folder; see the documentation for its layouts.
         model: As in every recipe; the network needs maps at strides 4, 8, 16 and 32, or be a vision transformer.
-        weights: Weights to start from: of a classifier, which fill the backbone, or of a network of this task.
+        weights: As in every recipe; those of a classifier fill the backbone.
         on_bad_sample: Refuse data with a sample that cannot be used, or skip such samples.
         img_size: Bring the shorter side of all images to this many pixels; default as stored.
+        train_size: Side in pixels that keys and position embeddings are built for; default 224, or less where images
+            or crops are smaller.
+        off_grid: What static keys do on maps of another grid: ``pool`` averages values over theirs, ``window`` tiles
+            the map, ``resample`` attends to all tokens, whose cost is the square of the image's pixels. What
+            ``mixer`` or ``model_args`` say of it goes before.
         scale: Range of the random factor on the sides of training images.
         flip: Mirror half of the training images; default where the data stand it.
         mean: Normalisation per channel; default that of ImageNet.
@@ -41,6 +50,8 @@ class DenseRecipe(Recipe):
     model: str = "skaformer_nano"
     on_bad_sample: OnBadSample = "fail"
     img_size: int | None = None
+    train_size: int | None = None
+    off_grid: OffGrid = "pool"
     scale: tuple[float, float] = (0.5, 2.0)
     flip: bool | None = None
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
@@ -54,8 +65,9 @@ class DenseRecipe(Recipe):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         super().__post_init__()
-        if self.img_size is not None:
-            check_positive(img_size=self.img_size)
+        sizes = {name: getattr(self, name) for name in ("img_size", "train_size")}
+        check_positive(**{name: size for name, size in sizes.items() if size is not None})
+        check_choice(off_grid=(self.off_grid, get_args(OffGrid)))
         check_count(frozen_stages=self.frozen_stages)
         if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
             raise StaticKeyError(f"scale={list(self.scale)} must be two positive factors, the smaller first")
@@ -72,8 +84,6 @@ class DenseTask(Task):
     recipe_class: ClassVar[type[DenseRecipe]]
     fixed_size: ClassVar[bool] = False
     pictured: ClassVar[bool] = True
-    built_for: ClassVar[str]
-    """The setting that says which side in pixels keys are built for."""
     settings: ClassVar[tuple[str, ...]]
     """The settings of a recipe, beside the network's, that decide what is built; a card keeps them."""
 
@@ -95,10 +105,11 @@ class DenseTask(Task):
             recipe.model,
             mixer,
             recipe,
-            img_size=getattr(recipe, self.built_for),
+            img_size=recipe.train_size,
             num_classes=len(data.class_names),
             model_args=recipe.model_args,
             fp32_logits=recipe.fp32_logits,
+            off_grid=recipe.off_grid,
             seed=seed,
         )
         model.pyramid.freeze(recipe.frozen_stages)
@@ -117,6 +128,7 @@ class DenseTask(Task):
             num_classes=len(card.class_names),
             model_args=without_weights(card.model_args),
             fp32_logits=card.fp32_logits,
+            off_grid=settings.off_grid,
             seed=0,
         )
 
@@ -131,7 +143,7 @@ class DenseTask(Task):
             architecture=recipe.model,
             mixer=mixer,
             model_args=recipe.model_args,
-            img_size=getattr(recipe, self.built_for),
+            img_size=recipe.train_size,
             in_chans=data.in_chans,
             class_names=data.class_names,
             mean=recipe.mean,

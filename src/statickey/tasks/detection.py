@@ -16,7 +16,7 @@ from ..data.detection_batches import DetectionDataModule, Rescaling
 from ..errors import StaticKeyError
 from ..models import ARCHS, Detector, build_detector
 from .average_precision import BOX_AP, MOST_DETECTIONS, AveragePrecision, match_boxes
-from .dense import DenseRecipe, DenseTask
+from .dense import KEYS_FOR, DenseRecipe, DenseTask
 from .detection_report import DetectionPredictor, DetectionScores
 from .task import Arrays, Metric, ScoreOn
 from .weights import ModelCard
@@ -36,10 +36,10 @@ class DetectionRecipe(DenseRecipe):
         max_size: Longer side of images at most, where ``img_size`` brings the shorter one to a size.
         crop_size: Cut training images, once scaled, to random parts of at most this side; ``max_size`` then holds
             before they are scaled. With ``scale`` from 0.1 to 2 this is large-scale jitter. Default whole images.
-        train_size: Side in pixels that keys and position embeddings are built for; default ``img_size``, or that of
-            the first image.
-        anchor_size: Side of the smallest anchors in pixels; default in step with ``train_size``, 32 at 800.
+        anchor_size: Side of the smallest anchors in pixels; default in step with the images, 32 at 800.
         channels: Width of the feature maps; default 256, 64 for images under 256 pixels.
+        regions_per_image: Proposed regions of an image that the heads learn from; default 512, 64 for images under
+            256 pixels.
     """
 
     batch_size: int = 16
@@ -47,15 +47,16 @@ class DetectionRecipe(DenseRecipe):
     arch: str | None = None
     max_size: int = 1333
     crop_size: int | None = None
-    train_size: int | None = None
     anchor_size: int | None = None
     channels: int | None = None
+    regions_per_image: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.arch is not None:
             check_choice(arch=(self.arch, ARCHS))
-        sizes = {name: getattr(self, name) for name in ("crop_size", "train_size", "anchor_size", "channels")}
+        options = ("crop_size", "anchor_size", "channels", "regions_per_image")
+        sizes = {name: getattr(self, name) for name in options}
         check_positive(max_size=self.max_size, **{k: v for k, v in sizes.items() if v is not None})
         if self.img_size is not None and self.img_size > self.max_size:
             raise StaticKeyError(f"img_size={self.img_size} must not exceed max_size={self.max_size}")
@@ -67,8 +68,15 @@ class Detection(DenseTask):
     name: ClassVar[str] = "detect"
     metric: ClassVar[Metric] = BOX_AP
     recipe_class: ClassVar[type[DenseRecipe]] = DetectionRecipe
-    built_for: ClassVar[str] = "train_size"
-    settings: ClassVar[tuple[str, ...]] = ("arch", "channels", "anchor_size", "img_size", "max_size")
+    settings: ClassVar[tuple[str, ...]] = (
+        "arch",
+        "channels",
+        "anchor_size",
+        "regions_per_image",
+        "img_size",
+        "max_size",
+        "off_grid",
+    )
 
     def read_data(self, recipe: DetectionRecipe) -> DetectionData:
         """Images that are decoded as they are needed, and what is marked on them."""
@@ -83,17 +91,18 @@ class Detection(DenseTask):
         arch = ("mask_rcnn" if data.has_masks else "faster_rcnn") if recipe.arch is None else recipe.arch
         if "mask" in arch and not data.has_masks:
             raise StaticKeyError(f"arch={arch!r} learns masks, but {recipe.data} has boxes alone; use faster_rcnn")
-        side = recipe.train_size
-        if side is None:
-            side = recipe.img_size or 32 * math.ceil(max(data.train.open(0).size) / 32)
+        side = recipe.img_size or 32 * math.ceil(max(data.train.open(0).size) / 32)
         small = side < _SMALL
         anchor_size = max(4, 2 ** round(math.log2(side / 25))) if recipe.anchor_size is None else recipe.anchor_size
         return replace(
             recipe,
             arch=arch,
-            train_size=side,
+            train_size=min(side, KEYS_FOR) if recipe.train_size is None else recipe.train_size,
             anchor_size=anchor_size,
             channels=(64 if small else 256) if recipe.channels is None else recipe.channels,
+            regions_per_image=(64 if small else 512)
+            if recipe.regions_per_image is None
+            else recipe.regions_per_image,
             flip=data.flip if recipe.flip is None else recipe.flip,
             lr=(1e-3 if small else 1e-4) if recipe.lr is None else recipe.lr,
         )
@@ -120,13 +129,15 @@ class Detection(DenseTask):
 
     def network(self, name: str, mixer: str | None, settings: DetectionRecipe, **common: Any) -> Detector:
         """A detector; see ``build_detector``."""
-        assert settings.arch is not None and settings.channels is not None and settings.anchor_size is not None
+        assert settings.arch is not None and settings.channels is not None
+        assert settings.anchor_size is not None and settings.regions_per_image is not None
         return build_detector(
             name,
             mixer,
             arch=settings.arch,
             channels=settings.channels,
             anchor_size=settings.anchor_size,
+            regions_per_image=settings.regions_per_image,
             min_size=settings.img_size,
             max_size=settings.max_size,
             **common,

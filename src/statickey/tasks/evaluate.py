@@ -18,8 +18,9 @@ from .engine import new_trainer
 from .loading import load_model
 from .recipe import Machine
 from .registry import task_named
-from .run import RESULT_FILE, read_result
+from .run import read_result
 from .scoring import explained_workers, outputs_on
+from .start import RESULT_FILE
 from .task import Task
 from .weights import WEIGHTS_FILES, ModelCard
 

@@ -14,6 +14,7 @@ from .._checks import check_mapping, check_name, check_positive, check_rate, che
 from .._files import regular
 from ..errors import OutputError, StaticKeyError
 from ..models import WEIGHTS_FILE
+from .start import start_files
 
 _PLACES = ("data", "data_dir")
 """Where the data lie; in the identity of a run they count by their content."""
@@ -32,7 +33,8 @@ class Recipe:
         holdout: Share of the training images held out for the learning curves.
         model: Any name of timm's registry, this package's included.
         model_args: Further constructor arguments of the network, such as depth, drop_path_rate or pretrained.
-        weights: Weights to start from (safetensors or a timm checkpoint): all that fits is taken.
+        weights: Weights to start from: a file (safetensors or a timm checkpoint), the folder of a finished run, or
+            that of a comparison, from which each mixer takes its own. All that fits is taken.
         epochs: Passes over the training images, warm-up included, cool-down not.
         batch_size: Images per optimizer step, over all processes.
         grad_accum_steps: Parts a batch is computed in, one after the other.
@@ -168,13 +170,14 @@ def identities(
     values, defaults = recipe.protocol(), recipe.defaults()
     changed = {k: v for k, v in values.items() if v != defaults[k]}
     if recipe.weights is not None:
-        changed["weights"] = _content(Path(recipe.weights))
+        contents = [_content(path) for path in start_files(recipe.weights).values()]
+        changed["weights"] = contents[0] if len(contents) == 1 else contents
     loaded = [recipe.model_args.get("checkpoint_path")]
     if recipe.model.startswith("local-dir:") and recipe.model_args.get("pretrained"):
         loaded.append(Path(recipe.model.removeprefix("local-dir:")) / WEIGHTS_FILE)
-    contents = [_content(Path(place)) for place in loaded if place is not None and Path(place).is_file()]
-    if contents:
-        changed["loaded"] = contents
+    read = [_content(Path(place)) for place in loaded if place is not None and Path(place).is_file()]
+    if read:
+        changed["loaded"] = read
     now = _digest([changed | {k: v for k, v in others.items() if v is not None}, task, data_fingerprint])
     if task != "classify" or not changed.keys() <= {*_OPTIONS_OF_0_1, "loaded"}:
         return (now,)

@@ -16,10 +16,11 @@ from ..errors import OutputError
 from ..layers import MIXERS
 from ..models import Swap, start_from
 from .recipe import Machine, Recipe
+from .start import RESULT_FILE, start_file
 from .task import ScoreOn, Task
 from .weights import WEIGHTS_FILES
 
-RESULT_FILE, PREDICTIONS_FILE = "run.json", "predictions.npz"
+PREDICTIONS_FILE = "predictions.npz"
 _NEEDED = {
     **dict.fromkeys(("config_hash", "data"), str),
     **dict.fromkeys(("mixer", "data_dir"), str | None),
@@ -83,7 +84,7 @@ class Run:
         """The network with fresh weights, or those the recipe starts from."""
         model = self.task.build(self.recipe, self.data, self.mixer, self.seed)
         if self.recipe.weights is not None:
-            start_from(model, self.recipe.weights)
+            start_from(model, start_file(self.recipe.weights, self.mixer, self.seed))
         return model
 
     def data_module(self) -> PlannedDataModule:

@@ -15,7 +15,7 @@ from .._checks import check_name, check_positive
 from ..data import IGNORE_INDEX, BatchPlan, SegmentationData, SegmentationDataModule, open_segmentation
 from ..errors import DataError, StaticKeyError
 from ..models import DECODERS, Segmenter, build_segmenter
-from .dense import DenseRecipe, DenseTask
+from .dense import KEYS_FOR, DenseRecipe, DenseTask
 from .overlap import MEAN_IOU, MeanIoU, Overlap
 from .segmentation_report import SegmentationPredictor, SegmentationScores
 from .task import Arrays, Evidence, Metric, ScoreOn
@@ -27,8 +27,8 @@ class SegmentationRecipe(DenseRecipe):
     """How to train a network that names every pixel: what dense recipes have, and what stands here.
 
     Args:
-        crop_size: Side of training crops in pixels, which keys are built for; default the largest multiple of 32
-            that is within the first training image and 512.
+        crop_size: Side of training crops in pixels; default the largest multiple of 32 that is within the first
+            training image and 512.
         window: Score and predict in windows of this side in pixels, which overlap; default whole images.
         decoder: ``upernet``, ``fpn``, ``unet`` or ``segformer``.
         decoder_channels: Width of the decoder.
@@ -62,8 +62,7 @@ class Segmentation(DenseTask):
     name: ClassVar[str] = "segment"
     metric: ClassVar[Metric] = MEAN_IOU
     recipe_class: ClassVar[type[DenseRecipe]] = SegmentationRecipe
-    built_for: ClassVar[str] = "crop_size"
-    settings: ClassVar[tuple[str, ...]] = ("decoder", "decoder_channels", "window", "img_size")
+    settings: ClassVar[tuple[str, ...]] = ("decoder", "decoder_channels", "window", "img_size", "off_grid")
 
     def read_data(self, recipe: SegmentationRecipe) -> SegmentationData:
         """Images with their maps, read as they are needed."""
@@ -103,6 +102,7 @@ class Segmentation(DenseTask):
         return replace(
             recipe,
             crop_size=crop_size,
+            train_size=min(crop_size, KEYS_FOR) if recipe.train_size is None else recipe.train_size,
             flip=data.flip if recipe.flip is None else recipe.flip,
             lr=1e-3 if recipe.lr is None else recipe.lr,
         )

@@ -29,6 +29,7 @@ from .pictures import HeldOutPictures
 from .recipe import Machine, Recipe, difference, identities
 from .registry import task_of
 from .run import Run
+from .start import start_file
 from .task import ScoreOn
 from .weights import WEIGHTS_FILES
 
@@ -148,9 +149,10 @@ def _check_model(run: Run, display: Display) -> None:
     """Build the network once before anything is written, and say what of the weights it starts from fits."""
     model = run.task.build(run.recipe, run.data, run.mixer, run.seed)
     if run.recipe.weights is not None:
-        report = start_from(model, run.recipe.weights)
+        path = start_file(run.recipe.weights, run.mixer, run.seed)
+        report = start_from(model, path)
         display.say(
-            f"{escape(run.recipe.weights)}: {len(report.taken)} tensors taken, {len(report.fresh)} start fresh, "
+            f"{escape(str(path))}: {len(report.taken)} tensors taken, {len(report.fresh)} start fresh, "
             f"{len(report.unused)} not used"
         )
 

@@ -1,0 +1,91 @@
+"""Is attention with a static key the better second stage on dense tasks, too?
+
+    python benchmarks/dense.py classifiers PATH_TO_CIFAR10_PARQUET   # what the detectors and segmenters start from
+    python benchmarks/dense.py tune SET PATH                         # on held-out images, for sepconv and mhsa
+    python benchmarks/dense.py SET PATH                              # the comparison
+
+SET is ``bccd``, ``bccd-cascade``, ``pennfudan``, ``camvid``, ``camvid-scratch`` or ``camvid-stage3``. Each may be run
+by several processes at once, and again: finished runs are reused. Results: ``runs/dense/SET`` with its report.
+"""
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from statickey.compare import compare
+from statickey.tasks import ClassificationRecipe, DetectionRecipe, Recipe, SegmentationRecipe
+
+OUT = Path("runs/dense")
+CLASSIFIERS = OUT / "classifiers"
+PATTERNS = ["mhsa", "sepconv", "ska", "cska", "fcska", "ska:key=continuous", "ska:key_size=[7,7]"]
+"""What stands in the second of four stages; the first has convolutions, the last two self-attention."""
+REPEATED = ["mhsa", "sepconv", "ska", "cska", "ska:key=continuous"]
+"""Those with three seeds on bccd and camvid."""
+STAGE3 = ["sepconv", "sepconv", "X", "mhsa"]
+RATES = (5e-4, 1e-3, 2e-3)
+
+
+def classifier(data: str) -> ClassificationRecipe:
+    """CIFAR-10 at 64 pixels: a second stage of 8x8 tokens."""
+    return ClassificationRecipe(
+        data=data, limit=20_000, model="skaformer_nano", img_size=64, epochs=6, batch_size=64, lr=0.002
+    )
+
+
+def recipe(name: str, data: str) -> Recipe:
+    """What is trained on a set; its learning rate and length were tuned on held-out images, see ``tune``."""
+    weights = None if name.endswith(("-scratch", "-stage3")) else str(CLASSIFIERS)
+    if name.startswith("camvid"):
+        return SegmentationRecipe(
+            data=data,
+            weights=weights,
+            img_size=240,
+            crop_size=192,
+            decoder_channels=64,
+            epochs=24,
+            batch_size=8,
+            lr=1e-3,
+            model_args={"mixers": STAGE3} if name.endswith("-stage3") else {},
+        )
+    arch = {"bccd": "faster_rcnn", "bccd-cascade": "cascade_rcnn", "pennfudan": "mask_rcnn"}[name]
+    return DetectionRecipe(
+        data=data,
+        weights=weights,
+        arch=arch,
+        img_size=192,
+        max_size=320,
+        scale=(0.8, 1.25),
+        epochs=24,
+        batch_size=8,
+        lr=1e-3,
+    )
+
+
+def main(name: str, data: str) -> None:
+    """The comparison of a set: every pattern at seed 0, some of them at two more."""
+    out = str(OUT / name)
+    of_set = recipe(name, data)
+    if name in ("bccd", "camvid"):
+        compare(of_set, mixers=REPEATED, seeds=(0, 1, 2), out=out)
+    compare(of_set, mixers=["mhsa", "sepconv"] if name.endswith("-scratch") else PATTERNS, seeds=(0,), out=out)
+
+
+def tune(name: str, data: str) -> None:
+    """Learning rates, on held-out images of the training part."""
+    for rate in RATES:
+        of_set = replace(recipe(name, data), lr=rate)
+        compare(
+            of_set, mixers=["mhsa", "sepconv"], seeds=(0,), out=str(OUT / f"tune-{name}-{rate:g}"), score_on="holdout"
+        )
+
+
+if __name__ == "__main__":
+    match sys.argv[1:]:
+        case ["classifiers", data]:
+            compare(classifier(data), mixers=PATTERNS, seeds=(0,), out=str(CLASSIFIERS))
+        case ["tune", name, data]:
+            tune(name, data)
+        case [name, data]:
+            main(name, data)
+        case _:
+            sys.exit(__doc__)
