@@ -1,17 +1,19 @@
 import json
+from functools import wraps
 
 import pytest
 import timm
 import yaml
 
+from dense_folders import SQUARE, coco_mark, make_coco, make_masks
 from image_folders import make_folder
 from statickey.cli import main
 from statickey.cli.parser import RECIPES, recipes
-from statickey.tasks import ClassificationRecipe
+from statickey.compare import compare
+from statickey.tasks import TASKS, ClassificationRecipe, DetectionRecipe
 
-
-def test_the_recipes_that_are_promised_are_there():
-    promised = {
+PROMISED = {
+    "classify": {
         "digits",
         "cifar10-cpu",
         "cifar10-paper",
@@ -19,8 +21,63 @@ def test_the_recipes_that_are_promised_are_there():
         "imagenet-s18",
         "imagenet-b36",
         "finetune",
-    }
-    assert promised <= set(recipes())
+    },
+    "detect": {"coco-maskrcnn-1x", "coco-maskrcnn-3x", "coco-cascade-3x", "bccd"},
+    "segment": {"ade20k-upernet", "camvid"},
+}
+KEPT = {
+    "classify": ("opt", "auto_augment"),
+    "detect": ("opt", "scale", "arch", "max_size"),
+    "segment": ("opt", "scale", "decoder", "loss"),
+}
+"""What stays as the recipe says when it is made tiny."""
+SMALL = {"depths": [1, 1, 1, 1], "dims": [16, 32, 32, 32]}
+
+
+def content(name):
+    return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+
+
+def recipe_of(name):
+    values = content(name)
+    return TASKS[values.pop("task", "classify")].recipe_class(**values)
+
+
+def tiny(recipe, folder):
+    """Options that make a recipe small: one step, on images of a folder or of the package."""
+    words = ["--epochs", "1", "--cooldown-epochs", "0", "--warmup-epochs", "0"]
+    if "former" in recipe.model:
+        words += ["--model", f"{recipe.model.partition('_')[0]}_nano"]
+        words += [word for name, value in SMALL.items() for word in (f"--model-args.{name}", str(value))]
+    if isinstance(recipe, ClassificationRecipe):
+        words += ["--batch-size", "4", "--holdout", "0.2"]
+        if recipe.data == "digits":
+            words += ["--limit", "40"]
+        else:
+            words += ["--data", str(make_folder(folder, per_class=4, size=(32, 32))), "--img-size", "32"]
+            words += ["--limit", "8"] if recipe.limit is not None else []
+        if "former" not in recipe.model:
+            words += ["--model-args.depth", "1"]
+        return words + (["--model-args.patch_size", "8"] if "patch16" in recipe.model else [])
+    words += ["--batch-size", "1", "--holdout", "0.5", "--img-size", "32"]
+    words += ["--limit", "2"] if recipe.data == "scenes" else []
+    if isinstance(recipe, DetectionRecipe):
+        words += ["--channels", "8", "--train-size", "32"]
+        marks = [coco_mark(1, segmentation=[SQUARE])]
+        return words if recipe.data == "scenes" else [*words, "--data", str(make_coco(folder, marks, marks))]
+    words += ["--decoder-channels", "16", "--crop-size", "32"]
+    return words if recipe.data == "scenes" else [*words, "--data", str(make_masks(folder))]
+
+
+@pytest.fixture(autouse=True)
+def few_scenes(monkeypatch):
+    monkeypatch.setattr("statickey.data.scenes.TEST_SCENES", 2)
+
+
+def test_the_recipes_that_are_promised_are_there():
+    assert {name for names in PROMISED.values() for name in names} <= set(recipes())
+    for task, names in PROMISED.items():
+        assert all(content(name).get("task", "classify") == task for name in names)
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -30,39 +87,43 @@ def test_recipe_trains_one_step(name, tmp_path, monkeypatch, capsys):
     text = (RECIPES / f"{name}.yaml").read_text()
     for word in ("# command:", "# hardware:", "# score:"):
         assert word in text
-    recipe = ClassificationRecipe(**yaml.safe_load(text))
+    recipe = recipe_of(name)
     assert timm.is_model(recipe.model)
-    tiny = [
-        "--epochs",
-        "1",
-        "--cooldown-epochs",
-        "0",
-        "--warmup-epochs",
-        "0",
-        "--batch-size",
-        "4",
-        "--holdout",
-        "0.2",
-    ]
-    if recipe.data != "digits":
-        tiny += ["--data", str(make_folder(tmp_path / "data", per_class=4, size=(32, 32))), "--img-size", "32"]
-    if "s18" in recipe.model or "b36" in recipe.model:
-        tiny += ["--model", "cskaformer_nano"]
-    elif timm.is_model(recipe.model):
-        tiny += ["--model-args.depth", "1"] + (["--model-args.patch_size", "8"] if "patch16" in recipe.model else [])
-    tiny += ["--limit", "40"] if recipe.data == "digits" else []
-    if recipe.limit is not None:
-        tiny += ["--limit", "8"]
-    assert main(["train", "--config", name, *tiny, "--accelerator", "cpu", "--out", "out"]) == 0
+    words = ["train", "--config", name, *tiny(recipe, tmp_path / "data"), "--accelerator", "cpu"]
+    assert main([*words, "--out", "out"]) == 0
     capsys.readouterr()
     result = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert result["config"]["opt"] == recipe.opt
-    assert result["config"]["auto_augment"] == recipe.auto_augment
+    assert result["task"] == content(name).get("task", "classify")
+    for option in KEPT[result["task"]]:
+        assert result["config"][option] == recipe.to_dict()[option]
     config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
     assert config["epochs"] == 1
     assert main(["train", "--config", "out/config.yaml", "--out", "again"]) == 0
     again = json.loads((tmp_path / "again" / "run.json").read_text())
     assert again["curve"][0]["train_loss"] == result["curve"][0]["train_loss"]
+
+
+@pytest.mark.parametrize("name", sorted(PROMISED["detect"] | PROMISED["segment"]))
+def test_no_key_of_a_dense_recipe_grows_with_the_image(name):
+    """Keys on more tokens than they were built for would cost the square of them."""
+    recipe = recipe_of(name)
+    assert not recipe.model_args.keys() & {"off_grid", "key_size"}  # which mixers without a static key refuse
+    assert recipe.off_grid in ("pool", "window") and recipe.train_size in (None, 224)
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_recipe_compares_in_its_task(name, monkeypatch):
+    calls = []
+
+    @wraps(compare)
+    def record(recipe, **options):
+        calls.append((recipe, options))
+
+    monkeypatch.setattr("statickey.cli.compare.compare", record)
+    assert main(["compare", "--config", name, "--mixers", "mhsa", "ska", "--seeds", "3"]) == 0
+    ((recipe, options),) = calls
+    assert recipe == recipe_of(name)
+    assert (options["mixers"], options["seeds"]) == (["mhsa", "ska"], [3])
 
 
 def test_train_evaluate_predict_through_the_command(tmp_path, monkeypatch, capsys):
@@ -84,7 +145,7 @@ def test_train_evaluate_predict_through_the_command(tmp_path, monkeypatch, capsy
 
 FILES = {"typo.yaml": "lrr: 3\n", "broken.yaml": "lr: [\n", "list.yaml": "- lr\n", "good.yaml": "epochs: 0\n"}
 WRONG = {
-    "recipe": (["train", "--config", "nope"], "unknown recipe 'nope'; choose one of cifar10-cpu,"),
+    "recipe": (["train", "--config", "nope"], "unknown recipe 'nope'; choose one of ade20k-upernet,"),
     "no file": (["train", "--config=nope.yaml"], ", or give a YAML file"),
     "not for recipes": (["evaluate", "run", "--config", "digits"], "no file 'digits'; give a YAML file"),
     "key in a file": (["train", "--config", "typo.yaml"], "typo.yaml: unknown option 'lrr'; did you mean lr"),

@@ -1,6 +1,6 @@
 """Batches of images with objects, decoded and augmented image by image."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Any
@@ -33,29 +33,41 @@ class Rescaling:
         flip: Mirror half of the images.
         scale: Least and greatest factor on its size.
         min_size: Shorter side in pixels at scale 1; None leaves the image's own.
-        max_size: Longer side at most, whatever the scale.
+        max_size: Longer side at most, whatever the scale; where images are cropped, at scale 1.
+        crop_size: Cut what is longer to a random stretch of this many pixels; None cuts nothing. With ``scale`` from
+            0.1 to 2 this is large-scale jitter (Ghiasi et al., arXiv 2012.07177); a detector pads what is shorter.
     """
 
     flip: bool = True
     scale: tuple[float, float] = (1.0, 1.0)
     min_size: int | None = None
     max_size: int = 1333
+    crop_size: int | None = None
 
     def draw(self, height: int, width: int, generator: torch.Generator) -> "Callable[[Any], Any]":
         """A mapping of images, boxes and masks of this size, the same for all of them."""
         flip = self.flip and float(torch.rand((), generator=generator)) < 0.5
         low, high = self.scale
         factor = low + (high - low) * float(torch.rand((), generator=generator))
-        if self.min_size is not None:
-            factor *= self.min_size / min(height, width)
-        factor = min(factor, self.max_size / max(height, width))
+        base = 1.0 if self.min_size is None else self.min_size / min(height, width)
+        most = self.max_size / max(height, width)
+        factor = min(factor * base, most) if self.crop_size is None else factor * min(base, most)
         size = [max(round(height * factor), 1), max(round(width * factor), 1)]
+        crop = None if self.crop_size is None else _crop(size, self.crop_size, generator)
 
         def apply(x: Any) -> Any:
             x = geometry.horizontal_flip(x) if flip else x
-            return x if size == [height, width] else geometry.resize(x, size)
+            x = x if size == [height, width] else geometry.resize(x, size)
+            return x if crop is None else geometry.crop(x, *crop)
 
         return apply
+
+
+def _crop(size: Sequence[int], most: int, generator: torch.Generator) -> list[int]:
+    """Top, left, height and width of a random part of an image of this height and width."""
+    kept = [min(extent, most) for extent in size]
+    room = zip(size, kept, torch.rand(2, generator=generator).tolist(), strict=True)
+    return [int(place * (extent - own + 1)) for extent, own, place in room] + kept
 
 
 class DetectionImages(Dataset[Batch]):
@@ -113,16 +125,26 @@ class DetectionImages(Dataset[Batch]):
         assert self.rescaling is not None
         height, width = image.shape[-2:]
         apply = self.rescaling.draw(height, width, torch.Generator().manual_seed(seed))
-        marked = self.pictures.objects(index)
+        marked, cropped = self.pictures.objects(index), self.rescaling.crop_size is not None
         boxes = BoundingBoxes(marked.boxes, format=BoundingBoxFormat.XYXY, canvas_size=(height, width))
         boxes = geometry.clamp_bounding_boxes(apply(boxes)).as_subclass(Tensor)
         kept = ((boxes[:, 2:] - boxes[:, :2]).amin(1) >= _LEAST_SIDE) & ~marked.crowd
         target: dict[str, Any] = {"boxes": boxes[kept], "labels": marked.labels[kept], "seed": seed}
         if self.masks:
-            places = kept.nonzero().flatten().tolist()
-            alone = (replace(marked, masks=(marked.masks or ())[i : i + 1]) for i in places)
-            # one at a time, however many there are
-            target["masks"] = MaskWindows.cut(apply(Mask(one.mask_tensor())).as_subclass(Tensor)[0] for one in alone)
+            visible: list[int] = []
+
+            def masks() -> Iterator[Tensor]:
+                """One at a time, however many there are; of a cropped object only its box may be left."""
+                for place, i in enumerate(kept.nonzero().flatten().tolist()):
+                    one = replace(marked, masks=(marked.masks or ())[i : i + 1])
+                    mask = apply(Mask(one.mask_tensor())).as_subclass(Tensor)[0]
+                    if cropped and not mask.any():
+                        continue
+                    visible.append(place)
+                    yield mask
+
+            target["masks"] = MaskWindows.cut(masks())
+            target |= {name: target[name][visible] for name in ("boxes", "labels")}
         return apply(Image(image)).as_subclass(Tensor), target
 
 

@@ -83,6 +83,7 @@ class DenseTask(Task):
 
     recipe_class: ClassVar[type[DenseRecipe]]
     fixed_size: ClassVar[bool] = False
+    pictured: ClassVar[bool] = True
     settings: ClassVar[tuple[str, ...]]
     """The settings of a recipe, beside the network's, that decide what is built; a card keeps them."""
 

@@ -34,6 +34,8 @@ class DetectionRecipe(DenseRecipe):
         arch: ``faster_rcnn`` or ``cascade_rcnn`` for boxes, ``mask_rcnn`` or ``cascade_mask_rcnn`` for masks too;
             default ``mask_rcnn`` where the data have masks, else ``faster_rcnn``.
         max_size: Longer side of images at most, where ``img_size`` brings the shorter one to a size.
+        crop_size: Cut training images, once scaled, to random parts of at most this side; ``max_size`` then holds
+            before they are scaled. With ``scale`` from 0.1 to 2 this is large-scale jitter. Default whole images.
         anchor_size: Side of the smallest anchors in pixels; default in step with the images, 32 at 800.
         channels: Width of the feature maps; default 256, 64 for images under 256 pixels.
         regions_per_image: Proposed regions of an image that the heads learn from; default 512, 64 for images under
@@ -44,6 +46,7 @@ class DetectionRecipe(DenseRecipe):
     scale: tuple[float, float] = (1.0, 1.0)
     arch: str | None = None
     max_size: int = 1333
+    crop_size: int | None = None
     anchor_size: int | None = None
     channels: int | None = None
     regions_per_image: int | None = None
@@ -52,7 +55,8 @@ class DetectionRecipe(DenseRecipe):
         super().__post_init__()
         if self.arch is not None:
             check_choice(arch=(self.arch, ARCHS))
-        sizes = {name: getattr(self, name) for name in ("anchor_size", "channels", "regions_per_image")}
+        options = ("crop_size", "anchor_size", "channels", "regions_per_image")
+        sizes = {name: getattr(self, name) for name in options}
         check_positive(max_size=self.max_size, **{k: v for k, v in sizes.items() if v is not None})
         if self.img_size is not None and self.img_size > self.max_size:
             raise StaticKeyError(f"img_size={self.img_size} must not exceed max_size={self.max_size}")
@@ -112,7 +116,7 @@ class Detection(DenseTask):
         return DetectionDataModule(
             data,
             batch_size=recipe.batch_size,
-            rescaling=Rescaling(recipe.flip, recipe.scale, recipe.img_size, recipe.max_size),
+            rescaling=Rescaling(recipe.flip, recipe.scale, recipe.img_size, recipe.max_size, recipe.crop_size),
             masks="mask" in recipe.arch,
             on_bad_sample=recipe.on_bad_sample,
             seed=seed,

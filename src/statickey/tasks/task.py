@@ -135,6 +135,8 @@ class Task(ABC):
     recipe_class: ClassVar[type[Recipe]]
     fixed_size: ClassVar[bool] = True
     """Whether all images of a network are brought to the one size of its card."""
+    pictured: ClassVar[bool] = False
+    """Whether training shows what is said of held-out images, drawn on them, beside its curves."""
 
     @abstractmethod
     def read_data(self, recipe: Any) -> DataSet:
