@@ -1,6 +1,6 @@
 """A network without its head, as a pyramid of feature maps: what detectors and segmenters stand on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -24,16 +24,17 @@ _ANY_SIZE: tuple[dict[str, Any], ...] = (
 
 
 class Pyramid(nn.Module):
-    """Images (B, C, H, W), of any size, to feature maps at strides 4, 8, 16 and 32.
+    """Images (B, C, H, W), of any size, to feature maps at strides 4, 8, 16 and 32, or some of these.
 
     A network of four stages gives its own maps. One whose maps all have the same stride, such as a plain vision
-    transformer, gives its last, from which transposed convolutions and pooling make the four.
+    transformer, gives its last, from which transposed convolutions and pooling make them.
 
     Attributes: ``body``, the network, whose weights have the names they have in a classifier; ``channels``, of each
     map.
 
     Args:
         body: A network with timm's ``feature_info`` and ``forward_intermediates``; it loses its head.
+        strides: Those wanted, of ``STRIDES``, finest first.
 
     Raises:
         StaticKeyError: It gives neither four maps at these strides nor one at a single stride.
@@ -42,24 +43,25 @@ class Pyramid(nn.Module):
         Li et al., Exploring Plain Vision Transformer Backbones for Object Detection, arXiv 2203.16527.
     """
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: nn.Module, strides: Sequence[int] = STRIDES) -> None:
         super().__init__()
         host: Any = body
+        self.strides = tuple(strides)
         infos = list(getattr(host, "feature_info", ()))
-        strides = [info["reduction"] for info in infos]
+        found = [info["reduction"] for info in infos]
         self.necks: nn.ModuleList | None = None
-        if set(STRIDES) <= set(strides):
-            self._indices = [strides.index(stride) for stride in STRIDES]
+        if set(STRIDES) <= set(found):
+            self._indices = [found.index(stride) for stride in self.strides]
             self.channels = tuple(infos[index]["num_chs"] for index in self._indices)
-        elif len(set(strides)) == 1:
+        elif len(set(found)) == 1:
             self._indices = [len(infos) - 1]
             width = infos[-1]["num_chs"]
-            necks = [_neck(width, strides[0], stride) for stride in STRIDES]
+            necks = [_neck(width, found[0], stride) for stride in self.strides]
             self.channels = tuple(channels for _, channels in necks)
             self.necks = nn.ModuleList(neck for neck, _ in necks)
         else:
             raise StaticKeyError(
-                f"{type(body).__name__} has maps at strides {strides or 'unknown'}; a detector or segmenter needs "
+                f"{type(body).__name__} has maps at strides {found or 'unknown'}; a detector or segmenter needs "
                 f"{', '.join(map(str, STRIDES))}, or a vision transformer's single one"
             )
         args = dict(getattr(host, "_model_args", {}))
@@ -76,7 +78,7 @@ class Pyramid(nn.Module):
         if self.necks is None:
             return maps
         made = [neck(maps[-1]) for neck in self.necks]
-        sizes = [tuple(-(-extent // stride) for extent in x.shape[-2:]) for stride in STRIDES]
+        sizes = [tuple(-(-extent // stride) for extent in x.shape[-2:]) for stride in self.strides]
         return [
             each if each.shape[-2:] == size else F.interpolate(each, size, mode="bilinear")
             for each, size in zip(made, sizes, strict=True)
@@ -134,6 +136,7 @@ def build_pyramid(
     seed: int = 0,
     model_args: Mapping[str, Any] | None = None,
     fp32_logits: bool = False,
+    strides: Sequence[int] = STRIDES,
 ) -> Pyramid:
     """The network that ``build_model`` builds, without its head.
 
@@ -144,6 +147,7 @@ def build_pyramid(
         seed: As in ``build_model``; the body's weights are those of the classifier of one class at this seed.
         model_args: As in ``build_model``.
         fp32_logits: As in ``build_model``.
+        strides: As in ``Pyramid``.
 
     Raises:
         StaticKeyError: As ``build_model``, or the network has no pyramid.
@@ -152,7 +156,7 @@ def build_pyramid(
     common: dict[str, Any] = {"img_size": img_size, "num_classes": 1, "seed": seed, "fp32_logits": fp32_logits}
     for any_size in _ANY_SIZE:
         try:
-            return Pyramid(build_model(name, mixer, model_args=any_size | args, **common))
+            return Pyramid(build_model(name, mixer, model_args=any_size | args, **common), strides)
         except StaticKeyError as error:
             if not any(repr(arg) in str(error.__cause__) for arg in any_size):
                 raise

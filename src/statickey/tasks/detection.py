@@ -14,7 +14,7 @@ from .._checks import check_choice, check_positive
 from ..data import DetectionData, normalize, open_detection, run_length_tools
 from ..data.detection_batches import DetectionDataModule, Rescaling
 from ..errors import StaticKeyError
-from ..models import ARCHS, Detector, build_detector
+from ..models import ARCHS, Detector, QueryDetector, build_detector, check_transformers
 from .average_precision import BOX_AP, MOST_DETECTIONS, AveragePrecision, match_boxes
 from .dense import DenseRecipe, DenseTask
 from .detection_report import DetectionPredictor, DetectionScores
@@ -31,13 +31,15 @@ class DetectionRecipe(DenseRecipe):
 
     Args:
         lr: Peak learning rate; default 1e-4, 1e-3 for images under 256 pixels.
-        arch: ``faster_rcnn`` or ``cascade_rcnn`` for boxes, ``mask_rcnn`` or ``cascade_mask_rcnn`` for masks too;
-            default ``mask_rcnn`` where the data have masks, else ``faster_rcnn``.
+        arch: ``faster_rcnn``, ``cascade_rcnn`` or ``rt_detr_v2`` for boxes, ``mask_rcnn`` or ``cascade_mask_rcnn``
+            for masks too; default ``mask_rcnn`` where the data have masks, else ``faster_rcnn``. ``rt_detr_v2``
+            stretches all images to a square of ``img_size``, or of ``train_size``.
         max_size: Longer side of images at most, where ``img_size`` brings the shorter one to a size.
         train_size: Side in pixels that keys and position embeddings are built for; default ``img_size``, or that of
             the first image.
         anchor_size: Side of the smallest anchors in pixels; default in step with ``train_size``, 32 at 800.
-        channels: Width of the feature maps; default 256, 64 for images under 256 pixels.
+        channels: Width of the feature maps; default 256, 64 for images under 256 pixels. It decides the depth of
+            ``rt_detr_v2`` too.
     """
 
     batch_size: int = 16
@@ -52,6 +54,14 @@ class DetectionRecipe(DenseRecipe):
         super().__post_init__()
         if self.arch is not None:
             check_choice(arch=(self.arch, ARCHS))
+        if self.arch == "rt_detr_v2":
+            check_transformers()
+            for name, left_out in (("anchor_size", None), ("scale", (1.0, 1.0))):
+                if getattr(self, name) != left_out:
+                    raise StaticKeyError(
+                        f"{name}={getattr(self, name)!r} means nothing to arch={self.arch!r}, which has no anchors "
+                        "and brings all images to one size; leave it out"
+                    )
         sizes = {name: getattr(self, name) for name in ("train_size", "anchor_size", "channels")}
         check_positive(max_size=self.max_size, **{k: v for k, v in sizes.items() if v is not None})
         if self.img_size is not None and self.img_size > self.max_size:
@@ -59,7 +69,7 @@ class DetectionRecipe(DenseRecipe):
 
 
 class Detection(DenseTask):
-    """The losses of Faster, Mask or Cascade R-CNN, and COCO's average precision of boxes."""
+    """The losses of Faster, Mask or Cascade R-CNN or of RT-DETRv2, and COCO's average precision of boxes."""
 
     name: ClassVar[str] = "detect"
     metric: ClassVar[Metric] = BOX_AP
@@ -84,7 +94,9 @@ class Detection(DenseTask):
         if side is None:
             side = recipe.img_size or 32 * math.ceil(max(data.train.open(0).size) / 32)
         small = side < _SMALL
-        anchor_size = max(4, 2 ** round(math.log2(side / 25))) if recipe.anchor_size is None else recipe.anchor_size
+        anchor_size = recipe.anchor_size
+        if anchor_size is None and arch != "rt_detr_v2":
+            anchor_size = max(4, 2 ** round(math.log2(side / 25)))
         return replace(
             recipe,
             arch=arch,
@@ -115,17 +127,20 @@ class Detection(DenseTask):
             num_workers=num_workers,
         )
 
-    def network(self, name: str, mixer: str | None, settings: DetectionRecipe, **common: Any) -> Detector:
+    def network(
+        self, name: str, mixer: str | None, settings: DetectionRecipe, **common: Any
+    ) -> Detector | QueryDetector:
         """A detector; see ``build_detector``."""
-        assert settings.arch is not None and settings.channels is not None and settings.anchor_size is not None
+        assert settings.arch is not None and settings.channels is not None
+        anchors: dict[str, Any] = {} if settings.anchor_size is None else {"anchor_size": settings.anchor_size}
         return build_detector(
             name,
             mixer,
             arch=settings.arch,
             channels=settings.channels,
-            anchor_size=settings.anchor_size,
             min_size=settings.img_size,
             max_size=settings.max_size,
+            **anchors,
             **common,
         )
 
@@ -154,7 +169,7 @@ class Detection(DenseTask):
     def losses(
         self, model: nn.Module, batch: tuple[list[Tensor], list[Any]], recipe: DetectionRecipe
     ) -> dict[str, Tensor]:
-        """Those of proposals, boxes, classes and masks."""
+        """Those of proposals, boxes, classes and masks, or of queries."""
         images, targets = batch
         losses: dict[str, Tensor] = model(images, targets)
         return losses
