@@ -168,7 +168,8 @@ def _rt_detr(map_channels: Sequence[int], num_classes: int, channels: int, side:
         decoder_attention_heads=heads,
         decoder_layers=6 if wide else 3,
         num_queries=min(300 if wide else 100, tokens),
-        initializer_range=(3 * channels) ** -0.5,  # torch's own for this width; 0.01 is for loading weights over it
+        initializer_range=(3 * channels)
+        ** -0.5,  # as torch's own layers of this width start; 0.01 learns more slowly
         tie_word_embeddings=False,  # each layer's heads once, in the decoder
         attn_implementation="eager",  # which counters of multiply-accumulates see into
     )
