@@ -5,7 +5,16 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from . import models as models
-from .convert import ConversionReport, HostRule, Site, convert, register_host_rule
+from .convert import (
+    ConversionReport,
+    HostRule,
+    Site,
+    convert,
+    register_host_rule,
+    set_key,
+    set_key_size,
+    set_off_grid,
+)
 from .errors import StaticKeyError
 from .layers import (
     MIXERS,
@@ -38,6 +47,9 @@ __all__ = [
     "convert",
     "register_host_rule",
     "resample_static_key",
+    "set_key",
+    "set_key_size",
+    "set_off_grid",
     "static_key_attention",
     "static_key_weights",
     "unfold_queries",

@@ -77,7 +77,7 @@ def test_every_parameter_gets_a_gradient_with_objects_and_without(arch, autocast
         assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [arch for arch in ARCHS if arch.endswith("rcnn")])
 def test_boxes_stay_in_float32_under_autocast(arch):
     model = detector(arch=arch).eval()
     proposals = []

@@ -1,5 +1,6 @@
 """The named models work unchanged in the libraries that take timm's backbones."""
 
+import json
 from collections import OrderedDict
 
 import pytest
@@ -11,12 +12,13 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.backbone_utils import BackboneWithFPN
 from torchvision.models.feature_extraction import create_feature_extractor
 
-import statickey  # noqa: F401  (registers the models)
+import statickey
 from statickey.errors import StaticKeyError
 
 FORMERS = ["skaformer_nano", "cskaformer_nano", "fcskaformer_nano"]
 TRANSFORMERS = ["ska_vit_tiny_patch16_224", "cska_vit_tiny_patch16_224", "fcska_vit_tiny_patch16_224"]
 SMALL = [*(f"{prefix}lsa_vit_small_patch4_32" for prefix in ("", "ska_", "cska_", "fcska_")), "small_vit"]
+VIT = {"depth": 3, "embed_dim": 32, "num_heads": 2, "dynamic_img_size": True}
 FAMILIES = [*FORMERS, *SMALL, *TRANSFORMERS]
 
 
@@ -50,6 +52,99 @@ def test_hugging_face_backbone(name):
     sizes = (8, 8) if name in SMALL else (28, 14) if name in FORMERS else (14, 14)
     maps = backbone(torch.randn(1, 3, size, size)).feature_maps
     assert [m.shape[1:] for m in maps] == [(c, s, s) for c, s in zip(backbone.channels, sizes, strict=True)]
+
+
+def static_keys(model):
+    return [module for module in model.modules() if isinstance(module, statickey.StaticKeyAttention)]
+
+
+@pytest.mark.parametrize("wrapper", ["features_only", "Hugging Face"])
+@pytest.mark.parametrize("name", ["skaformer_nano", "cska_vit_tiny_patch16_224"])
+def test_a_wrapped_backbone_is_told_of_its_keys_in_one_line(name, wrapper):
+    transformers = pytest.importorskip("transformers")
+
+    def backbone(**told):
+        torch.manual_seed(0)
+        if wrapper == "features_only":
+            return timm.create_model(name, features_only=True, img_size=64, out_indices=[1, 2], **told).eval()
+        config = transformers.TimmBackboneConfig(backbone=name, out_indices=[1, 2])
+        return transformers.TimmBackbone(config, img_size=64, **told).eval()
+
+    def maps(model, size):
+        out = model(torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(1)))
+        return list(getattr(out, "feature_maps", out))
+
+    free = {"depths": (1, 1, 1, 1), "dims": (8, 32, 64, 96)} if "former" in name else VIT
+    told, built, usual = backbone(**free), backbone(off_grid="pool", **free), backbone(**free)
+    statickey.set_off_grid(told, "pool")
+    assert {layer.off_grid for layer in static_keys(told)} == {"pool"}
+    for size in (64, 96):
+        for own, other in zip(maps(told, size), maps(built, size), strict=True):
+            torch.testing.assert_close(own, other, rtol=0, atol=0)
+    assert not torch.equal(maps(told, 96)[-1], maps(usual, 96)[-1])
+    statickey.set_key_size(told, (2, 2))
+    assert {layer.key_grid for layer in static_keys(told)} == {(2, 2)}
+    assert [a.shape for a in maps(told, 96)] == [a.shape for a in maps(usual, 96)]
+    assert set(statickey.set_key(told, "continuous")) == {
+        n for n, m in told.named_modules() if m in static_keys(told)
+    }
+
+
+def test_a_model_without_static_keys_has_nothing_to_choose():
+    model = timm.create_model("resnet10t", features_only=True)
+    for call in (statickey.set_off_grid, statickey.set_key_size, statickey.set_key):
+        with pytest.raises(StaticKeyError, match="FeatureListNet has no static key"):
+            call(model, "pool")
+
+
+SMALL_DETR = {
+    "d_model": 16,
+    "encoder_hidden_dim": 16,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 16,
+    "decoder_ffn_dim": 16,
+    "decoder_in_channels": [16] * 3,
+    "encoder_in_channels": [64, 160, 256],
+    "decoder_layers": 2,
+    "num_queries": 10,
+    "num_labels": 3,
+}
+
+
+@pytest.fixture
+def pooled(tmp_path):
+    """A folder that a configuration of any library on timm can name: what the model is, its arguments with it."""
+    args = {"img_size": 64, "off_grid": "pool", "mixer_args": {"ska": {"scale": 0.5}}}
+    config = {"architecture": "skaformer_nano", "model_args": args, "pretrained_cfg": {"input_size": [3, 64, 64]}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return f"local-dir:{tmp_path}"
+
+
+@pytest.mark.capability("Hugging Face RT-DETRv2, UPerNet")
+@pytest.mark.parametrize("way", ["told", "configured"])
+@pytest.mark.parametrize("kind", ["RTDetrV2ForObjectDetection", "UperNetForSemanticSegmentation"])
+def test_hugging_face_models_on_a_backbone_whose_keys_pool(kind, way, pooled):
+    transformers = pytest.importorskip("transformers")
+    name = pooled if way == "configured" else "skaformer_nano"
+    indices = [1, 2, 3] if "Detr" in kind else [0, 1, 2, 3]
+    backbone = transformers.TimmBackboneConfig(backbone=name, out_indices=indices)
+    if "Detr" in kind:
+        config = transformers.RTDetrV2Config(backbone_config=backbone, **SMALL_DETR)
+    else:
+        config = transformers.UperNetConfig(
+            backbone_config=backbone, num_labels=4, hidden_size=16, use_auxiliary_head=False
+        )
+    model = getattr(transformers, kind)(config).eval()
+    if way == "told":
+        statickey.set_off_grid(model, "pool")
+    (layer,) = static_keys(model)
+    assert layer.off_grid == "pool"
+    assert (layer.scale, layer.key_grid) == ((0.5, (8, 8)) if way == "configured" else (32**-0.5, (28, 28)))
+    for height, width in ((64, 64), (96, 128)):
+        out = model(torch.randn(1, 3, height, width))
+        assert out.logits.isfinite().all()
+        assert out.logits.shape == ((1, 10, 3) if "Detr" in kind else (1, 4, height, width))
 
 
 def test_hugging_face_classifier(tmp_path):

@@ -125,6 +125,33 @@ def test_sizes_follow_the_images():
     assert (layer.feat_size, layer.off_grid) == ((12, 12), "window")
 
 
+def test_a_detector_of_queries_is_trained_scored_and_read_back(tmp_path):
+    pytest.importorskip("transformers")
+    settled = TASK.settled(recipe(arch="rt_detr_v2", scale=(1, 1), lr=None, channels=None), DATA["masks"])
+    assert (settled.train_size, settled.anchor_size, settled.lr, settled.channels) == (64, None, 1e-3, 64)
+    result = trained(tmp_path, arch="rt_detr_v2", scale=(1.0, 1.0), epochs=1)
+    assert {"train_loss_vfl", "train_loss_bbox", "train_loss_giou", "holdout_box_ap"} <= result["curve"][0].keys()
+    assert result["macs"] > 0
+    model, card = load_model(tmp_path)
+    assert card.task_args["arch"] == "rt_detr_v2"
+    assert model.side == 64
+    assert load_model(tmp_path, img_size=96)[0].side == 96
+    data = DATA["masks"]
+    module = TASK.data_module(settled, data, 0)
+    scores = TASK.evaluation(data.class_names)
+    with torch.inference_mode():
+        for batch in module.scoring_dataloader("test"):
+            scores.update(*TASK.outputs(model, module.on_after_batch_transfer(batch, 0)))
+    assert scores.to_json()["box_ap"] == pytest.approx(result["box_ap"], abs=1e-6)
+    assert "mask_ap" not in scores.to_json()
+    finder = TASK.predictor(model, card, img_size=None, top_k=3)
+    path = tmp_path / "image.png"
+    data.test.open(0).save(path)
+    model.detr.decoder.class_embed[-1].bias.data[1] += 50  # everything is blue
+    (answer,) = finder.predict(finder.prepare([finder.read(path)]))
+    assert finder.title(answer.row) == "3 blue"
+
+
 def test_masks_cannot_be_learned_from_boxes():
     with pytest.raises(StaticKeyError, match="boxes alone"):
         TASK.settled(recipe(data="boxes", arch="mask_rcnn"), DATA["boxes"])
@@ -146,6 +173,8 @@ def test_frozen_stages_keep_their_weights():
         ({"img_size": 2000}, "img_size=2000 must not exceed"),
         ({"anchor_size": 0}, "anchor_size=0"),
         ({"frozen_stages": -1}, "frozen_stages=-1"),
+        ({"arch": "rt_detr_v2"}, r"scale=\(0.8, 1.2\) means nothing to arch='rt_detr_v2'"),
+        ({"arch": "rt_detr_v2", "scale": [1, 1], "anchor_size": 8}, "anchor_size=8 means nothing"),
     ],
 )
 def test_bad_recipes_are_refused(changes, message):

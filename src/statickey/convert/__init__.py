@@ -8,8 +8,8 @@ from .host import (
     attention_classes,
     check_shapes,
     register_host_rule,
-    token_mixers,
 )
+from .keys import forked_random, set_key, set_key_size, set_off_grid, token_mixers
 from .metaformers import stage_grids
 from .slots import MapSlot, MixerSlot, TokenSlot
 from .swap import ConversionReport, ConvertedModule, convert
@@ -26,8 +26,12 @@ __all__ = [
     "attention_classes",
     "check_shapes",
     "convert",
+    "forked_random",
     "metaformers",
     "register_host_rule",
+    "set_key",
+    "set_key_size",
+    "set_off_grid",
     "stage_grids",
     "token_mixers",
     "transformers",

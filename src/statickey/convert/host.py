@@ -2,17 +2,16 @@
 
 import copyreg
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_key_options
-from .._typing import InputFmt, Key, OffGrid, Size2
+from .._typing import InputFmt, Size2
 from ..errors import StaticKeyError, UnsupportedHostError
 from ..layers import GridState, HeadMix, SelfAttention, StaticKeyAttention, TokenMixer
+from .keys import set_key, set_key_size, set_off_grid, token_mixers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,68 +165,9 @@ class StaticKeyHost(nn.Module):
             names |= {f"{prefix}.{name}" for name in mixer.no_weight_decay()}
         return names | {name for name, _ in self.named_parameters() if ".rel_pos." in name}
 
-    def set_key_size(self, key_size: Size2 | None) -> None:
-        """Give all static keys a grid of their own: the cost of attention, chosen on a trained model.
-
-        Values of larger maps are averaged over its cells; see ``StaticKeyAttention``. Keys with rows are resampled,
-        and are new objects: create the optimizer afterwards.
-
-        Args:
-            key_size: The grid (h', w'); None for that of the tokens, or what ``off_grid`` says.
-
-        Raises:
-            StaticKeyError: The model has no static key, a layer has ``off_grid="window"``, or not a pair of positive
-                integers.
-        """
-        mixers = self._static_key_mixers().values()
-        for mixer in mixers:  # all or none
-            check_key_options(mixer.key, key_size, mixer.off_grid)
-        for mixer in mixers:
-            mixer.set_key_size(key_size)
-
-    def set_off_grid(self, off_grid: OffGrid) -> None:
-        """Choose what all static keys do on another grid than the built one; see ``StaticKeyAttention``.
-
-        Args:
-            off_grid: The choice, as ``off_grid`` of the constructor.
-
-        Raises:
-            StaticKeyError: The model has no static key, there is no such choice, or it is ``"window"`` and a key has
-                a ``key_size``.
-        """
-        mixers = self._static_key_mixers().values()
-        for mixer in mixers:  # all or none
-            check_key_options(mixer.key, mixer.key_size, off_grid)
-        for mixer in mixers:
-            mixer.set_off_grid(off_grid)
-
-    def set_key(self, key: Key) -> dict[str, float]:
-        """Turn all static keys into another kind: ``"continuous"``, by least squares, or ``"grid"``, by evaluation.
-
-        A grid key gives the same outputs where ``StaticKeyAttention.set_key`` says. The frequencies of continuous
-        keys are drawn under a forked random state, as new mixers are in ``convert``.
-
-        Args:
-            key: The kind.
-
-        Returns:
-            By module name, what the new key misses of the old one; see ``StaticKeyAttention.set_key``.
-
-        Raises:
-            StaticKeyError: The model has no static key, or there is no such kind.
-        """
-        mixers = self._static_key_mixers()
-        with forked_random(next(self.parameters())):
-            return {name: mixer.set_key(key) for name, mixer in mixers.items()}
-
-    def _static_key_mixers(self) -> dict[str, StaticKeyAttention]:
-        mixers = token_mixers(self).items()
-        found = {name: mixer for name, mixer in mixers if isinstance(mixer, StaticKeyAttention)}
-        if not found:
-            raise StaticKeyError(
-                f"{type(self).__name__} has no static key; convert its attention to ska, cska or fcska"
-            )
-        return found
+    set_key_size = set_key_size
+    set_off_grid = set_off_grid
+    set_key = set_key
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load, after refusing a tensor of another shape by name; see ``torch.nn.Module.load_state_dict``.
@@ -306,11 +246,6 @@ class HostRule:
     finish: Callable[[Any], None] | None = None
 
 
-def forked_random(like: Tensor) -> AbstractContextManager[None]:
-    """A random state of its own, on the CPU and on the device of ``like``; the outer one is untouched."""
-    return torch.random.fork_rng(devices=[like.device] if like.is_cuda else [])
-
-
 _RULES: dict[type[nn.Module], HostRule] = {}
 
 
@@ -375,11 +310,6 @@ def attention_classes(model: nn.Module) -> list[str]:
     """Names of the classes in a model that call themselves attention."""
     names = {type(module).__name__ for module in model.modules()}
     return sorted(name for name in names if "attn" in name.lower() or "attention" in name.lower())
-
-
-def token_mixers(model: nn.Module) -> dict[str, TokenMixer]:
-    """The mixers in a model by module name, in order of depth."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, TokenMixer)}
 
 
 _CONVERTED: dict[tuple[type[StaticKeyHost], type[nn.Module]], type[nn.Module]] = {}

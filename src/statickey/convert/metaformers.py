@@ -12,7 +12,8 @@ from .._checks import check_img_size
 from .._typing import Size2
 from ..errors import FeatSizeError, UnsupportedHostError
 from ..layers import TokenMixer
-from .host import HostRule, Site, StaticKeyHost, register_host_rule, token_mixers
+from .host import HostRule, Site, StaticKeyHost, register_host_rule
+from .keys import token_mixers
 from .slots import MixerSlot
 
 HEAD_DIM = 32

@@ -14,7 +14,8 @@ from .._checks import check_arguments, check_mapping, check_name, check_positive
 from .._typing import Size2
 from ..errors import StaticKeyError, UnsupportedHostError
 from ..layers import MIXERS, AttentionMixer, SelfAttention, TokenMixer, has_static_key
-from .host import Site, become_converted, find_rule, forked_random
+from .host import Site, become_converted, find_rule
+from .keys import forked_random
 
 Layers = str | int | Sequence[int] | Sequence[str]
 

@@ -23,8 +23,8 @@ from .host import (
     StaticKeyHost,
     packed_bias,
     register_host_rule,
-    token_mixers,
 )
+from .keys import token_mixers
 from .slots import MixerSlot
 from .windows import BiasedMixer, bias_table
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .._typing import Size2
 from ..errors import UnsupportedHostError
 from ..layers import TokenMixer
-from .host import HostRule, Site, forked_random, packed_bias, register_host_rule
+from .host import HostRule, Site, packed_bias, register_host_rule
+from .keys import forked_random
 
 
 class BiasedMixer(nn.Module):

@@ -6,6 +6,7 @@ from .checkpoint import LoadReport, checkpoint_filter_fn, warm_start
 from .detectors import ARCHS, Detector, build_detector
 from .figures import ModelFigures, model_figures
 from .pyramid import Pyramid, build_pyramid
+from .query_detector import QueryDetector, check_transformers
 from .reference import load_reference_state_dict
 from .region_heads import MaskWindows
 from .segmenters import DECODERS, Segmenter, build_segmenter
@@ -23,12 +24,14 @@ __all__ = [
     "MaskWindows",
     "ModelFigures",
     "Pyramid",
+    "QueryDetector",
     "Segmenter",
     "Swap",
     "build_detector",
     "build_model",
     "build_pyramid",
     "build_segmenter",
+    "check_transformers",
     "checkpoint_filter_fn",
     "count_macs",
     "is_ours",

@@ -1,4 +1,4 @@
-"""Detectors of two stages on any network: Faster, Mask and Cascade R-CNN."""
+"""Detectors on any network: of two stages, Faster, Mask and Cascade R-CNN, and by queries."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -17,10 +17,11 @@ from .._typing import OffGrid
 from ..errors import StaticKeyError
 from .cascade import CascadeHeads
 from .pyramid import STRIDES, Pyramid, build_pyramid
+from .query_detector import QUERY_STRIDES, QueryDetector
 from .region_heads import BoxPredictor, MaskBranch, RegionHeads, SeededSampler, in_float32, region_pool
 from .swaps import Swap
 
-ARCHS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn")
+ARCHS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "rt_detr_v2")
 _REGION = 7
 _ANCHORS_PER_IMAGE = 256
 _ASPECT_RATIOS = (0.5, 1.0, 2.0)
@@ -46,7 +47,7 @@ class FeaturePyramid(nn.Module):
 
 
 class Detector(GeneralizedRCNN):  # type: ignore[misc]
-    """Images, of any sizes, to losses in training, and to detections in evaluation.
+    """A detector of two stages: images, of any sizes, to losses in training, and to detections in evaluation.
 
     Images come normalised. In training they are taken as large as they come; in evaluation they are brought to
     ``min_size`` and ``max_size``, and boxes and masks back to the image's own size. No layer mixes images, so a batch
@@ -57,7 +58,7 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
     Args:
         pyramid: The network.
         num_classes: Classes of objects, the background not counted.
-        arch: One of ``ARCHS``.
+        arch: One of ``ARCHS`` that ends in ``rcnn``.
         channels: Width of the feature maps; of the vectors of regions four times that.
         anchor_size: Side in pixels of the anchors at stride 4; from map to map it doubles.
         regions_per_image: Proposed regions of an image that the heads learn from.
@@ -151,13 +152,13 @@ def build_detector(
     regions_per_image: int = 512,
     min_size: int | None = 800,
     max_size: int = 1333,
-) -> Detector:
+) -> Detector | QueryDetector:
     """Build a detector on the network that ``build_model`` builds.
 
     Args:
         name: As in ``build_model``.
         mixer: As in ``build_model``.
-        arch: ``faster_rcnn``, ``mask_rcnn``, ``cascade_rcnn`` or ``cascade_mask_rcnn``.
+        arch: ``faster_rcnn``, ``mask_rcnn``, ``cascade_rcnn``, ``cascade_mask_rcnn`` or ``rt_detr_v2``.
         img_size: Side of the images in pixels that keys and position embeddings are built for; it takes any.
         num_classes: Classes of objects.
         seed: As in ``build_model``; the body's weights are those of a classifier of one class at this seed.
@@ -165,10 +166,12 @@ def build_detector(
         fp32_logits: As in ``build_model``.
         off_grid: As in ``build_pyramid``.
         channels: Width of the feature maps; fewer for small networks.
-        anchor_size: Side in pixels of the smallest anchors, about that of the smallest objects.
-        regions_per_image: Proposed regions of an image that the heads learn from; few do for few objects.
-        min_size: Shorter side that images are brought to in evaluation; None takes them as they come.
-        max_size: Longer side at most.
+        anchor_size: Side in pixels of the smallest anchors, about that of the smallest objects; of two stages.
+        regions_per_image: Proposed regions of an image that the heads learn from; few do for few objects; of two
+            stages.
+        min_size: Shorter side that images are brought to in evaluation; None takes them as they come. Of
+            ``rt_detr_v2`` both sides, always; None stands for ``img_size``.
+        max_size: Longer side at most; of two stages.
 
     Returns:
         The detector; the heads are built after the body, the same for every mixer.
@@ -177,7 +180,8 @@ def build_detector(
         StaticKeyError: As ``build_pyramid``, or an argument is out of range.
 
     Source:
-        Ren et al., arXiv 1506.01497; He et al., arXiv 1703.06870; Cai & Vasconcelos, arXiv 1712.00726.
+        Ren et al., arXiv 1506.01497; He et al., arXiv 1703.06870; Cai & Vasconcelos, arXiv 1712.00726; Lv et al.,
+        arXiv 2407.17140.
     """
     check_choice(arch=(arch, ARCHS))
     sizes = {"channels": channels, "anchor_size": anchor_size, "max_size": max_size}
@@ -186,15 +190,18 @@ def build_detector(
         check_positive(min_size=min_size)
         if min_size > max_size:
             raise StaticKeyError(f"min_size={min_size} must not exceed max_size={max_size}")
-    pyramid = build_pyramid(
-        name,
-        mixer,
-        img_size=img_size,
-        seed=seed,
-        model_args=model_args,
-        fp32_logits=fp32_logits,
-        off_grid=off_grid,
-    )
+    common: dict[str, Any] = {
+        "img_size": img_size,
+        "seed": seed,
+        "model_args": model_args,
+        "fp32_logits": fp32_logits,
+        "off_grid": off_grid,
+    }
+    if arch == "rt_detr_v2":
+        pyramid = build_pyramid(name, mixer, strides=QUERY_STRIDES, **common)
+        side = img_size if min_size is None else min_size
+        return QueryDetector(pyramid, num_classes, channels=channels, side=side)
+    pyramid = build_pyramid(name, mixer, **common)
     return Detector(
         pyramid,
         num_classes,

@@ -1,6 +1,6 @@
 """A network without its head, as a pyramid of feature maps: what detectors and segmenters stand on."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn.functional as F
@@ -27,16 +27,17 @@ _ANY_SIZE: tuple[dict[str, Any], ...] = (
 
 
 class Pyramid(nn.Module):
-    """Images (B, C, H, W), of any size, to feature maps at strides 4, 8, 16 and 32.
+    """Images (B, C, H, W), of any size, to feature maps at strides 4, 8, 16 and 32, or some of these.
 
     A network of four stages gives its own maps. One whose maps all have the same stride, such as a plain vision
-    transformer, gives its last, from which transposed convolutions and pooling make the four.
+    transformer, gives its last, from which transposed convolutions and pooling make them.
 
     Attributes: ``body``, the network, whose weights have the names they have in a classifier; ``channels``, of each
     map.
 
     Args:
         body: A network with timm's ``feature_info`` and ``forward_intermediates``; it loses its head.
+        strides: Those wanted, of ``STRIDES``, finest first.
 
     Raises:
         StaticKeyError: It gives neither four maps at these strides nor one at a single stride.
@@ -45,24 +46,25 @@ class Pyramid(nn.Module):
         Li et al., Exploring Plain Vision Transformer Backbones for Object Detection, arXiv 2203.16527.
     """
 
-    def __init__(self, body: nn.Module) -> None:
+    def __init__(self, body: nn.Module, strides: Sequence[int] = STRIDES) -> None:
         super().__init__()
         host: Any = body
+        self.strides = tuple(strides)
         infos = list(getattr(host, "feature_info", ()))
-        strides = [info["reduction"] for info in infos]
+        found = [info["reduction"] for info in infos]
         self.necks: nn.ModuleList | None = None
-        if set(STRIDES) <= set(strides):
-            self._indices = [strides.index(stride) for stride in STRIDES]
+        if set(STRIDES) <= set(found):
+            self._indices = [found.index(stride) for stride in self.strides]
             self.channels = tuple(infos[index]["num_chs"] for index in self._indices)
-        elif len(set(strides)) == 1:
+        elif len(set(found)) == 1:
             self._indices = [len(infos) - 1]
             width = infos[-1]["num_chs"]
-            necks = [_neck(width, strides[0], stride) for stride in STRIDES]
+            necks = [_neck(width, found[0], stride) for stride in self.strides]
             self.channels = tuple(channels for _, channels in necks)
             self.necks = nn.ModuleList(neck for neck, _ in necks)
         else:
             raise StaticKeyError(
-                f"{type(body).__name__} has maps at strides {strides or 'unknown'}; a detector or segmenter needs "
+                f"{type(body).__name__} has maps at strides {found or 'unknown'}; a detector or segmenter needs "
                 f"{', '.join(map(str, STRIDES))}, or a vision transformer's single one"
             )
         args = dict(getattr(host, "_model_args", {}))
@@ -79,7 +81,7 @@ class Pyramid(nn.Module):
         if self.necks is None:
             return maps
         made = [neck(maps[-1]) for neck in self.necks]
-        sizes = [tuple(-(-extent // stride) for extent in x.shape[-2:]) for stride in STRIDES]
+        sizes = [tuple(-(-extent // stride) for extent in x.shape[-2:]) for stride in self.strides]
         return [
             each if each.shape[-2:] == size else F.interpolate(each, size, mode="bilinear")
             for each, size in zip(made, sizes, strict=True)
@@ -138,6 +140,7 @@ def build_pyramid(
     model_args: Mapping[str, Any] | None = None,
     fp32_logits: bool = False,
     off_grid: OffGrid = "pool",
+    strides: Sequence[int] = STRIDES,
 ) -> Pyramid:
     """The network that ``build_model`` builds, without its head.
 
@@ -150,6 +153,7 @@ def build_pyramid(
         fp32_logits: As in ``build_model``.
         off_grid: What static keys do on another grid than that of ``img_size``, where neither ``mixer`` nor
             ``model_args`` say; see ``StaticKeyAttention``. ``"resample"`` costs the square of the image's pixels.
+        strides: As in ``Pyramid``.
 
     Raises:
         StaticKeyError: As ``build_model``, or the network has no pyramid.
@@ -160,7 +164,7 @@ def build_pyramid(
     for layer in token_mixers(body).values() if not _names_off_grid(mixer, args) else ():
         if isinstance(layer, StaticKeyAttention) and layer.key_size is None and layer.off_grid == "resample":
             layer.set_off_grid(off_grid)
-    return Pyramid(body)
+    return Pyramid(body, strides)
 
 
 def _for_any_size(

@@ -43,7 +43,7 @@ class Segmenter(nn.Module):
         self.pyramid = pyramid
         # what the decoders know are the image itself, a map at stride 2, which there is none of, and ours
         made, width = DECODERS[decoder]([_RGB, 0, *pyramid.channels], channels)
-        self.decoder = _without_batch_norms(made)
+        self.decoder = without_batch_norms(made)
         self.head = nn.Conv2d(width, num_classes, 1)
         self.window = window
 
@@ -170,14 +170,15 @@ def _doubling(maps: list[Tensor]) -> list[Tensor]:
     ]
 
 
-def _without_batch_norms(module: nn.Module) -> nn.Module:
+def without_batch_norms(module: nn.Module) -> nn.Module:
+    """The module with every BatchNorm replaced by a GroupNorm, in place."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             width = child.num_features
             groups = next(n for n in range(max(width // 8, 1), 0, -1) if width % n == 0)
             setattr(module, name, nn.GroupNorm(groups, width))
         else:
-            _without_batch_norms(child)
+            without_batch_norms(child)
     return module
 
 

@@ -14,7 +14,7 @@ from .._checks import check_choice, check_positive
 from ..data import DetectionData, normalize, open_detection, run_length_tools
 from ..data.detection_batches import DetectionDataModule, Rescaling
 from ..errors import StaticKeyError
-from ..models import ARCHS, Detector, build_detector
+from ..models import ARCHS, Detector, QueryDetector, build_detector, check_transformers
 from .average_precision import BOX_AP, MOST_DETECTIONS, AveragePrecision, match_boxes
 from .dense import KEYS_FOR, DenseRecipe, DenseTask
 from .detection_report import DetectionPredictor, DetectionScores
@@ -31,13 +31,15 @@ class DetectionRecipe(DenseRecipe):
 
     Args:
         lr: Peak learning rate; default 1e-4, 1e-3 for images under 256 pixels.
-        arch: ``faster_rcnn`` or ``cascade_rcnn`` for boxes, ``mask_rcnn`` or ``cascade_mask_rcnn`` for masks too;
-            default ``mask_rcnn`` where the data have masks, else ``faster_rcnn``.
+        arch: ``faster_rcnn``, ``cascade_rcnn`` or ``rt_detr_v2`` for boxes, ``mask_rcnn`` or ``cascade_mask_rcnn``
+            for masks too; default ``mask_rcnn`` where the data have masks, else ``faster_rcnn``. ``rt_detr_v2``
+            stretches all images to a square of ``img_size``, or of the first image's longer side.
         max_size: Longer side of images at most, where ``img_size`` brings the shorter one to a size.
         crop_size: Cut training images, once scaled, to random parts of at most this side; ``max_size`` then holds
             before they are scaled. With ``scale`` from 0.1 to 2 this is large-scale jitter. Default whole images.
         anchor_size: Side of the smallest anchors in pixels; default in step with the images, 32 at 800.
-        channels: Width of the feature maps; default 256, 64 for images under 256 pixels.
+        channels: Width of the feature maps; default 256, 64 for images under 256 pixels. It decides the depth of
+            ``rt_detr_v2`` too.
         regions_per_image: Proposed regions of an image that the heads learn from; default 512, 64 for images under
             256 pixels.
     """
@@ -55,6 +57,14 @@ class DetectionRecipe(DenseRecipe):
         super().__post_init__()
         if self.arch is not None:
             check_choice(arch=(self.arch, ARCHS))
+        if self.arch == "rt_detr_v2":
+            check_transformers()
+            for name, left_out in (("anchor_size", None), ("regions_per_image", None), ("scale", (1.0, 1.0))):
+                if getattr(self, name) != left_out:
+                    raise StaticKeyError(
+                        f"{name}={getattr(self, name)!r} means nothing to arch={self.arch!r}, which has neither anchors "
+                        "nor regions and brings all images to one size; leave it out"
+                    )
         options = ("crop_size", "anchor_size", "channels", "regions_per_image")
         sizes = {name: getattr(self, name) for name in options}
         check_positive(max_size=self.max_size, **{k: v for k, v in sizes.items() if v is not None})
@@ -63,7 +73,7 @@ class DetectionRecipe(DenseRecipe):
 
 
 class Detection(DenseTask):
-    """The losses of Faster, Mask or Cascade R-CNN, and COCO's average precision of boxes."""
+    """The losses of Faster, Mask or Cascade R-CNN or of RT-DETRv2, and COCO's average precision of boxes."""
 
     name: ClassVar[str] = "detect"
     metric: ClassVar[Metric] = BOX_AP
@@ -93,16 +103,20 @@ class Detection(DenseTask):
             raise StaticKeyError(f"arch={arch!r} learns masks, but {recipe.data} has boxes alone; use faster_rcnn")
         side = recipe.img_size or 32 * math.ceil(max(data.train.open(0).size) / 32)
         small = side < _SMALL
-        anchor_size = max(4, 2 ** round(math.log2(side / 25))) if recipe.anchor_size is None else recipe.anchor_size
+        anchor_size, regions, img_size = recipe.anchor_size, recipe.regions_per_image, recipe.img_size
+        if arch == "rt_detr_v2":
+            img_size = side
+        else:
+            anchor_size = max(4, 2 ** round(math.log2(side / 25))) if anchor_size is None else anchor_size
+            regions = (64 if small else 512) if regions is None else regions
         return replace(
             recipe,
             arch=arch,
             train_size=min(side, KEYS_FOR) if recipe.train_size is None else recipe.train_size,
             anchor_size=anchor_size,
             channels=(64 if small else 256) if recipe.channels is None else recipe.channels,
-            regions_per_image=(64 if small else 512)
-            if recipe.regions_per_image is None
-            else recipe.regions_per_image,
+            regions_per_image=regions,
+            img_size=img_size,
             flip=data.flip if recipe.flip is None else recipe.flip,
             lr=(1e-3 if small else 1e-4) if recipe.lr is None else recipe.lr,
         )
@@ -113,10 +127,11 @@ class Detection(DenseTask):
         """Batches of images, each (C, H, W), and a dict of marks for each."""
         recipe = self.settled(recipe, data)
         assert recipe.flip is not None and recipe.arch is not None
+        img_size = None if recipe.arch == "rt_detr_v2" else recipe.img_size  # which makes squares itself
         return DetectionDataModule(
             data,
             batch_size=recipe.batch_size,
-            rescaling=Rescaling(recipe.flip, recipe.scale, recipe.img_size, recipe.max_size, recipe.crop_size),
+            rescaling=Rescaling(recipe.flip, recipe.scale, img_size, recipe.max_size, recipe.crop_size),
             masks="mask" in recipe.arch,
             on_bad_sample=recipe.on_bad_sample,
             seed=seed,
@@ -127,19 +142,21 @@ class Detection(DenseTask):
             num_workers=num_workers,
         )
 
-    def network(self, name: str, mixer: str | None, settings: DetectionRecipe, **common: Any) -> Detector:
+    def network(
+        self, name: str, mixer: str | None, settings: DetectionRecipe, **common: Any
+    ) -> Detector | QueryDetector:
         """A detector; see ``build_detector``."""
         assert settings.arch is not None and settings.channels is not None
-        assert settings.anchor_size is not None and settings.regions_per_image is not None
+        of_regions = {"anchor_size": settings.anchor_size, "regions_per_image": settings.regions_per_image}
+        given: Any = {name: value for name, value in of_regions.items() if value is not None}
         return build_detector(
             name,
             mixer,
             arch=settings.arch,
             channels=settings.channels,
-            anchor_size=settings.anchor_size,
-            regions_per_image=settings.regions_per_image,
             min_size=settings.img_size,
             max_size=settings.max_size,
+            **given,
             **common,
         )
 
@@ -168,7 +185,7 @@ class Detection(DenseTask):
     def losses(
         self, model: nn.Module, batch: tuple[list[Tensor], list[Any]], recipe: DetectionRecipe
     ) -> dict[str, Tensor]:
-        """Those of proposals, boxes, classes and masks."""
+        """Those of proposals, boxes, classes and masks, or of queries."""
         images, targets = batch
         losses: dict[str, Tensor] = model(images, targets)
         return losses

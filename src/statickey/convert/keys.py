@@ -1,0 +1,92 @@
+"""The mixers inside any module, and what is chosen for all static keys among them."""
+
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import check_key_options
+from .._typing import Key, OffGrid, Size2
+from ..errors import StaticKeyError
+from ..layers import StaticKeyAttention, TokenMixer
+
+
+def token_mixers(model: nn.Module) -> dict[str, TokenMixer]:
+    """The mixers in a model by module name, in order of depth."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, TokenMixer)}
+
+
+def set_key_size(model: nn.Module, key_size: Size2 | None) -> None:
+    """Give all static keys a grid of their own: the cost of attention, chosen on a trained model.
+
+    Values of larger maps are averaged over its cells; see ``StaticKeyAttention``. Keys with rows are resampled,
+    and are new objects: create the optimizer afterwards.
+
+    Args:
+        model: Any module that holds static keys: a model, a detector on one, what another library wraps around one.
+        key_size: The grid (h', w'); None for that of the tokens, or what ``off_grid`` says.
+
+    Raises:
+        StaticKeyError: The model has no static key, a layer has ``off_grid="window"``, or not a pair of positive
+            integers.
+    """
+    mixers = _static_key_mixers(model).values()
+    for mixer in mixers:  # all or none
+        check_key_options(mixer.key, key_size, mixer.off_grid)
+    for mixer in mixers:
+        mixer.set_key_size(key_size)
+
+
+def set_off_grid(model: nn.Module, off_grid: OffGrid) -> None:
+    """Choose what all static keys do on another grid than the built one; see ``StaticKeyAttention``.
+
+    The choice is no weight: a checkpoint does not hold it, and a model that is built and loaded anew must be told
+    again, or be built with ``off_grid=``.
+
+    Args:
+        model: As in ``set_key_size``.
+        off_grid: The choice, as ``off_grid`` of the constructor.
+
+    Raises:
+        StaticKeyError: The model has no static key, there is no such choice, or it is ``"window"`` and a key has
+            a ``key_size``.
+    """
+    mixers = _static_key_mixers(model).values()
+    for mixer in mixers:  # all or none
+        check_key_options(mixer.key, mixer.key_size, off_grid)
+    for mixer in mixers:
+        mixer.set_off_grid(off_grid)
+
+
+def set_key(model: nn.Module, key: Key) -> dict[str, float]:
+    """Turn all static keys into another kind: ``"continuous"``, by least squares, or ``"grid"``, by evaluation.
+
+    A grid key gives the same outputs where ``StaticKeyAttention.set_key`` says. The frequencies of continuous
+    keys are drawn under a forked random state, as new mixers are in ``convert``.
+
+    Args:
+        model: As in ``set_key_size``.
+        key: The kind.
+
+    Returns:
+        By module name, what the new key misses of the old one; see ``StaticKeyAttention.set_key``.
+
+    Raises:
+        StaticKeyError: The model has no static key, or there is no such kind.
+    """
+    mixers = _static_key_mixers(model)
+    with forked_random(next(model.parameters())):
+        return {name: mixer.set_key(key) for name, mixer in mixers.items()}
+
+
+def forked_random(like: Tensor) -> AbstractContextManager[None]:
+    """A random state of its own, on the CPU and on the device of ``like``; the outer one is untouched."""
+    return torch.random.fork_rng(devices=[like.device] if like.is_cuda else [])
+
+
+def _static_key_mixers(model: nn.Module) -> dict[str, StaticKeyAttention]:
+    mixers = token_mixers(model).items()
+    found = {name: mixer for name, mixer in mixers if isinstance(mixer, StaticKeyAttention)}
+    if not found:
+        raise StaticKeyError(f"{type(model).__name__} has no static key; convert its attention to ska, cska or fcska")
+    return found
