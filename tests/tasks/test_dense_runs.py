@@ -28,7 +28,7 @@ COMMON = {
     "epochs": 3,
 }
 RECIPES = {
-    "detect": (DetectionRecipe, {"channels": 8, "img_size": 48, "max_size": 64, "anchor_size": 4}),
+    "detect": (DetectionRecipe, {"channels": 8, "img_size": 28, "max_size": 64, "anchor_size": 4}),  # padded to 32 or 64
     "segment": (SegmentationRecipe, {"decoder": "upernet", "decoder_channels": 16, "crop_size": 32, "img_size": 32}),
 }
 LOSSES = {"detect": {}, "segment": {"loss": ("cross_entropy", "dice")}}

@@ -60,9 +60,9 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
     Images come normalised. In training they are taken as large as they come; in evaluation they are brought to
     ``min_size`` and ``max_size``, and boxes and masks back to the image's own size.
 
-    No layer mixes images, and each loss is the mean over the images of an image's own, so a batch may be divided: among
-    processes always, in parts where its images have one size. Smaller ones are padded to the largest of a part and of
-    all processes, and attention sees the padding.
+    No layer mixes images, and each loss is the mean over the images of an image's own, so a batch may be divided:
+    among processes always, into parts where its images have one size. Smaller ones are padded to the largest of a
+    part, over all processes, and attention sees the padding.
 
     The boxes sampled for the losses are drawn from each target's ``seed``, and from nothing else.
 

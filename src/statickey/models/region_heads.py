@@ -116,7 +116,7 @@ def region_losses(
         wanted: Offsets to their objects; of background they are not looked at.
     """
     counts = [len(own) for own in labels]
-    images = zip(logits.split(counts), offsets.split(counts), labels, wanted, strict=True)
+    images = zip(torch.split(logits, counts), torch.split(offsets, counts), labels, wanted, strict=True)
     classes, boxes = zip(*(fastrcnn_loss(a, b, [c], [d]) for a, b, c, d in images), strict=True)
     return torch.stack(classes).mean(), torch.stack(boxes).mean()
 
@@ -226,7 +226,7 @@ class MaskBranch(nn.Module):
         ]
         ours = logits[torch.arange(len(classes), device=classes.device), classes]
         counts = [len(own) for own in boxes]
-        pairs = zip(ours.split(counts), wanted, strict=True)
+        pairs = zip(torch.split(ours, counts), wanted, strict=True)
         losses = [F.binary_cross_entropy_with_logits(*pair) for pair in pairs if len(pair[1])]
         return torch.stack(losses).sum() / len(counts)
 

@@ -143,7 +143,7 @@ class Segmentation(DenseTask):
         """
         images, maps = batch
         logits = model(images).float()
-        pairs = list(zip(logits.split(1), maps.split(1), strict=True))
+        pairs = list(zip(torch.split(logits, 1), torch.split(maps, 1), strict=True))
         return {name: torch.stack([_LOSSES[name](*pair) for pair in pairs]).mean() for name in recipe.loss}
 
     def outputs(self, model: nn.Module, batch: tuple[list[Tensor], list[Tensor]]) -> tuple[Tensor, Tensor]:
@@ -196,7 +196,7 @@ def _dice(logits: Tensor, maps: Tensor) -> Tensor:
     """Mean over the classes that the map has."""
     from segmentation_models_pytorch.losses import DiceLoss
 
-    present = maps[maps != IGNORE_INDEX].unique().tolist()
+    present = torch.unique(maps[maps != IGNORE_INDEX]).tolist()
     if not present:
         return logits.sum() * 0
     loss: Tensor = DiceLoss("multiclass", classes=present, ignore_index=IGNORE_INDEX)(logits, maps)
