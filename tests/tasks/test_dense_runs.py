@@ -27,8 +27,8 @@ COMMON = {
     "holdout": 0.2,
     "epochs": 3,
 }
-RECIPES = {
-    "detect": (DetectionRecipe, {"channels": 8, "img_size": 28, "max_size": 64, "anchor_size": 4}),  # padded to 32 or 64
+RECIPES = {  # the former's images are padded to 32 or to 64 pixels
+    "detect": (DetectionRecipe, {"channels": 8, "img_size": 28, "max_size": 64, "train_size": 32, "anchor_size": 4}),
     "segment": (SegmentationRecipe, {"decoder": "upernet", "decoder_channels": 16, "crop_size": 32, "img_size": 32}),
 }
 LOSSES = {"detect": {}, "segment": {"loss": ("cross_entropy", "dice")}}
