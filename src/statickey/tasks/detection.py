@@ -82,7 +82,7 @@ class Detection(DenseTask):
             raise StaticKeyError(f"arch={arch!r} learns masks, but {recipe.data} has boxes alone; use faster_rcnn")
         side = recipe.train_size
         if side is None:
-            side = recipe.img_size or 32 * math.ceil(max(data.train.open(0).size) / 32)
+            side = _usual_side(data, recipe.img_size)
         small = side < _SMALL
         anchor_size = max(4, 2 ** round(math.log2(side / 25))) if recipe.anchor_size is None else recipe.anchor_size
         return replace(
@@ -141,9 +141,9 @@ class Detection(DenseTask):
     def examples(
         self, data: DetectionData, module: DetectionDataModule, split: ScoreOn, number: int
     ) -> tuple[list[Tensor], list[Tensor], list[str]]:
-        """The first images, brought to one size, and which classes they show."""
+        """The first images, brought to the size that keys are usually built for, and which classes they show."""
         images: Any = module.test_images if split == "test" else module.val_images
-        size = list(data.train.open(0).size[::-1])
+        size = [_usual_side(data, module.rescaling.min_size)] * 2
         pixels, captions = [], []
         for i in images.indices[:number]:
             pixels.append(geometry.resize(geometry.pil_to_tensor(images.pictures.open(i)), size))
@@ -204,6 +204,11 @@ class BoxAveragePrecision(MeanAveragePrecision):
         """AP; 0 where no object was marked."""
         ap: Tensor = super().compute()["map"]
         return ap.clamp(min=0)
+
+
+def _usual_side(data: DetectionData, img_size: int | None) -> int:
+    """The side in pixels that keys are built for, unless a recipe says so: no image of it is padded."""
+    return img_size or 32 * math.ceil(max(data.train.open(0).size) / 32)
 
 
 def _compact(found: dict[str, Tensor]) -> dict[str, Any]:
