@@ -30,6 +30,14 @@ def test_maps_of_any_image(host, size):
             assert abs(extent / stride - cells) < 1
 
 
+@pytest.mark.parametrize("host", ["plain", "class token", "windows", "metaformer"])
+def test_the_smallest_image_leaves_a_cell(host):
+    name, mixer, side, _ = HOSTS[host]
+    args = {"depth": 2} if "vit" in name else SWIN if "swin" in name else {}
+    pyramid = build_pyramid(name, mixer, img_size=side, model_args=args).eval()
+    assert [tuple(each.shape[2:]) for each in pyramid(torch.rand(1, 3, 8, 12))][1:] == [(1, 2), (1, 1), (1, 1)]
+
+
 def test_what_is_padded_is_not_seen_twice():
     """Zeros stand to the right and below, and whole patches stay as they are."""
     pyramid = build_pyramid("swin_tiny_patch4_window7_224", "ska", img_size=64, model_args=SWIN).eval()

@@ -176,5 +176,5 @@ def _neck(width: int, stride: int, wanted: int) -> tuple[nn.Module, int]:
         layers.append(nn.ConvTranspose2d(width, width // 2, 2, 2))
         width, stride = width // 2, stride // 2
     if wanted // stride > 1:
-        layers.append(nn.MaxPool2d(wanted // stride))
+        layers.append(nn.MaxPool2d(wanted // stride, ceil_mode=True))  # of the smallest image one cell is left
     return nn.Sequential(*layers), width

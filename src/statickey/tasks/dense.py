@@ -19,6 +19,8 @@ from .recipe import Recipe
 from .task import Task
 from .weights import ModelCard, without_weights
 
+_GREATEST_SCALE = 100
+
 
 @dataclass(frozen=True, kw_only=True)
 class DenseRecipe(Recipe):
@@ -57,8 +59,10 @@ class DenseRecipe(Recipe):
         if self.img_size is not None:
             check_positive(img_size=self.img_size)
         check_count(frozen_stages=self.frozen_stages)
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            raise StaticKeyError(f"scale={list(self.scale)} must be two positive factors, the smaller first")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= _GREATEST_SCALE:
+            raise StaticKeyError(
+                f"scale={list(self.scale)} must be two positive factors, the smaller first, {_GREATEST_SCALE} at most"
+            )
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
                 raise StaticKeyError(f"{name}={list(getattr(self, name))} must be three numbers, one per channel")

@@ -21,6 +21,9 @@ from .segmentation_report import SegmentationPredictor, SegmentationScores
 from .task import Arrays, Evidence, Metric, ScoreOn
 from .weights import ModelCard
 
+_MOST_CHANNELS = 16384
+"""A wider decoder asks for all memory before anything can refuse it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationRecipe(DenseRecipe):
@@ -47,6 +50,8 @@ class SegmentationRecipe(DenseRecipe):
         super().__post_init__()
         check_name("decoder", self.decoder, DECODERS)
         check_positive(decoder_channels=self.decoder_channels)
+        if self.decoder_channels > _MOST_CHANNELS:
+            raise StaticKeyError(f"decoder_channels={self.decoder_channels} must be {_MOST_CHANNELS} at most")
         for name in ("crop_size", "window"):
             if getattr(self, name) is not None:
                 check_positive(**{name: getattr(self, name)})
