@@ -25,7 +25,6 @@ COMMON = {
     "limit": 10,
     "batch_size": 4,
     "holdout": 0.2,
-    "epochs": 3,
 }
 RECIPES = {  # the former's images are padded to 32 or to 64 pixels
     "detect": (DetectionRecipe, {"channels": 8, "img_size": 28, "max_size": 64, "train_size": 32, "anchor_size": 4}),
@@ -42,7 +41,7 @@ MOMENTS = {
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="neither SIGKILL nor gloo there")
 
 
-def _train(task, out, kill=None, rank=None, port=None):
+def _train(task, out, kill=None, rank=None, port=None, epochs=3):
     torch.set_num_threads(1)
     scenes.TEST_SCENES = 5
     if kill is not None:
@@ -53,7 +52,7 @@ def _train(task, out, kill=None, rank=None, port=None):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "test"}
     cls, settings = RECIPES[task]
     train(
-        cls(**COMMON | settings | LOSSES[task]),
+        cls(**COMMON | settings | LOSSES[task] | {"epochs": epochs}),
         mixer="ska",
         out=str(out),
         machine=Machine(accelerator="cpu", devices=1 if rank is None else 2),
@@ -103,31 +102,32 @@ def weights(folder):
     return {f"{name}: {k}": v for name in names for k, v in load_file(folder / name).items()}
 
 
-def killed_run_ends_in_the_same_bits(processes, task, moments, whole, folder):
+def killed_run_ends_in_the_same_bits(processes, task, moments, whole, folder, epochs=3):
     draws = random.Random(task)
     for moment in moments:
         most = {"step": 4, "validation": 2, "write": 4, "score": 2}[moment]
         kill = moment, draws.randint(1, most), draws.uniform(0, 0.02)
-        assert ended(processes, task, folder, kill) == -signal.SIGKILL, kill
-    assert ended(processes, task, folder) == 0
-    before, after = weights(whole[task]), weights(folder)
+        assert ended(processes, task, folder, kill, None, None, epochs) == -signal.SIGKILL, kill
+    assert ended(processes, task, folder, None, None, None, epochs) == 0
+    before, after = weights(whole), weights(folder)
     assert before.keys() == after.keys()
     assert [name for name in before if not before[name].equal(after[name])] == []
-    assert losses(whole[task]) == losses(folder)
+    assert losses(whole) == losses(folder)
 
 
 @pytest.mark.parametrize(
     ("task", "moments"), [("detect", ("step", "write", "score")), ("segment", ("validation", "score"))]
 )
 def test_killed_run_ends_in_the_same_bits(processes, task, moments, whole, tmp_path):
-    killed_run_ends_in_the_same_bits(processes, task, moments, whole, tmp_path)
+    killed_run_ends_in_the_same_bits(processes, task, moments, whole[task], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", RECIPES)
-def test_run_killed_ten_times_ends_in_the_same_bits(processes, task, whole, tmp_path):
+def test_run_killed_ten_times_ends_in_the_same_bits(processes, task, tmp_path):
     moments = ("write", "step", "validation", "step", "write", "validation", "step", "write", "score", "score")
-    killed_run_ends_in_the_same_bits(processes, task, moments, whole, tmp_path)
+    assert ended(processes, task, tmp_path / "whole", None, None, None, 24) == 0
+    killed_run_ends_in_the_same_bits(processes, task, moments, tmp_path / "whole", tmp_path / "killed", 24)
 
 
 @pytest.mark.parametrize("task", RECIPES)
