@@ -11,6 +11,11 @@ if not torch.cuda.is_available():  # before anything loads triton, which reads i
 torch.set_num_threads(1)  # these models are tiny: a second thread costs more than it brings
 os.environ["OMP_NUM_THREADS"] = "1"  # for processes that tests start: one forked from one with threads may hang
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read once, by whichever test profiles first
+_PRELOADED = [
+    *("statickey.tasks", "statickey.bench", "tensorboard.compat", "sklearn.datasets"),
+    *("segmentation_models_pytorch", "faster_coco_eval"),
+]
+"""What children of the one server would each import else, which takes longer than what they do."""
 SHARED_DATA = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -54,7 +59,7 @@ def processes():
 
 def _server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["statickey.tasks", "statickey.bench", "tensorboard.compat"])
+    context.set_forkserver_preload(_PRELOADED)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # as where peaks of memory are measured
         multiprocessing.forkserver.ensure_running()

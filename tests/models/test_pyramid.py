@@ -10,21 +10,40 @@ HOSTS = {
     "plain": ("small_vit", "cska", 32, (96, 96, 96, 96)),
     "class token": ("vit_tiny_patch16_224", "ska", 64, (48, 96, 192, 192)),
     "patches of 14": ("vit_small_patch14_dinov2", None, 56, (192, 192, 384, 384)),
+    "windows": ("swin_tiny_patch4_window7_224", "ska", 64, (8, 16, 32, 64)),
+    "windows of version 2": ("swinv2_tiny_window8_256", None, 64, (8, 16, 32, 64)),
     "timm's": ("resnet18", None, 64, (64, 128, 256, 512)),
 }
+SWIN = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
 
 
 @pytest.mark.parametrize("host", HOSTS)
 @pytest.mark.parametrize("size", [(64, 64), (37, 91)], ids=str)
 def test_maps_of_any_image(host, size):
     name, mixer, side, channels = HOSTS[host]
-    depth = {"depth": 2} if "vit" in name else {}
-    pyramid = build_pyramid(name, mixer, img_size=side, model_args=depth).eval()
+    args = {"depth": 2} if "vit" in name else SWIN if "swin" in name else {}
+    pyramid = build_pyramid(name, mixer, img_size=side, model_args=args).eval()
     maps = pyramid(torch.rand(2, 3, *size))
     assert pyramid.channels == channels == tuple(each.shape[1] for each in maps)
     for each, stride in zip(maps, (4, 8, 16, 32), strict=True):
         for extent, cells in zip(size, each.shape[2:], strict=True):
             assert abs(extent / stride - cells) < 1
+
+
+@pytest.mark.parametrize("host", ["plain", "class token", "windows", "metaformer"])
+def test_the_smallest_image_leaves_a_cell(host):
+    name, mixer, side, _ = HOSTS[host]
+    args = {"depth": 2} if "vit" in name else SWIN if "swin" in name else {}
+    pyramid = build_pyramid(name, mixer, img_size=side, model_args=args).eval()
+    assert [tuple(each.shape[2:]) for each in pyramid(torch.rand(1, 3, 8, 12))][1:] == [(1, 2), (1, 1), (1, 1)]
+
+
+def test_what_is_padded_is_not_seen_twice():
+    """Zeros stand to the right and below, and whole patches stay as they are."""
+    pyramid = build_pyramid("swin_tiny_patch4_window7_224", "ska", img_size=64, model_args=SWIN).eval()
+    image = torch.rand(1, 3, 37, 91)
+    padded = torch.nn.functional.pad(image, (0, 1, 0, 3))
+    assert all(torch.equal(*maps) for maps in zip(pyramid(image), pyramid(padded), strict=True))
 
 
 @pytest.mark.parametrize("host", ["metaformer", "plain"])

@@ -277,7 +277,7 @@ def test_examples_are_of_one_size():
     data = DATA["masks"]
     module = TASK.data_module(recipe(), data, 0)
     pixels, images, captions = TASK.examples(data, module, "test", 3)
-    assert {image.shape for image in pixels} == {image.shape for image in images} == {TASK.input_size(recipe(), data)}
+    assert {image.shape for image in pixels} == {image.shape for image in images} == {(3, 64, 64)}  # as keys are
     assert len(captions) == 3
 
 

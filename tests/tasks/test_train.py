@@ -34,6 +34,7 @@ from statickey.tasks import (
     TrainingModule,
     evaluate,
     load_model,
+    replay,
     train,
 )
 from statickey.tasks.checkpoint import check_whole
@@ -580,10 +581,17 @@ def test_two_processes_train_as_one(processes, alone, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no gloo there")
-def test_a_loss_that_is_not_finite_on_one_process_stops_all(processes, tmp_path):
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(processes, tmp_path, strategy):
     start = time.monotonic()
-    assert train_as_two(processes, tmp_path, "ddp", diverging=True) == [1, 1]
+    assert train_as_two(processes, tmp_path, strategy, diverging=True) == [1, 1]
     assert time.monotonic() - start < 100  # one that waits for the other is joined after 120 s
+    kept = tmp_path / "diverged"
+    assert json.loads((kept / "replay.json").read_text())["losses"] == {"1": {"loss": "nan"}}
+    assert {path.name for path in kept.glob("batch*")} == {"batch-1.safetensors"}
+    assert replay(kept)["cross_entropy"].isfinite()  # from whole weights; here nothing spoils the loss
+    with pytest.raises(OutputError, match="has no step of process 0; give one of 1"):
+        replay(kept, rank=0)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")

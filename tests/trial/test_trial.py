@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 from trial_data import data_cases
+from trial_dense import dense_cases
 from trial_options import Case, option_cases, plugin_cases, yaml_cases
 from trial_runs import run_cases
 from trial_stock import Stock
@@ -26,8 +27,9 @@ CASES = {
     "plugins": list(plugin_cases()),
     "data": list(data_cases()),
     "runs": list(run_cases()),
+    "dense": list(dense_cases()),
 }
-ALWAYS = {"options": 60, "yaml": 10, "plugins": 10, "data": 60, "runs": 60}
+ALWAYS = {"options": 60, "yaml": 10, "plugins": 10, "data": 60, "runs": 60, "dense": 40}
 """How many of each kind are drawn for every run of the tests; the rest are slow."""
 SECONDS = 60
 """Enough for a process that imports everything on a busy machine."""
@@ -68,7 +70,14 @@ def limit(seconds):
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory):
+def few_scenes():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("statickey.data.scenes.TEST_SCENES", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def stock(tmp_path_factory, few_scenes):
     return Stock.make(tmp_path_factory.mktemp("stock"))
 
 

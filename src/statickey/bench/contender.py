@@ -216,7 +216,7 @@ class DetectorPass(nn.Module):
 
 def mask_rcnn(name: str, mixer: str | None, size: Size2) -> tuple[nn.Module, Tensor]:
     """Mask R-CNN of one class with weights of seed 0, and an image."""
-    detector = build_detector(name, mixer, arch="mask_rcnn", img_size=BUILT_FOR, num_classes=1, min_size=None)
+    detector: Any = build_detector(name, mixer, arch="mask_rcnn", img_size=BUILT_FOR, num_classes=1, min_size=None)
     return DetectorPass(detector), torch.randn(1, 3, *size)
 
 

@@ -198,6 +198,7 @@ class DetectionDataModule(PlannedDataModule):
             num_workers=num_workers,
             eval_batch_size=_EVAL_IMAGES,
         )
+        self.rescaling = rescaling
         self.mean = per_channel("mean", mean, data.in_chans)
         self.std = per_channel("std", std, data.in_chans)
 

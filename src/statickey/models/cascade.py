@@ -6,10 +6,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.models.detection._utils import BoxCoder, Matcher
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
-from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import clip_boxes_to_image
 
-from .region_heads import BoxPredictor, Features, MaskBranch, RegionHeads, Shapes
+from .region_heads import BoxPredictor, Features, MaskBranch, RegionHeads, Shapes, region_losses
 
 IOU_THRESHOLDS = (0.5, 0.6, 0.7)
 """Overlap with an object from which a stage takes a region for it."""
@@ -78,7 +77,7 @@ class CascadeHeads(RegionHeads):
             logits, offsets = self._predict(stage, features, boxes, shapes)
             of_every_class = offsets.repeat(1, logits.shape[1])  # as torchvision takes them
             if self.training:
-                parts = fastrcnn_loss(logits, of_every_class, labels, wanted)
+                parts = region_losses(logits, of_every_class, labels, wanted)
                 names = f"loss_classifier_{stage + 1}", f"loss_box_reg_{stage + 1}"
                 losses |= dict(zip(names, parts, strict=True))
             probabilities.append(logits.softmax(1))

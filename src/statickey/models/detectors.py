@@ -3,11 +3,13 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+import torch.nn.functional as F
+from torch import Tensor, distributed, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.rpn import RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
@@ -18,7 +20,15 @@ from ..errors import StaticKeyError
 from .cascade import CascadeHeads
 from .pyramid import STRIDES, Pyramid, build_pyramid
 from .query_detector import QUERY_STRIDES, QueryDetector
-from .region_heads import BoxPredictor, MaskBranch, RegionHeads, SeededSampler, in_float32, region_pool
+from .region_heads import (
+    BoxPredictor,
+    MaskBranch,
+    ProposalNetwork,
+    RegionHeads,
+    SeededSampler,
+    in_float32,
+    region_pool,
+)
 from .swaps import Swap
 
 ARCHS = ("faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn", "rt_detr_v2")
@@ -50,8 +60,11 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
     """A detector of two stages: images, of any sizes, to losses in training, and to detections in evaluation.
 
     Images come normalised. In training they are taken as large as they come; in evaluation they are brought to
-    ``min_size`` and ``max_size``, and boxes and masks back to the image's own size. No layer mixes images, so a batch
-    may be divided; only the losses are means over all of a batch's regions.
+    ``min_size`` and ``max_size``, and boxes and masks back to the image's own size.
+
+    No layer mixes images, and each loss is the mean over the images of an image's own, so a batch may be divided:
+    among processes always, into parts where its images have one size. Smaller ones are padded to the largest of a
+    part, over all processes, and attention sees the padding.
 
     The boxes sampled for the losses are drawn from each target's ``seed``, and from nothing else.
 
@@ -81,7 +94,7 @@ class Detector(GeneralizedRCNN):  # type: ignore[misc]
         sizes = [anchor_size * 2**level for level in range(len(STRIDES) + 1)]
         super().__init__(
             FeaturePyramid(pyramid, channels),
-            RegionProposalNetwork(
+            ProposalNetwork(
                 AnchorGenerator(tuple((size,) for size in sizes), (_ASPECT_RATIOS,) * len(sizes)),
                 _ProposalHead(channels, len(_ASPECT_RATIOS)),
                 fg_iou_thresh=0.7,
@@ -221,7 +234,7 @@ class _ProposalHead(RPNHead):  # type: ignore[misc]
 
 
 class _Preparation(GeneralizedRCNNTransform):  # type: ignore[misc]
-    """Resizing, in evaluation, and padding to one size; the data were normalised before."""
+    """Resizing, in evaluation, and padding to one size, in training that of all processes; no normalisation."""
 
     def __init__(self, min_size: int | None, max_size: int) -> None:
         super().__init__(max_size if min_size is None else min_size, max_size, [], [])
@@ -232,6 +245,15 @@ class _Preparation(GeneralizedRCNNTransform):  # type: ignore[misc]
 
     def resize(self, image: Tensor, target: Any = None) -> Any:
         return (image, target) if self.training or self._as_they_come else super().resize(image, target)
+
+    def batch_images(self, images: list[Tensor], size_divisible: int = 32) -> Tensor:
+        if self.training and distributed.is_available() and distributed.is_initialized():
+            height, width = images[0].shape[-2:]
+            largest = torch.tensor(self.max_by_axis([list(image.shape[-2:]) for image in images]))
+            largest = largest.to(images[0].device)
+            distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+            images = [F.pad(images[0], (0, int(largest[1]) - width, 0, int(largest[0]) - height)), *images[1:]]
+        return super().batch_images(images, size_divisible)  # type: ignore[no-any-return]
 
     def postprocess(self, result: list[dict[str, Tensor]], image_shapes: Any, original_image_sizes: Any) -> Any:
         for found, shape, original in zip(result, image_shapes, original_image_sizes, strict=False):

@@ -75,6 +75,7 @@ class Pyramid(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """Maps (B, channels[i], about H / stride, about W / stride), finest first."""
         host: Any = self.body
+        x = self._padded(x)
         maps: list[Tensor] = host.forward_intermediates(
             x, indices=self._indices, norm=self.necks is not None, intermediates_only=True
         )
@@ -86,6 +87,14 @@ class Pyramid(nn.Module):
             each if each.shape[-2:] == size else F.interpolate(each, size, mode="bilinear")
             for each, size in zip(made, sizes, strict=True)
         ]
+
+    def _padded(self, x: Tensor) -> Tensor:
+        """Whole patches, zeros to the right and below, for a body that does not pad them itself, such as Swin."""
+        embed: Any = getattr(self.body, "patch_embed", None)
+        if getattr(embed, "dynamic_img_pad", True):
+            return x
+        height, width = (-extent % side for extent, side in zip(x.shape[-2:], embed.patch_size, strict=True))
+        return F.pad(x, (0, width, 0, height)) if height or width else x
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay must leave alone."""
@@ -195,5 +204,5 @@ def _neck(width: int, stride: int, wanted: int) -> tuple[nn.Module, int]:
         layers.append(nn.ConvTranspose2d(width, width // 2, 2, 2))
         width, stride = width // 2, stride // 2
     if wanted // stride > 1:
-        layers.append(nn.MaxPool2d(wanted // stride))
+        layers.append(nn.MaxPool2d(wanted // stride, ceil_mode=True))  # of the smallest image one cell is left
     return nn.Sequential(*layers), width

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torchvision.models.detection._utils import BalancedPositiveNegativeSampler
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
-from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference
+from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss, maskrcnn_inference
+from torchvision.models.detection.rpn import RegionProposalNetwork
 from torchvision.ops import MultiScaleRoIAlign, roi_align
 from torchvision.ops.poolers import initLevelMapper
 
@@ -102,6 +103,46 @@ class SeededSampler(BalancedPositiveNegativeSampler):  # type: ignore[misc]
         return chosen
 
 
+def region_losses(
+    logits: Tensor, offsets: Tensor, labels: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Faster R-CNN's losses of classes and of boxes, each the mean over images of an image's own.
+
+    Args:
+        logits: Of the regions of all images, (n, num_classes).
+        offsets: (n, 4 * num_classes).
+        labels: Classes of each image's regions, 0 for background.
+        wanted: Offsets to their objects; of background they are not looked at.
+    """
+    counts = [len(own) for own in labels]
+    images = zip(torch.split(logits, counts), torch.split(offsets, counts), labels, wanted, strict=True)
+    classes, boxes = zip(*(fastrcnn_loss(a, b, [c], [d]) for a, b, c, d in images), strict=True)
+    return torch.stack(classes).mean(), torch.stack(boxes).mean()
+
+
+class ProposalNetwork(RegionProposalNetwork):  # type: ignore[misc]
+    """torchvision's, with losses that are means over images of an image's own."""
+
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Losses of objectness and of boxes, over the anchors sampled of each image."""
+        chosen = zip(*self.fg_bg_sampler(labels), strict=True)
+        images = zip(
+            *(x.chunk(len(labels)) for x in (objectness.flatten(), pred_bbox_deltas)),
+            *(labels, regression_targets, chosen),
+            strict=True,
+        )
+        found, boxes = [], []
+        for logits, offsets, truth, wanted, (positive, negative) in images:
+            held, none = (places.nonzero().flatten() for places in (positive, negative))
+            places = torch.cat([held, none])
+            found.append(F.binary_cross_entropy_with_logits(logits[places], truth[places]))
+            away = F.smooth_l1_loss(offsets[held], wanted[held], beta=1 / 9, reduction="sum")
+            boxes.append(away / len(places))
+        return torch.stack(found).mean(), torch.stack(boxes).mean()
+
+
 def region_pool(side: int, anchor_size: int) -> MultiScaleRoIAlign:
     """Pooling of regions from maps 0 to 3, whose strides are known rather than guessed from the first batch."""
     canonical = _CANONICAL * anchor_size
@@ -160,7 +201,7 @@ class MaskBranch(nn.Module):
         shapes: Shapes,
         masks: list[MaskWindows],
     ) -> Tensor:
-        """Cross-entropy of the pixels of all regions that hold an object; 0 where none does.
+        """Cross-entropy of the pixels of the regions that hold an object, a mean over images; 0 where none does.
 
         Args:
             features: The feature maps.
@@ -183,7 +224,10 @@ class MaskBranch(nn.Module):
             for own, own_boxes, matched, where in zip(masks, boxes, objects, held, strict=True)
         ]
         ours = logits[torch.arange(len(classes), device=classes.device), classes]
-        return F.binary_cross_entropy_with_logits(ours, torch.cat(wanted))
+        counts = [len(own) for own in boxes]
+        pairs = zip(torch.split(ours, counts), wanted, strict=True)
+        losses = [F.binary_cross_entropy_with_logits(*pair) for pair in pairs if len(pair[1])]
+        return torch.stack(losses).sum() / len(counts)
 
     def add_masks(self, features: Features, found: list[dict[str, Tensor]], shapes: Shapes) -> None:
         """Give detections their ``masks``, probabilities (n, 1, 28, 28) in the frames of their boxes."""
@@ -193,7 +237,7 @@ class MaskBranch(nn.Module):
 
 
 class RegionHeads(RoIHeads):  # type: ignore[misc]
-    """torchvision's heads with seeded draws, and masks learned from cut-outs.
+    """torchvision's heads with seeded draws, losses that are means over images, and masks learned from cut-outs.
 
     Args:
         pool: Pooling of regions.
@@ -239,7 +283,17 @@ class RegionHeads(RoIHeads):  # type: ignore[misc]
         self, features: Features, proposals: list[Tensor], shapes: Shapes, targets: list[dict[str, Any]] | None
     ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
         """Boxes, labels and scores of each image, and the losses in training."""
-        return super().forward(features, proposals, shapes, targets)  # type: ignore[no-any-return]
+        labels: list[Tensor] = []
+        wanted: list[Tensor] = []
+        if self.training:
+            assert targets is not None
+            proposals, _, labels, wanted = self.select_training_samples(proposals, targets)
+        logits, offsets = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, shapes)))
+        if self.training:
+            names = "loss_classifier", "loss_box_reg"
+            return [], dict(zip(names, region_losses(logits, offsets, labels, wanted), strict=True))
+        found = self.postprocess_detections(logits, offsets, proposals, shapes)
+        return [{"boxes": b, "labels": n, "scores": s} for b, s, n in zip(*found, strict=True)], {}
 
     def forward(
         self,

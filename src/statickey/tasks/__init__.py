@@ -5,6 +5,7 @@ from .checkpoint import AtomicCheckpointIO
 from .classification import Classification, ClassificationRecipe
 from .detection import Detection, DetectionRecipe
 from .display import Display, RunProgress, RunsDisplay, counted, facts_table
+from .diverged import replay
 from .engine import new_trainer, train_run
 from .evaluate import evaluate
 from .folder import free, locked
@@ -58,6 +59,7 @@ __all__ = [
     "new_trainer",
     "predict",
     "read_result",
+    "replay",
     "task_named",
     "task_of",
     "train",

@@ -22,6 +22,7 @@ from .weights import ModelCard, without_weights
 
 KEYS_FOR = 224
 """Pixels a side, at most, that keys are built for where nothing is said: those of a classifier to start from."""
+_GREATEST_SCALE = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,10 @@ class DenseRecipe(Recipe):
         check_positive(**{name: size for name, size in sizes.items() if size is not None})
         check_choice(off_grid=(self.off_grid, get_args(OffGrid)))
         check_count(frozen_stages=self.frozen_stages)
-        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
-            raise StaticKeyError(f"scale={list(self.scale)} must be two positive factors, the smaller first")
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1] <= _GREATEST_SCALE:
+            raise StaticKeyError(
+                f"scale={list(self.scale)} must be two positive factors, the smaller first, {_GREATEST_SCALE} at most"
+            )
         for name in ("mean", "std"):
             if len(getattr(self, name)) != 3:
                 raise StaticKeyError(f"{name}={list(getattr(self, name))} must be three numbers, one per channel")

@@ -62,8 +62,8 @@ class DetectionRecipe(DenseRecipe):
             for name, left_out in (("anchor_size", None), ("regions_per_image", None), ("scale", (1.0, 1.0))):
                 if getattr(self, name) != left_out:
                     raise StaticKeyError(
-                        f"{name}={getattr(self, name)!r} means nothing to arch={self.arch!r}, which has neither anchors "
-                        "nor regions and brings all images to one size; leave it out"
+                        f"{name}={getattr(self, name)!r} means nothing to arch={self.arch!r}, which has neither "
+                        "anchors nor regions and brings all images to one size; leave it out"
                     )
         options = ("crop_size", "anchor_size", "channels", "regions_per_image")
         sizes = {name: getattr(self, name) for name in options}
@@ -101,7 +101,7 @@ class Detection(DenseTask):
         arch = ("mask_rcnn" if data.has_masks else "faster_rcnn") if recipe.arch is None else recipe.arch
         if "mask" in arch and not data.has_masks:
             raise StaticKeyError(f"arch={arch!r} learns masks, but {recipe.data} has boxes alone; use faster_rcnn")
-        side = recipe.img_size or 32 * math.ceil(max(data.train.open(0).size) / 32)
+        side = _usual_side(data, recipe.img_size)
         small = side < _SMALL
         anchor_size, regions, img_size = recipe.anchor_size, recipe.regions_per_image, recipe.img_size
         if arch == "rt_detr_v2":
@@ -172,9 +172,9 @@ class Detection(DenseTask):
     def examples(
         self, data: DetectionData, module: DetectionDataModule, split: ScoreOn, number: int
     ) -> tuple[list[Tensor], list[Tensor], list[str]]:
-        """The first images, brought to one size, and which classes they show."""
+        """The first images, brought to the size that keys are usually built for, and which classes they show."""
         images: Any = module.test_images if split == "test" else module.val_images
-        size = list(data.train.open(0).size[::-1])
+        size = [min(_usual_side(data, module.rescaling.min_size), KEYS_FOR)] * 2
         pixels, captions = [], []
         for i in images.indices[:number]:
             pixels.append(geometry.resize(geometry.pil_to_tensor(images.pictures.open(i)), size))
@@ -235,6 +235,11 @@ class BoxAveragePrecision(MeanAveragePrecision):
         """AP; 0 where no object was marked."""
         ap: Tensor = super().compute()["map"]
         return ap.clamp(min=0)
+
+
+def _usual_side(data: DetectionData, img_size: int | None) -> int:
+    """What images are brought to, or about the longer side of the first."""
+    return img_size or 32 * math.ceil(max(data.train.open(0).size) / 32)
 
 
 def _compact(found: dict[str, Tensor]) -> dict[str, Any]:

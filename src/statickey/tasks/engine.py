@@ -25,11 +25,12 @@ from ..errors import StaticKeyError
 from ..layers import AttentionMixer
 from ..models import count_macs
 from .checkpoint import SUFFIX, AtomicCheckpointIO, newest_whole
+from .diverged import DivergedFolder
 from .recipe import Machine, Recipe
 from .run import PREDICTIONS_FILE, Run, mixer_source
 from .scoring import explained_workers, score
 from .training import TrainingModule
-from .weights import write_model
+from .weights import ModelCard, write_model
 
 
 def new_trainer(
@@ -93,7 +94,7 @@ def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[
         What is in the run's ``run.json``; None on all processes but the first.
 
     Raises:
-        DivergedError: The loss is not finite; the last good checkpoint stays.
+        DivergedError: The loss is not finite; the last good checkpoint stays, and ``replay`` takes the step again.
         OutputError: A file cannot be written, or no checkpoint can be read.
         DataError: An image cannot be read, or a loader worker died.
         KeyboardInterrupt: Ctrl-C; the run can be taken up again.
@@ -103,7 +104,8 @@ def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[
     recipe = run.task.settled(run.recipe, run.data)
     if recipe.lr is None:
         raise StaticKeyError(f"task {run.task.name!r} knows no default for lr; give one")
-    training = TrainingModule(model, run.task, recipe, run.data, seed=run.seed, run_ids=run.ids)
+    diverged = DivergedFolder(run.path / "diverged", _card(run, module))
+    training = TrainingModule(model, run.task, recipe, run.data, seed=run.seed, run_ids=run.ids, diverged=diverged)
     if run.machine.channels_last:
         for layer in model.modules():
             if isinstance(layer, nn.Conv2d):
@@ -153,8 +155,7 @@ def _finish(
         scores[f"{mark}{metric.name}"] = evidence.value()
         arrays |= {f"{mark}{name}": array for name, array in evidence.arrays().items()}
         if first:
-            card = replace(task.card(run.recipe, run.data, module, run.mixer), task=task.name)
-            write_model(run.path, which, model, card)
+            write_model(run.path, which, model, _card(run, module))
     if not first:
         return None
     curve, given = training.curve, run.recipe.to_dict()
@@ -189,6 +190,10 @@ def _finish(
     for checkpoint in run.path.glob(f"*{SUFFIX}"):
         checkpoint.unlink()
     return result
+
+
+def _card(run: Run, module: PlannedDataModule) -> ModelCard:
+    return replace(run.task.card(run.recipe, run.data, module, run.mixer), task=run.task.name)
 
 
 @contextmanager

@@ -21,6 +21,9 @@ from .segmentation_report import SegmentationPredictor, SegmentationScores
 from .task import Arrays, Evidence, Metric, ScoreOn
 from .weights import ModelCard
 
+_MOST_CHANNELS = 16384
+"""A wider decoder asks for all memory before anything can refuse it."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SegmentationRecipe(DenseRecipe):
@@ -47,6 +50,8 @@ class SegmentationRecipe(DenseRecipe):
         super().__post_init__()
         check_name("decoder", self.decoder, DECODERS)
         check_positive(decoder_channels=self.decoder_channels)
+        if self.decoder_channels > _MOST_CHANNELS:
+            raise StaticKeyError(f"decoder_channels={self.decoder_channels} must be {_MOST_CHANNELS} at most")
         for name in ("crop_size", "window"):
             if getattr(self, name) is not None:
                 check_positive(**{name: getattr(self, name)})
@@ -137,10 +142,14 @@ class Segmentation(DenseTask):
         return pixels, module.normalize(torch.stack(pixels)), [f"image {i + 1}" for i in range(len(pixels))]
 
     def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor], recipe: SegmentationRecipe) -> dict[str, Tensor]:
-        """The recipe's, over the pixels of a class; logits are taken in float32."""
+        """The recipe's, each the mean over the images of an image's own, so that a batch may be divided.
+
+        Pixels of no class do not count; logits are taken in float32.
+        """
         images, maps = batch
         logits = model(images).float()
-        return {name: _LOSSES[name](logits, maps) for name in recipe.loss}
+        pairs = list(zip(torch.split(logits, 1), torch.split(maps, 1), strict=True))
+        return {name: torch.stack([_LOSSES[name](*pair) for pair in pairs]).mean() for name in recipe.loss}
 
     def outputs(self, model: nn.Module, batch: tuple[list[Tensor], list[Tensor]]) -> tuple[Tensor, Tensor]:
         """Pixels of each image by true class and the one said, (B, num_classes, num_classes), and by the former."""
@@ -189,9 +198,13 @@ def _mean(summed: Callable[[Tensor, Tensor], Tensor], logits: Tensor, maps: Tens
 
 
 def _dice(logits: Tensor, maps: Tensor) -> Tensor:
+    """Mean over the classes that the map has."""
     from segmentation_models_pytorch.losses import DiceLoss
 
-    loss: Tensor = DiceLoss("multiclass", ignore_index=IGNORE_INDEX)(logits, maps)
+    present = torch.unique(maps[maps != IGNORE_INDEX]).tolist()
+    if not present:
+        return logits.sum() * 0
+    loss: Tensor = DiceLoss("multiclass", classes=present, ignore_index=IGNORE_INDEX)(logits, maps)
     return loss
 
 
@@ -207,4 +220,4 @@ _LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "dice": _dice,
     "focal": partial(_mean, _focal),
 }
-"""From logits (B, num_classes, H, W) in float32 and maps (B, H, W) to a scalar."""
+"""From logits (1, num_classes, H, W) in float32 and a map (1, H, W) to a scalar."""

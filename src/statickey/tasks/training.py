@@ -14,6 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from ..data import mix_seed
 from ..errors import DivergedError, OutputError, StaticKeyError
+from .diverged import DivergedFolder, Step
 from .recipe import Recipe
 from .task import Task
 
@@ -35,6 +36,7 @@ class TrainingModule(L.LightningModule):
         data: What the validation metric must know of the data.
         seed: Seed of the draws inside the model.
         run_ids: Identities of the run's circumstances, today's first; a checkpoint of others is refused.
+        diverged: Keeps the step at which the loss is not finite; None keeps nothing.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class TrainingModule(L.LightningModule):
         *,
         seed: int = 0,
         run_ids: tuple[str, ...] = ("",),
+        diverged: DivergedFolder | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -55,6 +58,8 @@ class TrainingModule(L.LightningModule):
         self.ema.requires_grad_(False)
         self.seed = seed
         self.run_ids = run_ids
+        self.diverged = diverged
+        self._step: Step | None = None
         self.metric = task.validation_metric(data)
         self.curve: list[dict[str, float]] = []
         """One row per finished epoch; part of the checkpoint."""
@@ -86,7 +91,10 @@ class TrainingModule(L.LightningModule):
         Raises:
             DivergedError: It is not finite, on this process or another.
         """
+        rng_state = torch.get_rng_state()
         losses = self.task.losses(self.model, batch, self.recipe)
+        seen = {name: value.detach() for name, value in losses.items()}
+        self._step = Step(self.current_epoch + 1, batch_idx + 1, batch, rng_state, seen)
         first, *others = losses.values()
         loss = sum(others, start=first)
         size = len(batch[0])
@@ -106,10 +114,28 @@ class TrainingModule(L.LightningModule):
         """
         if self.trainer.strategy.reduce((~finite).float(), reduce_op="sum"):
             seen = f"{problem} on another process" if finite else problem
+            kept = self._keep_step(bool(finite))
             raise DivergedError(
                 f"{seen} (seed {self.seed}); use another --out with a lower --lr (now {self.recipe.lr:g}) "
-                "or more --warmup-epochs"
+                f"or more --warmup-epochs{kept}"
             )
+
+    def _keep_step(self, finite: bool) -> str:
+        """Write the last step for replay; where it is, as the end of a message."""
+        state = self.trainer.strategy.lightning_module_state_dict()  # shards are gathered, by all processes together
+        if self.diverged is None or self._step is None:
+            return ""
+        said = self.diverged.keep(
+            self._step,
+            finite,
+            model=self.model,
+            weights={k.removeprefix("model."): v for k, v in state.items() if k.startswith("model.")},
+            recipe=self.recipe,
+            seed=self.seed,
+            precision=str(self.trainer.precision),
+            rank=self.global_rank,
+        )
+        return f"; {said}"
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Let the average follow each optimizer step; the clock stops with the last batch, before validation."""

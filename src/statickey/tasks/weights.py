@@ -4,12 +4,13 @@ import dataclasses
 import json
 import math
 import reprlib
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._files import regular, write_atomic, write_json
 from ..errors import OutputError
@@ -167,8 +168,11 @@ def without_weights(model_args: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in model_args.items() if name not in PRETRAINED_ARGS}
 
 
-def write_model(folder: Path, which: str, model: nn.Module, card: ModelCard) -> None:
-    """Write one set of weights, and the JSON beside them."""
-    weights = safetensors.torch.save({k: v.contiguous().cpu() for k, v in model.state_dict().items()})
-    write_atomic(folder / WEIGHTS_FILES[which], lambda file: file.write(weights))
+def write_model(
+    folder: Path, which: str, model: nn.Module, card: ModelCard, weights: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write one set of weights, the model's own unless given, and the JSON beside them."""
+    state = model.state_dict() if weights is None else weights
+    content = safetensors.torch.save({k: v.contiguous().cpu() for k, v in state.items()})
+    write_atomic(folder / WEIGHTS_FILES[which], lambda file: file.write(content))
     write_json(folder / CONFIG_FILE, card.completed(model).to_json())
