@@ -31,7 +31,8 @@ class QueryDetector(nn.Module):
     Images come normalised. Each is stretched to one square, as RT-DETR's own are, so that none is padded, and boxes
     are brought back to the image's own size. No layer mixes images: BatchNorm is replaced by GroupNorm. What stands
     on the pyramid is that of Hugging Face's transformers, with its losses; the decoder and all boxes stay in float32
-    under mixed precision.
+    under mixed precision. Those losses are divided by the objects of a batch, so processes and parts of a batch
+    count as batches of their own.
 
     The noise of the boxes and classes that it learns to clean is drawn from the ``seed`` of a batch's first target,
     and from nothing else.
