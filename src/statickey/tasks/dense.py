@@ -22,6 +22,8 @@ from .weights import ModelCard, without_weights
 
 KEYS_FOR = 224
 """Pixels a side, at most, that keys are built for where nothing is said: those of a classifier to start from."""
+SMALL = 256
+"""Pixels along an image or a crop under which narrower and quicker heads do."""
 _GREATEST_SCALE = 100
 
 

@@ -16,13 +16,10 @@ from ..data.detection_batches import DetectionDataModule, Rescaling
 from ..errors import StaticKeyError
 from ..models import ARCHS, Detector, QueryDetector, build_detector, check_transformers
 from .average_precision import BOX_AP, MOST_DETECTIONS, AveragePrecision, match_boxes
-from .dense import KEYS_FOR, DenseRecipe, DenseTask
+from .dense import KEYS_FOR, SMALL, DenseRecipe, DenseTask
 from .detection_report import DetectionPredictor, DetectionScores
 from .task import Arrays, Metric, ScoreOn
 from .weights import ModelCard
-
-_SMALL = 256
-"""Pixels along an image under which a narrower and quicker detector does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +41,8 @@ class DetectionRecipe(DenseRecipe):
             256 pixels.
     """
 
-    batch_size: int = 16
+    epochs: int = 7
+    batch_size: int = 8
     scale: tuple[float, float] = (1.0, 1.0)
     arch: str | None = None
     max_size: int = 1333
@@ -102,7 +100,7 @@ class Detection(DenseTask):
         if "mask" in arch and not data.has_masks:
             raise StaticKeyError(f"arch={arch!r} learns masks, but {recipe.data} has boxes alone; use faster_rcnn")
         side = _usual_side(data, recipe.img_size)
-        small = side < _SMALL
+        small = side < SMALL
         anchor_size, regions, img_size = recipe.anchor_size, recipe.regions_per_image, recipe.img_size
         if arch == "rt_detr_v2":
             img_size = side

@@ -15,7 +15,7 @@ from .._checks import check_name, check_positive
 from ..data import IGNORE_INDEX, BatchPlan, SegmentationData, SegmentationDataModule, open_segmentation
 from ..errors import DataError, StaticKeyError
 from ..models import DECODERS, Segmenter, build_segmenter
-from .dense import KEYS_FOR, DenseRecipe, DenseTask
+from .dense import KEYS_FOR, SMALL, DenseRecipe, DenseTask
 from .overlap import MEAN_IOU, MeanIoU, Overlap
 from .segmentation_report import SegmentationPredictor, SegmentationScores
 from .task import Arrays, Evidence, Metric, ScoreOn
@@ -30,18 +30,21 @@ class SegmentationRecipe(DenseRecipe):
     """How to train a network that names every pixel: what dense recipes have, and what stands here.
 
     Args:
+        lr: Peak learning rate; default 1e-3, 2e-3 for crops under 256 pixels.
         crop_size: Side of training crops in pixels; default the largest multiple of 32 that is within the first
             training image and 512.
         window: Score and predict in windows of this side in pixels, which overlap; default whole images.
         decoder: ``upernet``, ``fpn``, ``unet`` or ``segformer``.
-        decoder_channels: Width of the decoder.
+        decoder_channels: Width of the decoder; default 256, 64 for crops under 256 pixels.
         loss: What is minimised, the sum of some of ``cross_entropy``, ``dice`` and ``focal``.
     """
 
+    epochs: int = 30
+    batch_size: int = 8
     crop_size: int | None = None
     window: int | None = None
     decoder: str = "upernet"
-    decoder_channels: int = 256
+    decoder_channels: int | None = None
     loss: tuple[str, ...] = ("cross_entropy",)
 
     def __post_init__(self) -> None:
@@ -49,10 +52,9 @@ class SegmentationRecipe(DenseRecipe):
             object.__setattr__(self, "loss", tuple(self.loss))
         super().__post_init__()
         check_name("decoder", self.decoder, DECODERS)
-        check_positive(decoder_channels=self.decoder_channels)
-        if self.decoder_channels > _MOST_CHANNELS:
+        if self.decoder_channels is not None and self.decoder_channels > _MOST_CHANNELS:
             raise StaticKeyError(f"decoder_channels={self.decoder_channels} must be {_MOST_CHANNELS} at most")
-        for name in ("crop_size", "window"):
+        for name in ("crop_size", "window", "decoder_channels"):
             if getattr(self, name) is not None:
                 check_positive(**{name: getattr(self, name)})
         for name in self.loss:
@@ -104,16 +106,19 @@ class Segmentation(DenseTask):
         if crop_size is None:
             shorter = min(data.train.open(0).size) if recipe.img_size is None else recipe.img_size
             crop_size = max(min(shorter, 512) // 32 * 32, 32)
+        small = crop_size < SMALL
         return replace(
             recipe,
             crop_size=crop_size,
             train_size=min(crop_size, KEYS_FOR) if recipe.train_size is None else recipe.train_size,
+            decoder_channels=(64 if small else 256) if recipe.decoder_channels is None else recipe.decoder_channels,
             flip=data.flip if recipe.flip is None else recipe.flip,
-            lr=1e-3 if recipe.lr is None else recipe.lr,
+            lr=(2e-3 if small else 1e-3) if recipe.lr is None else recipe.lr,
         )
 
     def network(self, name: str, mixer: str | None, settings: SegmentationRecipe, **common: Any) -> Segmenter:
         """Images (B, 3, H, W) to logits (B, num_classes, H, W)."""
+        assert settings.decoder_channels is not None
         return build_segmenter(
             name,
             mixer,
