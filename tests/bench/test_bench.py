@@ -399,12 +399,12 @@ def test_whole_detectors(small, tmp_path, monkeypatch):
     monkeypatch.setattr(contender, "BUILT_FOR", 32)
     texts = ["ska", "ska:off_grid=resample"]
     plan = [
-        replace(each, make=partial(mask_rcnn, "skaformer_nano", *each.make.args[1:]))
+        replace(each, make=partial(mask_rcnn, "skaformer_nano", *each.make.args[1:], channels=8, anchor_size=8))
         for each in suites.detectors(texts)
     ]
     assert [each.name for each in plan] == ["caformer_s18", *texts, "caformer_s18", texts[0]]
     monkeypatch.setitem(suites.SUITES, "detectors", lambda mixers: plan)
-    rows, _ = run(tmp_path, "detectors", mixers=texts)
+    rows, _ = run(tmp_path, "detectors", mixers=texts, rounds=1)
     found = {(row["group"], row["contender"], row["phase"]): row for row in rows}
     assert len(found) == 2 * len(plan) and all(row["milliseconds"] > 0 for row in rows)
     group = plan[0].group

@@ -214,9 +214,10 @@ class DetectorPass(nn.Module):
         return torch.stack(list(losses.values())).sum()
 
 
-def mask_rcnn(name: str, mixer: str | None, size: Size2) -> tuple[nn.Module, Tensor]:
+def mask_rcnn(name: str, mixer: str | None, size: Size2, **options: Any) -> tuple[nn.Module, Tensor]:
     """Mask R-CNN of one class with weights of seed 0, and an image."""
-    detector: Any = build_detector(name, mixer, arch="mask_rcnn", img_size=BUILT_FOR, num_classes=1, min_size=None)
+    settings: Any = {"arch": "mask_rcnn", "img_size": BUILT_FOR, "num_classes": 1, "min_size": None} | options
+    detector: Any = build_detector(name, mixer, **settings)
     return DetectorPass(detector), torch.randn(1, 3, *size)
 
 
