@@ -3,6 +3,7 @@
     python benchmarks/dense.py classifiers PATH_TO_CIFAR10_PARQUET   # what the detectors and segmenters start from
     python benchmarks/dense.py tune SET PATH                         # on held-out images, for sepconv and mhsa
     python benchmarks/dense.py SET PATH                              # the comparison
+    python benchmarks/dense.py sizes RUN                             # a run's score at other sizes of image
 
 SET is ``bccd``, ``bccd-cascade``, ``pennfudan``, ``camvid``, ``camvid-scratch`` or ``camvid-stage3``. Each may be run
 by several processes at once, and again: finished runs are reused. Results: ``runs/dense/SET`` with its report.
@@ -11,9 +12,21 @@ by several processes at once, and again: finished runs are reused. Results: ``ru
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
+from statickey import set_off_grid
+from statickey._typing import OffGrid
 from statickey.compare import compare
-from statickey.tasks import ClassificationRecipe, DetectionRecipe, Recipe, SegmentationRecipe
+from statickey.tasks import (
+    ClassificationRecipe,
+    DetectionRecipe,
+    Recipe,
+    SegmentationRecipe,
+    load_model,
+    read_result,
+    task_named,
+)
+from statickey.tasks.scoring import score
 
 OUT = Path("runs/dense")
 CLASSIFIERS = OUT / "classifiers"
@@ -23,6 +36,7 @@ REPEATED = ["mhsa", "sepconv", "ska", "cska", "ska:key=continuous"]
 """Those with three seeds on bccd and camvid."""
 STAGE3 = ["sepconv", "sepconv", "X", "mhsa"]
 RATES = (5e-4, 1e-3, 2e-3)
+SIDES = (64, 80, 112, 160, 224)
 
 
 def classifier(data: str) -> ClassificationRecipe:
@@ -79,12 +93,31 @@ def tune(name: str, data: str) -> None:
         )
 
 
+def sizes(run: str) -> None:
+    """The score on test images of other sizes than in training, by what static keys do there."""
+    result = read_result(Path(run))
+    task = task_named(result["task"])
+    print("| shorter side |", " | ".join(map(str, SIDES)), "|")
+    for off_grid in get_args(OffGrid):
+        found = []
+        for side in SIDES:
+            model, _ = load_model(run, img_size=side)
+            set_off_grid(model, off_grid)
+            settings = task.recipe_class(data=result["data"], img_size=side)
+            module = task.data_module(settings, task.read_data(settings), 0)
+            evidence = score(task, model, module, module.scoring_dataloader("test"), "32-true")
+            found.append(f"{evidence.value():.1f}")
+        print(f"| {off_grid} |", " | ".join(found), "|", flush=True)
+
+
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["classifiers", data]:
             compare(classifier(data), mixers=PATTERNS, seeds=(0,), out=str(CLASSIFIERS))
         case ["tune", name, data]:
             tune(name, data)
+        case ["sizes", run]:
+            sizes(run)
         case [name, data]:
             main(name, data)
         case _:
