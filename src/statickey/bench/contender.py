@@ -91,6 +91,8 @@ class PlainConvStaticKeyAttention(ConvStaticKeyAttention):
 
 BUILT_FOR = 224
 """Pixels that the keys of detectors are built for: those of a classifier to start from."""
+_OBJECTS = 8
+"""On the image that a detector learns from."""
 PLAIN_CSKA = "plain cska"
 TIMM_MHSA = "timm mhsa"
 
@@ -191,23 +193,23 @@ def network(
 class DetectorPass(nn.Module):
     """A detector from images to one tensor: the boxes found, or in training the loss of some objects."""
 
-    def __init__(self, detector: Detector, objects: int = 8) -> None:
+    def __init__(self, detector: Detector) -> None:
         super().__init__()
-        self.detector, self.objects = detector, objects
+        self.detector = detector
 
     def forward(self, x: Tensor) -> Tensor:
         """Detect, or learn."""
         if not self.training:
             return torch.cat([found["boxes"] for found in self.detector(list(x))])
         height, width = x.shape[-2:]
-        starts = torch.linspace(0, 0.5, self.objects, device=x.device, dtype=x.dtype)[:, None]
+        starts = torch.linspace(0, 0.5, _OBJECTS, device=x.device, dtype=x.dtype)[:, None]
         sides = torch.tensor([width, height], device=x.device, dtype=x.dtype)
         boxes = torch.cat([starts * sides, (starts + 0.25) * sides], 1)
         whole = torch.ones(height, width, dtype=torch.bool, device=x.device)
         target = {
             "boxes": boxes,
-            "labels": torch.zeros(self.objects, dtype=torch.long, device=x.device),
-            "masks": MaskWindows.cut(whole for _ in range(self.objects)),
+            "labels": torch.zeros(_OBJECTS, dtype=torch.long, device=x.device),
+            "masks": MaskWindows.cut(whole for _ in range(_OBJECTS)),
             "seed": 0,
         }
         losses: dict[str, Tensor] = self.detector(list(x), [target] * len(x))
