@@ -64,3 +64,19 @@ class Rectangles(ObjectPictures):
 def rectangles(*, masks=True, train=12, test=4, side=48):
     parts = Rectangles(train, 0, masks=masks, side=side), Rectangles(test, 1, masks=masks, side=side)
     return DetectionData("rectangles", ("red", "blue"), *parts, has_masks=masks, category_ids=(3, 7))
+
+
+def assert_drawn_from_seeds(model, images, targets):
+    """A detector's losses depend on what the targets' seeds say, not on the state of torch's generator."""
+
+    def losses(targets, state):
+        torch.manual_seed(state)
+        return torch.stack(list(model(images, targets).values()))
+
+    state = torch.manual_seed(5).get_state()
+    first = losses(targets, 5)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first, losses(targets, 6))
+    assert not torch.equal(first, losses([target | {"seed": 9} for target in targets], 5))
+    unseeded = [{k: v for k, v in target.items() if k != "seed"} for target in targets]
+    assert not torch.equal(losses(unseeded, 5), losses(unseeded, 6))

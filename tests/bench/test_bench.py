@@ -143,6 +143,24 @@ def test_a_finished_suite_is_kept_when_a_later_one_breaks(small, tmp_path, monke
     assert [row for row in stored if row["suite"] == "resolution"] == earlier
 
 
+def test_a_measured_group_is_kept_when_a_later_one_breaks(small, tmp_path, monkeypatch):
+    earlier, _ = run(tmp_path, "layers", mixers=["ska"])
+    measure = main._measure
+
+    def breaks(*args):
+        yield next(measure(*args))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "_measure", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, "layers", mixers=["fcska"])
+    stored = json.loads((tmp_path / "bench.json").read_text())
+    assert [row for row in stored if row["group"] == str(SMALL[1])] == [
+        row for row in earlier if row["group"] == str(SMALL[1])
+    ]
+    assert {row["contender"] for row in stored if row["group"] == str(SMALL[0])} == {TIMM_MHSA, "fcska"}
+
+
 def test_rows_of_another_version_are_left_alone(small, tmp_path):
     (tmp_path / "bench.json").write_text('[{"suite": "layers", "milliseconds": 1.0}]')
     with pytest.raises(OutputError, match="was not written by this version of bench; choose another"):

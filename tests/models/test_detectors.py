@@ -9,6 +9,7 @@ from torch import nn
 from torchvision.models.detection.roi_heads import RoIHeads, project_masks_on_boxes
 from torchvision.ops import MultiScaleRoIAlign
 
+from scenes import assert_drawn_from_seeds
 from statickey.convert import token_mixers
 from statickey.errors import StaticKeyError, UnknownNameError
 from statickey.models import ARCHS, MaskWindows, build_detector, build_model, count_macs
@@ -95,21 +96,9 @@ def test_boxes_stay_in_float32_under_autocast(arch):
 
 
 def test_losses_are_drawn_from_the_seeds_of_the_data_alone():
-    model = detector("mhsa", "cascade_mask_rcnn").train()
     crowd = [[x, y, x + 9, y + 9] for x in range(0, 50, 6) for y in range(0, 50, 6)]
-    images, targets = batch(picture(crowd, 1), picture(crowd, 2))
-
-    def losses(targets, state):
-        torch.manual_seed(state)
-        return torch.stack(list(model(images, targets).values()))
-
-    state = torch.manual_seed(5).get_state()
-    first = losses(targets, 5)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, losses(targets, 6))
-    assert not torch.equal(first, losses([target | {"seed": 9} for target in targets], 5))
-    unseeded = [{k: v for k, v in target.items() if k != "seed"} for target in targets]
-    assert not torch.equal(losses(unseeded, 5), losses(unseeded, 6))
+    model = detector("mhsa", "cascade_mask_rcnn").train()
+    assert_drawn_from_seeds(model, *batch(picture(crowd, 1), picture(crowd, 2)))
 
 
 def test_a_seeded_sampler_draws_for_each_image_by_itself():

@@ -5,6 +5,7 @@ import torch
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from scenes import assert_drawn_from_seeds
 from statickey.convert import token_mixers
 from statickey.errors import StaticKeyError
 from statickey.models import build_detector, build_model, count_macs, start_from
@@ -108,20 +109,7 @@ def test_a_batch_without_objects_is_scored_as_the_library_would(monkeypatch):
 
 
 def test_losses_are_drawn_from_the_seeds_of_the_data_alone():
-    model = detector("mhsa").train()
-    images, targets = MIXED
-
-    def losses(targets, state):
-        torch.manual_seed(state)
-        return torch.stack(list(model(images, targets).values()))
-
-    state = torch.manual_seed(5).get_state()
-    first = losses(targets, 5)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(first, losses(targets, 6))
-    assert not torch.equal(first, losses([target | {"seed": 9} for target in targets], 5))
-    unseeded = [{k: v for k, v in target.items() if k != "seed"} for target in targets]
-    assert not torch.equal(losses(unseeded, 5), losses(unseeded, 6))
+    assert_drawn_from_seeds(detector("mhsa").train(), *MIXED)
 
 
 @pytest.mark.parametrize("autocast", [False, True])

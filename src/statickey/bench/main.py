@@ -1,7 +1,7 @@
 """``bench``: contenders in one run, checked first, then timed in turns."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -76,8 +76,8 @@ def bench(
         memory: Measure peak memory too, each contender in a process of its own on the CPU.
         compared: A folder of ``compare``: the training suite measures its network, and a figure sets the measured
             cost against the accuracy found there.
-        out: Folder of the results: ``bench.json``, ``.csv`` and ``.md``, and figures. A suite's rows replace its
-            earlier ones, and are written as soon as the suite is done.
+        out: Folder of the results: ``bench.json``, ``.csv`` and ``.md``, and figures. They are written as soon
+            as a group is measured; a suite's rows replace its earlier ones, group by group.
         console: Where to print; default the terminal.
 
     Returns:
@@ -125,10 +125,13 @@ def bench(
         for suite, contenders in plans.items():
             _check(contenders, PHASES[suite], setting, progress)
             number = ROUNDS[suite] if rounds is None else rounds
-            found = _measure(suite, contenders, setting, number, memory, progress)
-            rows += [row | {"suite": suite} | where for row in found]
-            done = {row["suite"] for row in rows}
-            _write(root, [row for row in earlier if row["suite"] not in done] + rows, accuracy)
+            for found in _measure(suite, contenders, setting, number, memory, progress):
+                rows += [row | {"suite": suite} | where for row in found]
+                groups = {row["group"] for row in found}
+                earlier = [row for row in earlier if row["suite"] != suite or row["group"] not in groups]
+                _write(root, earlier + rows, accuracy)
+            earlier = [row for row in earlier if row["suite"] != suite]
+            _write(root, earlier + rows, accuracy)
     for table in tables(rows, wide=console.width >= WIDE):
         console.print(table)
     console.print(reading(rows), style="dim")
@@ -163,13 +166,14 @@ def _measure(
     rounds: int,
     memory: bool,
     progress: Progress,
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
+) -> Iterator[list[dict[str, Any]]]:
+    """Time one group after another; yields the rows of each."""
     limit = roofline(setting)
     memory = memory and suite not in QUICK
     groups = list(dict.fromkeys(contender.group for contender in contenders))
     task = progress.add_task(suite, total=len(groups) * len(PHASES[suite]) * rounds + len(contenders) * memory)
     for group in groups:
+        rows: list[dict[str, Any]] = []
         members = [contender for contender in contenders if contender.group == group]
         peaks: dict[str, dict[Phase, int | None]] = {}
         for contender in members:
@@ -196,8 +200,8 @@ def _measure(
                 rows[-1] |= {"gmacs_per_second": limit.macs / 1e9, "gbytes_per_second": limit.bandwidth / 1e9}
                 spent = time_in(calls[contender.name], setting)
                 rows[-1] |= {f"time_in_{kind}": share for kind, share in spent.items()}
+        yield rows
     progress.remove_task(task)
-    return rows
 
 
 def _row(
