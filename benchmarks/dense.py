@@ -35,14 +35,14 @@ PATTERNS = ["mhsa", "sepconv", "ska", "cska", "fcska", "ska:key=continuous", "sk
 REPEATED = ["mhsa", "sepconv", "ska", "cska", "ska:key=continuous"]
 """Those with three seeds on bccd and camvid."""
 STAGE3 = ["sepconv", "sepconv", "X", "mhsa"]
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 SIDES = (64, 80, 112, 160, 224)
 
 
 def classifier(data: str) -> ClassificationRecipe:
     """CIFAR-10 at 64 pixels: a second stage of 8x8 tokens."""
     return ClassificationRecipe(
-        data=data, limit=20_000, model="skaformer_nano", img_size=64, epochs=6, batch_size=64, lr=0.002
+        data=data, limit=20_000, model="skaformer_nano", img_size=64, epochs=4, batch_size=64, lr=0.002
     )
 
 
@@ -53,12 +53,11 @@ def recipe(name: str, data: str) -> Recipe:
         return SegmentationRecipe(
             data=data,
             weights=weights,
-            img_size=240,
-            crop_size=192,
-            decoder_channels=64,
-            epochs=24,
+            img_size=180,
+            crop_size=160,
+            epochs=8,
             batch_size=8,
-            lr=1e-3,
+            lr=2e-3,
             model_args={"mixers": STAGE3} if name.endswith("-stage3") else {},
         )
     arch = {"bccd": "faster_rcnn", "bccd-cascade": "cascade_rcnn", "pennfudan": "mask_rcnn"}[name]
@@ -66,12 +65,11 @@ def recipe(name: str, data: str) -> Recipe:
         data=data,
         weights=weights,
         arch=arch,
-        img_size=192,
-        max_size=320,
-        scale=(0.8, 1.25),
-        epochs=24,
+        img_size=144,
+        max_size=240,
+        epochs=8,
         batch_size=8,
-        lr=1e-3,
+        lr=2e-3,
     )
 
 

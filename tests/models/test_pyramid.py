@@ -79,6 +79,16 @@ def test_frozen_stages():
         pyramid.freeze(-1)
 
 
+def test_a_network_for_one_size_says_so_on_another():
+    args = {"embed_dim": 16, "stages": (1, 1, 1, 1)}
+    pyramid = build_pyramid("hiera_tiny_224", None, img_size=64, model_args=args)
+    assert [each.shape[-1] for each in pyramid(torch.zeros(1, 3, 64, 64))] == [16, 8, 4, 2]
+    with pytest.raises(
+        StaticKeyError, match=r"Hiera, built for .* broke on one of 64 x 96 \(.*any size, such as ska"
+    ):
+        pyramid(torch.zeros(1, 3, 64, 96))
+
+
 def test_what_has_no_pyramid():
     with pytest.raises(StaticKeyError, match="LevitDistilled has maps at strides"):
         Pyramid(timm.create_model("levit_128s"))

@@ -91,7 +91,9 @@ def test_the_step_is_kept_and_taken_again(task, of, tmp_path, monkeypatch):
     )
     for name, value in load_file(folder / "model.safetensors").items():
         torch.testing.assert_close(value, met["state"][name], rtol=0, atol=0, equal_nan=True)
+    state = torch.get_rng_state()
     again = {name: value.item() for name, value in replay(folder).items()}
+    assert torch.equal(torch.get_rng_state(), state)
     assert again == pytest.approx(met["losses"], rel=0, abs=0, nan_ok=True)
     assert not torch.tensor(list(again.values())).isfinite().all()
     if of == "data":

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import LayerNorm2d
 from timm.models import group_parameters
@@ -24,6 +25,10 @@ _ANY_SIZE: tuple[dict[str, Any], ...] = (
     {},
 )
 """What lets timm's networks take any image: vision transformers, Swin, and those that do as they are."""
+
+
+_WRONG_SIZE = (AssertionError, RuntimeError, IndexError, ValueError)
+"""What timm's networks for one size of image end in on another."""
 
 
 class Pyramid(nn.Module):
@@ -73,12 +78,13 @@ class Pyramid(nn.Module):
         self.body = body
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Maps (B, channels[i], about H / stride, about W / stride), finest first."""
-        host: Any = self.body
+        """Maps (B, channels[i], about H / stride, about W / stride), finest first.
+
+        Raises:
+            StaticKeyError: The network takes images of one size alone, and these have another.
+        """
         x = self._padded(x)
-        maps: list[Tensor] = host.forward_intermediates(
-            x, indices=self._indices, norm=self.necks is not None, intermediates_only=True
-        )
+        maps = self._maps(x)
         if self.necks is None:
             return maps
         made = [neck(maps[-1]) for neck in self.necks]
@@ -87,6 +93,22 @@ class Pyramid(nn.Module):
             each if each.shape[-2:] == size else F.interpolate(each, size, mode="bilinear")
             for each, size in zip(made, sizes, strict=True)
         ]
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        host: Any = self.body
+        try:
+            return host.forward_intermediates(  # type: ignore[no-any-return]
+                x, indices=self._indices, norm=self.necks is not None, intermediates_only=True
+            )
+        except _WRONG_SIZE as error:
+            built: Any = getattr(host, "pretrained_cfg", {}).get("input_size")
+            if built is None or tuple(x.shape[-2:]) == tuple(built[-2:]) or isinstance(error, torch.OutOfMemoryError):
+                raise
+            raise StaticKeyError(
+                f"{type(host).__name__}, built for images of {built[-2]} x {built[-1]} pixels, broke on one of "
+                f"{x.shape[-2]} x {x.shape[-1]} ({str(error).splitlines()[0]}); detection and segmentation need a "
+                "network for images of any size, such as skaformer_*, caformer_*, swin_* or vit_*"
+            ) from error
 
     def _padded(self, x: Tensor) -> Tensor:
         """Whole patches, zeros to the right and below, for a body that does not pad them itself, such as Swin."""

@@ -146,7 +146,8 @@ def replay(folder: str | Path, *, rank: int | None = None, device: str = "cpu") 
         precision = facts["precision"]
     if rank is not None and rank not in ranks:
         raise OutputError(f"{path} has no step of process {rank}; give one of {', '.join(map(str, ranks))}")
-    model = task.rebuild(ModelCard.read(path / CONFIG_FILE)).to(device).train()
+    with torch.random.fork_rng(devices=[]):
+        model = task.rebuild(ModelCard.read(path / CONFIG_FILE)).to(device).train()
     weights, place = path / WEIGHTS_FILES["last"], path / _BATCH_FILE.format(ranks[0] if rank is None else rank)
     try:
         model.load_state_dict(safetensors.torch.load_file(regular(weights), device))
@@ -156,8 +157,11 @@ def replay(folder: str | Path, *, rank: int | None = None, device: str = "cpu") 
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise OutputError(f"{path} is not whole ({str(error).splitlines()[0]}); {remedy}") from error
     dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
-    torch.set_rng_state(tensors[_RNG_STATE])
-    with torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None):
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.autocast(torch.device(device).type, dtype, enabled=dtype is not None),
+    ):
+        torch.set_rng_state(tensors[_RNG_STATE])
         return task.losses(model, move_data_to_device(batch, torch.device(device)), recipe)
 
 
