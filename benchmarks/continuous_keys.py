@@ -22,6 +22,7 @@ from statickey.compare import compare, paired_differences
 from statickey.convert import token_mixers
 from statickey.data import ImageDataModule
 from statickey.layers import MIXERS, ContinuousKey, StaticKeyAttention
+from statickey.layers.attention import Rotate
 from statickey.layers.windows import Segment
 from statickey.tasks import load_model
 from statickey.tasks.accuracy import Accuracy
@@ -97,7 +98,9 @@ class Rotary(StaticKeyAttention):
         a, b = rows.chunk(2, dim=-1)
         return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], dim=-1)
 
-    def _segments(self, query: Tensor, feat_size: tuple[int, int], rows: Callable[[str], Tensor]) -> list[Segment]:
+    def _segments(
+        self, query: Tensor, feat_size: tuple[int, int], rows: Callable[[str], Tensor], turn: Rotate
+    ) -> list[Segment]:
         key = self.static_key.expand(-1, feat_size[0] * feat_size[1], -1)
         return [Segment(self._turned(query, feat_size), self._turned(key, feat_size), None, 0)]
 

@@ -75,8 +75,8 @@ class FactorizedIdentity(FactorizedSmall):
 class FactorizedAdded(FactorizedSmall):
     """Convolution added to the query, small key."""
 
-    def _segments(self, query: Tensor, feat_size: tuple[int, int], rows: Any) -> list[Any]:
-        (segment,) = super()._segments(query, feat_size, rows)
+    def _segments(self, query: Tensor, feat_size: tuple[int, int], rows: Any, turn: Any) -> list[Any]:
+        (segment,) = super()._segments(query, feat_size, rows, turn)
         return [segment._replace(query=segment.query + query)]
 
 

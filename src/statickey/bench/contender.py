@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._typing import Backend, Size2
 from ..layers import MIXERS, AttentionMixer, ConvStaticKeyAttention, TokenMixer
-from ..layers.attention import AttendOp
+from ..layers.attention import AttendOp, Rotate
 from ..models import Detector, MaskWindows, Swap, build_detector, build_model, count_macs
 from ..ops import reference, static_key_attention
 
@@ -77,8 +77,8 @@ class LayerShape:
 class PlainConvStaticKeyAttention(ConvStaticKeyAttention):
     """CSKA as the paper writes it: a grouped convolution, a softmax, a product."""
 
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
-        query, value = self._split_heads(self.qv(x), 2)
+    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
+        query, value = self._split_heads(self.qv(x), 2)  # measured without a rotary embedding
         return reference.conv_static_key_attention(
             query,
             self.key_rows(feat_size, "conv_key"),

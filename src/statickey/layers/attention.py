@@ -13,12 +13,15 @@ from torch import Tensor, nn
 from .._checks import check_scale
 from .._typing import Backend, Size2
 from ..errors import BackendError, FeatSizeError, StaticKeyError
-from ..ops import static_key_attention, static_key_weights, unfold_queries
+from ..ops import rotate, static_key_attention, static_key_weights, unfold_queries
 from .mixer import TokenMixer
 from .parts import HeadMix
 
 AttendOp = Callable[..., Tensor]
 """``op(query, key, value, key_bias=, query_offset=, unfold=)``: the attention, or its map, of a mixer."""
+
+Rotate = Callable[[Tensor], Tensor]
+"""Turns vectors of all tokens, (..., P + H*W, d), by their places; changes nothing where there is no rotation."""
 
 
 class AttentionMixer(TokenMixer):
@@ -27,8 +30,11 @@ class AttentionMixer(TokenMixer):
     Attributes: ``scale``, the factor on the logits, or ``log_temperature`` where it is learned, else None;
     ``mask_diagonal``; ``backend``, that of ``static_key_attention``, whose limits it has; ``q_norm``, applied to each
     head's query, ``out_norm``, applied before ``proj``, and ``head_mix`` (a ``HeadMix``, else None): what a host had
-    around its attention, kept by ``convert``.
+    around its attention, kept by ``convert``; ``rotate_half``, how a rotary position embedding pairs channels: the
+    two halves, or neighbours.
     """
+
+    rotates = True
 
     log_temperature: nn.Parameter | None
 
@@ -40,6 +46,7 @@ class AttentionMixer(TokenMixer):
         self.q_norm: nn.Module = nn.Identity()
         self.head_mix: HeadMix | None = None
         self.out_norm: nn.Module = nn.Identity()
+        self.rotate_half = False
         self.proj = nn.Linear(self.num_heads * self.head_dim, self.dim, bias=proj_bias, **factory)
 
     def _set_logits(
@@ -64,7 +71,12 @@ class AttentionMixer(TokenMixer):
             nn.init.constant_(self.log_temperature, math.log(self.scale))
 
     def attention_weights(
-        self, x: Tensor, feat_size: Size2 | None = None, *, attn_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        feat_size: Size2 | None = None,
+        *,
+        attn_mask: Tensor | None = None,
+        rope: Tensor | None = None,
     ) -> Tensor:
         """The attention map of every head, always computed and stored in full.
 
@@ -72,6 +84,7 @@ class AttentionMixer(TokenMixer):
             x: As in ``forward``.
             feat_size: As in ``forward``.
             attn_mask: As in ``forward``.
+            rope: As in ``forward``.
 
         Returns:
             (B, h, N, N), rows sum to one (unless heads are mixed after the softmax).
@@ -82,16 +95,26 @@ class AttentionMixer(TokenMixer):
                 f"off_grid='window' has no single attention map on feat_size={feat_size}; "
                 f"ask for it on feat_size={self.feat_size}"
             )
-        return self._attend(x, feat_size, partial(self._call_op, attn_mask=attn_mask, as_map=True))
+        if rope is not None:
+            self._check_rotates(feat_size)
+        op = partial(self._call_op, attn_mask=attn_mask, as_map=True)
+        return self._attend(x, feat_size, op, self._rotation(rope))
 
-    def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:
+    def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None, rope: Tensor | None = None) -> Tensor:
         if attn_mask is not None and self._tiles(feat_size):
             raise FeatSizeError(
                 f"attn_mask needs one map of all tokens, off_grid='window' tiles feat_size={feat_size}"
             )
         attend = self._attend_unmasked if attn_mask is None else self._attend
-        out = attend(x, feat_size, partial(self._call_op, attn_mask=attn_mask)).transpose(1, 2).flatten(2)
+        out = attend(x, feat_size, partial(self._call_op, attn_mask=attn_mask), self._rotation(rope))
+        out = out.transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(self.out_norm(out)))  # type: ignore[no-any-return]
+
+    def _rotation(self, rope: Tensor | None) -> Rotate:
+        """What turns queries and keys of all tokens."""
+        if rope is None:
+            return _stay
+        return partial(rotate, rope=rope, half=self.rotate_half, num_prefix_tokens=self.num_prefix_tokens)
 
     def _tiles(self, feat_size: Size2) -> bool:
         """Whether attention on this grid is split into windows."""
@@ -105,12 +128,12 @@ class AttentionMixer(TokenMixer):
         return (num_projections + 1) * self.dim * inner * num_tokens + products + mixing
 
     @abstractmethod
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
-        """Project and call ``op(query, key, value, key_bias=, query_offset=)``; (B, h, N, ...)."""
+    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
+        """Project, turn and call ``op(query, key, value, key_bias=, query_offset=)``; (B, h, N, ...)."""
 
-    def _attend_unmasked(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+    def _attend_unmasked(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
         """What ``_attend`` computes, where neither a mask nor the map is asked for."""
-        return self._attend(x, feat_size, op)
+        return self._attend(x, feat_size, op, turn)
 
     def _logit_scale(self) -> float | Tensor:
         return self.scale if self.log_temperature is None else self.log_temperature.exp()
@@ -155,6 +178,10 @@ class AttentionMixer(TokenMixer):
         batch, tokens, _ = x.shape
         heads = x.reshape(batch, tokens, parts, self.num_heads, self.head_dim)
         return heads.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _stay(vectors: Tensor) -> Tensor:
+    return vectors
 
 
 def _query_rows(attn_mask: Tensor | None, first_token: int, num_queries: int) -> Tensor | None:

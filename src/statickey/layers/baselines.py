@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from .._checks import check_map, check_no_mask, check_not_causal
 from .._typing import Size2
 from ..errors import StaticKeyError
-from .attention import AttendOp, AttentionMixer
+from .attention import AttendOp, AttentionMixer, Rotate
 from .mixer import GridState, TokenMixer
 
 
@@ -71,9 +71,10 @@ class SelfAttention(AttentionMixer):
         tokens = self._count(feat_size)[1]
         return self._attention_macs(tokens, tokens**2, self.head_dim, 3)
 
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
         query, key, value = self._split_heads(self.qkv(x), 3)
-        return op(self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype), value)
+        query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
+        return op(turn(query), turn(key), value)
 
 
 class SharedKeyValueAttention(AttentionMixer):
@@ -92,9 +93,9 @@ class SharedKeyValueAttention(AttentionMixer):
         tokens = self._count(feat_size)[1]
         return self._attention_macs(tokens, tokens**2, self.head_dim, 2)
 
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
         query, value = self._split_heads(self.qv(x), 2)
-        return op(self.q_norm(query).to(value.dtype), value, value)
+        return op(turn(self.q_norm(query).to(value.dtype)), turn(value), value)
 
 
 class SynthesizerAttention(GridState, AttentionMixer):
@@ -107,6 +108,7 @@ class SynthesizerAttention(GridState, AttentionMixer):
     """
 
     grid_parameters = ("static_key", "key_bias")
+    rotates = False
 
     def _build(self, qkv_bias: bool, proj_bias: bool, factory: dict[str, Any]) -> None:
         super()._build(qkv_bias, proj_bias, factory)
@@ -128,7 +130,7 @@ class SynthesizerAttention(GridState, AttentionMixer):
         tokens = self._count(feat_size)[1]
         return self._attention_macs(tokens, tokens**2, self.head_dim, 2)
 
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
         query, value = self._split_heads(self.qv(x), 2)
         query = self.q_norm(query).to(value.dtype)
         key = self._resample(self.static_key, self.feat_size, feat_size).to(query.dtype)
@@ -230,11 +232,12 @@ class _MapMixer(TokenMixer):
         *,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        rope: Tensor | None = None,
     ) -> Tensor:
         """Mix tokens or a map; see ``TokenMixer.forward``."""
         check_no_mask(type(self).__name__, attn_mask)
-        if self.input_fmt != "NCHW" or isinstance(x, fx.Proxy):
-            return super().forward(x, feat_size, is_causal=is_causal)
+        if self.input_fmt != "NCHW" or isinstance(x, fx.Proxy) or rope is not None:
+            return super().forward(x, feat_size, is_causal=is_causal, rope=rope)
         check_not_causal(is_causal)
         check_map(x, self.dim, self.num_prefix_tokens, channels_first=True)
         return self.proj_drop(self._mix_map(x))  # type: ignore[no-any-return]

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .._checks import check_kernel_size
 from .._typing import Key, OffGrid, Size2
+from .attention import Rotate
 from .static_key import KEY_STD, StaticKeyAttention, reset_key
 from .windows import Segment
 
@@ -72,7 +73,7 @@ class FactorizedConvStaticKeyAttention(_ConvolvedQueryAttention):
 
     Constructor, shapes and errors are those of ``StaticKeyAttention``, with ``kernel_size=3`` (odd) and one
     attribute more, ``query_conv``: Conv2d(h*d, h*d, k, groups=h). With ``off_grid="window"`` the convolution
-    still sees the whole map.
+    still sees the whole map. A rotary position embedding turns the convolved query.
     """
 
     def _build_keys(self, factory: dict[str, Any]) -> None:
@@ -90,7 +91,9 @@ class FactorizedConvStaticKeyAttention(_ConvolvedQueryAttention):
         inner = self.num_heads * self.head_dim
         return super().macs(feat_size) + self._count(feat_size)[0] * inner * self.head_dim * self.kernel_size**2
 
-    def _segments(self, query: Tensor, feat_size: Size2, rows: Callable[[str], Tensor]) -> list[Segment]:
+    def _segments(
+        self, query: Tensor, feat_size: Size2, rows: Callable[[str], Tensor], turn: Rotate
+    ) -> list[Segment]:
         prefix, grid = query.tensor_split([self.num_prefix_tokens], dim=2)
         # channels last from token to token: the convolution is faster so, and fused attention far faster on a query
         # whose last axis is contiguous
@@ -100,7 +103,8 @@ class FactorizedConvStaticKeyAttention(_ConvolvedQueryAttention):
         convolved = self.query_conv(maps).permute(0, 2, 3, 1).reshape(*grid.transpose(1, 2).shape).transpose(1, 2)
         if self.num_prefix_tokens:
             convolved = torch.cat([prefix, convolved], dim=2)
-        return [Segment(convolved, rows("static_key"), None, 0)]
+        # turned after the convolution: the logit of two tokens then depends on the difference of their places
+        return [Segment(turn(convolved), turn(rows("static_key")), None, 0)]
 
 
 class ConvStaticKeyAttention(_ConvolvedQueryAttention):
@@ -147,11 +151,14 @@ class ConvStaticKeyAttention(_ConvolvedQueryAttention):
         wider = self.num_heads * self.head_dim * (self.kernel_size**2 - 1)
         return super().macs(feat_size) + self._num_logits(feat_size or self.feat_size)[1] * wider
 
-    def _segments(self, query: Tensor, feat_size: Size2, rows: Callable[[str], Tensor]) -> list[Segment]:
-        prefix, grid = query.tensor_split([self.num_prefix_tokens], dim=2)
-        key = rows("conv_key").permute(0, 1, 3, 4, 2).flatten(2)  # as unfold_queries lays neighbourhoods out
+    def _segments(
+        self, query: Tensor, feat_size: Size2, rows: Callable[[str], Tensor], turn: Rotate
+    ) -> list[Segment]:
+        prefix, grid = turn(query).tensor_split([self.num_prefix_tokens], dim=2)
+        key = turn(rows("conv_key").permute(3, 4, 0, 1, 2))  # each d numbers of a filter are a key of their row
+        key = key.permute(2, 3, 0, 1, 4).flatten(2)  # as unfold_queries lays neighbourhoods out
         unfold = (feat_size, self.kernel_size)
         segment = Segment(grid, key, rows("conv_bias"), self.num_prefix_tokens, unfold)
         if self.prefix_key is None:
             return [segment]
-        return [Segment(prefix, rows("prefix_key"), None, 0), segment]
+        return [Segment(prefix, turn(rows("prefix_key")), None, 0), segment]

@@ -19,7 +19,7 @@ from .._checks import (
     check_tokens,
 )
 from .._typing import InputFmt, Size2
-from ..errors import FeatSizeError
+from ..errors import FeatSizeError, StaticKeyError
 from ..ops import resample_static_key
 from .parts import TokenGrids
 
@@ -59,6 +59,9 @@ class TokenMixer(nn.Module, ABC):
 
     grid_parameters: tuple[str, ...] = ()
     """Parameters and buffers whose second axis runs over prefix tokens and the positions of ``key_grid``."""
+
+    rotates: ClassVar[bool] = False
+    """Whether the mixer has queries and keys that a rotary position embedding can turn."""
 
     __call__: Callable[..., Tensor]
 
@@ -116,6 +119,7 @@ class TokenMixer(nn.Module, ABC):
         *,
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
+        rope: Tensor | None = None,
     ) -> Tensor:
         """Mix tokens.
 
@@ -125,21 +129,28 @@ class TokenMixer(nn.Module, ABC):
             attn_mask: Added to the scaled logits, or boolean and true where attention is allowed; broadcasts to
                 (B, h, N, N).
             is_causal: Accepted because timm's blocks pass it; must be False.
+            rope: A rotary position embedding, (H*W, 2*d) or one for each head, (h, H*W, 2*d): sines, then cosines,
+                by which grid tokens turn their queries and keys; a static key is turned by the place of its row.
 
         Returns:
             In the shape of ``x``.
 
         Raises:
             FeatSizeError: The tokens do not fill the grid.
-            StaticKeyError: Causal attention, or a mask for a mixer without attention, is asked for.
+            StaticKeyError: Causal attention, or a mask or rotary embedding for a mixer without attention, is asked
+                for; or a rotary embedding for a static key that is not on the grid of the tokens.
             BackendError: The mixer's ``backend`` cannot run here: ``"triton"`` with a mask, with ``attn_drop`` in
                 training, for self-attention, or while the mixer is compiled, exported or transformed.
         """
         if isinstance(x, fx.Proxy):
-            return self._traced(x, feat_size, attn_mask)
+            return self._traced(x, feat_size, attn_mask, rope)
         check_not_causal(is_causal)
         tokens, feat_size = self._tokens(x, feat_size)
-        out = self._mix(tokens, feat_size, attn_mask)
+        turned = {}
+        if rope is not None:
+            self._check_rotates(feat_size)
+            turned = {"rope": rope}
+        out = self._mix(tokens, feat_size, attn_mask, **turned)
         if self.input_fmt == "NLC":
             return out
         maps = out.reshape(out.shape[0], *feat_size, self.dim)
@@ -154,15 +165,25 @@ class TokenMixer(nn.Module, ABC):
         maps = x.permute(0, 2, 3, 1) if channels_first else x
         return maps.flatten(1, 2), (maps.shape[1], maps.shape[2])
 
-    def _traced(self, x: fx.Proxy, feat_size: Size2 | None, attn_mask: Tensor | None) -> Any:
+    def _traced(
+        self, x: fx.Proxy, feat_size: Size2 | None, attn_mask: Tensor | None, rope: Tensor | None = None
+    ) -> Any:
         """A leaf of a symbolic trace: the grid is known when the mixer runs, not before."""
-        kwargs: dict[str, Any] = {"attn_mask": attn_mask}
+        kwargs: dict[str, Any] = {"attn_mask": attn_mask} | ({} if rope is None else {"rope": rope})
         tracer = cast(fx.Tracer, x.tracer)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x, feat_size), kwargs)
 
+    def _check_rotates(self, feat_size: Size2) -> None:
+        """Refuse a rotary position embedding on a grid where the mixer cannot follow it."""
+        if not self.rotates:
+            raise StaticKeyError(
+                f"{type(self).__name__} has no query and key that a rotary position embedding could turn; use mhsa "
+                "or a static key"
+            )
+
     @abstractmethod
     def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:
-        """Mix tokens of a checked shape."""
+        """Mix tokens of a checked shape; a mixer that ``rotates`` may also be given ``rope``."""
 
     @abstractmethod
     def macs(self, feat_size: Size2 | None = None) -> int:

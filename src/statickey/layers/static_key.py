@@ -13,7 +13,7 @@ from .._checks import check_feat_size, check_key_options
 from .._typing import Key, OffGrid, Size2
 from ..errors import StaticKeyError
 from ..ops import cell_sizes, pool_cells, pooling_macs, repeat_cells
-from .attention import AttendOp, AttentionMixer
+from .attention import AttendOp, AttentionMixer, Rotate
 from .continuous import ContinuousKey
 from .mixer import GridState
 from .windows import Segment, attend_in_windows, num_window_logits
@@ -240,15 +240,17 @@ class StaticKeyAttention(GridState, AttentionMixer):
         key = getattr(self, name)
         return key(grid) if isinstance(key, ContinuousKey) else self._resample(key, self.key_grid, grid)
 
-    def _segments(self, query: Tensor, feat_size: Size2, rows: Callable[[str], Tensor]) -> list[Segment]:
+    def _segments(
+        self, query: Tensor, feat_size: Size2, rows: Callable[[str], Tensor], turn: Rotate
+    ) -> list[Segment]:
         """Queries of all tokens on ``feat_size``, in token order, with their keys, whose rows are given by name."""
-        return [Segment(query, rows("static_key"), None, 0)]
+        return [Segment(turn(query), turn(rows("static_key")), None, 0)]
 
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
         query, value = self._project(x)
         if self._tiles(feat_size):
             return attend_in_windows(
-                self._segments(query, feat_size, partial(self.key_rows, self.feat_size)),
+                self._segments(query, feat_size, partial(self.key_rows, self.feat_size), turn),
                 value,
                 op,
                 feat_size=feat_size,
@@ -263,16 +265,16 @@ class StaticKeyAttention(GridState, AttentionMixer):
                 self.key_rows(cells, name), cells, feat_size, num_prefix_tokens=self.num_prefix_tokens
             )
 
-        return attend(self._segments(query, feat_size, rows), value, op)
+        return attend(self._segments(query, feat_size, rows, turn), value, op)
 
-    def _attend_unmasked(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+    def _attend_unmasked(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
         if not self._pools(feat_size):
-            return self._attend(x, feat_size, op)
+            return self._attend(x, feat_size, op, turn)
         cells, prefix = self._cells(feat_size), self.num_prefix_tokens
         pool = partial(pool_cells, feat_size=feat_size, key_size=cells, num_prefix_tokens=prefix)
         query, value = self._project(x, pool)
         count = cell_sizes(feat_size, cells, num_prefix_tokens=prefix, device=x.device)
-        segments = self._segments(query, feat_size, partial(self.key_rows, cells))
+        segments = self._segments(query, feat_size, partial(self.key_rows, cells), turn)
         return attend(segments, value, partial(op, key_count=count))
 
     def _project(self, x: Tensor, pool: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
@@ -302,6 +304,14 @@ class StaticKeyAttention(GridState, AttentionMixer):
     def _pools(self, feat_size: Size2) -> bool:
         """Whether attention on this grid is to means of values, in cells of a coarser one."""
         return not self._tiles(feat_size) and not self.mask_diagonal and self._cells(feat_size) != feat_size
+
+    def _check_rotates(self, feat_size: Size2) -> None:
+        super()._check_rotates(feat_size)
+        if self._tiles(feat_size) or self._cells(feat_size) != feat_size:
+            raise StaticKeyError(
+                f"a rotary position embedding turns each key by the place of its token, on feat_size={feat_size} "
+                f"keys are on a grid of {self.key_grid}; use key_size=None and off_grid='resample'"
+            )
 
     def _tiles(self, feat_size: Size2) -> bool:
         return self.off_grid == "window" and feat_size != self.feat_size

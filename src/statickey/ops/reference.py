@@ -136,3 +136,17 @@ def pool_cells(tokens: Tensor, feat_size: Size2, key_size: Size2, *, num_prefix_
     )
     means = [grid[:, y][:, :, x].mean((1, 2)) for y in ys for x in xs]
     return torch.cat([tokens[:, :num_prefix_tokens], torch.stack(means, dim=1)], dim=1)
+
+
+def rotate(x: Tensor, angles: Tensor, *, half: bool, num_prefix_tokens: int) -> Tensor:
+    """Rotary embedding, pair by pair as complex numbers; ``angles`` (..., N, d/2), one for each pair."""
+    width = x.shape[-1]
+    out = x.clone()
+    for pair in range(width // 2):
+        a, b = (pair, pair + width // 2) if half else (2 * pair, 2 * pair + 1)
+        for token in range(num_prefix_tokens, x.shape[-2]):
+            number = torch.complex(x[..., token, a], x[..., token, b])
+            angle = angles[..., token - num_prefix_tokens, pair]
+            number = number * torch.complex(angle.cos(), angle.sin())
+            out[..., token, a], out[..., token, b] = number.real, number.imag
+    return out

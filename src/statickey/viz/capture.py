@@ -61,7 +61,7 @@ def capture_attention(model: nn.Module, images: Tensor, layers: Sequence[str] | 
 def _record(
     maps: dict[str, Tensor], name: str, mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
-    called_with = {k: v for k, v in kwargs.items() if k in ("feat_size", "attn_mask") and v is not None}
+    called_with = {k: v for k, v in kwargs.items() if k in ("feat_size", "attn_mask", "rope") and v is not None}
     maps[name] = mixer.attention_weights(*args, **called_with).cpu()
 
 
