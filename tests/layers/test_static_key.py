@@ -220,7 +220,7 @@ def test_windows_give_each_token_the_keys_of_its_window(cls, feat_size, prefix):
     out = layer(x, feat_size)
 
     heads = [part.reshape(*x.shape[:2], HEADS, -1).transpose(1, 2) for part in layer.qv(x).chunk(2, dim=2)]
-    segments = layer._segments(heads[0], feat_size, partial(layer.key_rows, layer.feat_size))
+    segments = layer._segments(heads[0], feat_size, partial(layer.key_rows, layer.feat_size), lambda rows: rows)
     height, width = feat_size
     y, col = torch.arange(height).repeat_interleave(width), torch.arange(width).repeat(height)
     rows = torch.cat([torch.arange(prefix), prefix + (y % GRID[0]) * GRID[1] + col % GRID[1]])
