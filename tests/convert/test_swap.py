@@ -472,12 +472,6 @@ REFUSED = {
         {},
         "ParallelScalingBlock without a timm.layers.Attention",
     ),
-    "rotary": (
-        lambda: timm.create_model("eva02_tiny_patch14_224", depth=1),
-        "ska",
-        {},
-        "rotary position embedding.*eva_giant",
-    ),
     "no attention": (
         timm.models.metaformer.MetaFormer,
         "ska",

@@ -1,6 +1,6 @@
 """Swap the attention of an existing timm model, or of your own."""
 
-from . import metaformers, transformers, windows
+from . import metaformers, rotary, transformers, windows
 from .host import (
     HostRule,
     Site,
@@ -29,6 +29,7 @@ __all__ = [
     "forked_random",
     "metaformers",
     "register_host_rule",
+    "rotary",
     "set_key",
     "set_key_size",
     "set_off_grid",

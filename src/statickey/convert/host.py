@@ -44,6 +44,9 @@ class Site:
         k_norm: Norm of each head's key, kept where the key is dynamic.
         out_norm: Norm before the output projection, kept.
         head_mix: Mixing of heads around the softmax, kept.
+        gate: Linear layer (dim -> h*d) whose sigmoid multiplies the input of the output projection, kept.
+        rotate_half: Where the host passes a rotary position embedding (``rope`` of a mixer's ``forward``), how it
+            pairs channels: the two halves, or neighbours. None where there is none.
         init_weights: How the host initialises a linear layer or convolution, for projections not carried over.
         wrap: Makes the module to install from the mixer; the mixer itself by default.
         macs: Multiply-accumulates of the module there now, for one image.
@@ -73,6 +76,8 @@ class Site:
     k_norm: nn.Module | None = None
     out_norm: nn.Module | None = None
     head_mix: HeadMix | None = None
+    gate: nn.Module | None = None
+    rotate_half: bool | None = None
     init_weights: Callable[[nn.Module], None] | None = None
     wrap: Callable[[TokenMixer], nn.Module] | None = None
     macs: int = 0
@@ -101,6 +106,7 @@ class Site:
         proj = fields.pop("proj", None) or module.proj
         inner, dim = weight.shape[0] // 3, weight.shape[1]
         tokens = num_prefix_tokens + feat_size[0] * feat_size[1]
+        linear = 4 if fields.get("gate") is None else 5
         mixing = 0 if fields.get("head_mix") is None else 2 * num_heads**2 * tokens**2
         drops = {drop: getattr(getattr(module, drop, None), "p", 0.0) for drop in ("attn_drop", "proj_drop")}
         read = {
@@ -113,7 +119,7 @@ class Site:
             "with_qkv_bias": bias is not None,
             "with_proj_bias": proj.bias is not None,
             **drops,
-            "macs": windows * (4 * dim * inner * tokens + 2 * inner * tokens**2 + mixing),
+            "macs": windows * (linear * dim * inner * tokens + 2 * inner * tokens**2 + mixing),
             "windows": windows,
         }
         return cls(module=module, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, **(read | fields))
@@ -123,7 +129,7 @@ class Site:
         """Read a site from a mixer that stands there already; only self-attention has weights to carry over."""
         fields |= {name: getattr(mixer, name) for name in ("feat_size", "num_prefix_tokens", "input_fmt")}
         if isinstance(mixer, SelfAttention):
-            kept = ("q_norm", "k_norm", "out_norm", "head_mix", "log_temperature")
+            kept = ("q_norm", "k_norm", "out_norm", "head_mix", "gate", "log_temperature")
             fields |= {name: getattr(mixer, name) for name in kept} | {"mixer_args": _logit_args(mixer)}
             return cls.of(mixer, **fields)
         return cls(

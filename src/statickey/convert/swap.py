@@ -13,7 +13,7 @@ from torch import nn
 from .._checks import check_arguments, check_mapping, check_name, check_positive
 from .._typing import Size2
 from ..errors import StaticKeyError, UnsupportedHostError
-from ..layers import MIXERS, AttentionMixer, SelfAttention, TokenMixer, has_static_key
+from ..layers import MIXERS, AttentionMixer, SelfAttention, StaticKeyAttention, TokenMixer, has_static_key
 from .host import Site, become_converted, find_rule
 from .keys import forked_random
 
@@ -77,10 +77,12 @@ def convert(
     """Replace the attention of a model by a mixer, in place.
 
     Hosts: timm's VisionTransformer (ViT, DeiT), MetaFormer, Swin and Swin-V2 (a key per window position,
-    position bias kept), CaiT (patch blocks; talking heads kept), BEiT (position bias kept), EVA without rotary
-    embedding, and what ``register_host_rule`` adds. Norms of queries, layer scale, drop path and register tokens
-    stay. The model's class gains what mixers need: keys in ``no_weight_decay``, resampling in
-    ``set_input_size``, for MetaFormers also ``group_matcher``.
+    position bias kept), CaiT (patch blocks; talking heads kept), BEiT (position bias kept), Eva (EVA-02, DINOv3, PE
+    and ViTs with rotary position embedding: a static key is turned by the place of its row, at each call), the
+    encoders of DeepSeek's and Qwen3's ViT, and what ``register_host_rule`` adds. Norms of queries, gates, layer
+    scale, drop path and register tokens stay; where heads share keys and values in groups, each gets its own. The
+    model's class gains what mixers need: keys in ``no_weight_decay``, resampling in ``set_input_size``, for
+    MetaFormers also ``group_matcher``.
 
     The mixers' own parameters are drawn under a forked random state, each place from a seed of its own. So
     models built and converted at one seed share every other weight, bit for bit, whichever mixers they got.
@@ -243,17 +245,26 @@ def _initialise(mixer: TokenMixer, site: Site, seed: int) -> None:
 
 
 def _keep_parts(name: str, site: Site, mixer: str, new: TokenMixer) -> None:
-    """Move copies of the norms and the head mixing of the host into the mixer."""
-    kept = {"q_norm": site.q_norm, "out_norm": site.out_norm, "head_mix": site.head_mix}
+    """Move copies of the norms, the gate and the head mixing of the host into the mixer."""
+    kept = {"q_norm": site.q_norm, "out_norm": site.out_norm, "head_mix": site.head_mix, "gate": site.gate}
     kept = {part: module for part, module in kept.items() if not isinstance(module, nn.Identity | None)}
     parts = [*kept, *(["a position bias"] if site.needs_map else [])]
-    if parts and not isinstance(new, AttentionMixer):
+    if site.rotate_half is not None:
+        parts.append("a rotary position embedding")
+    if (parts and not isinstance(new, AttentionMixer)) or (site.rotate_half is not None and not new.rotates):
         raise UnsupportedHostError(f"{name} has {', '.join(parts)}, for which mixer {mixer!r} has no place")
     if parts and (new.num_heads, new.head_dim) != (site.num_heads, site.head_dim):
         raise StaticKeyError(
             f"{name} has {', '.join(parts)} for {site.num_heads} heads of {site.head_dim}, the mixer has "
             f"{new.num_heads} of {new.head_dim}; keep the host's heads"
         )
+    if isinstance(new, AttentionMixer) and site.rotate_half is not None:
+        new.rotate_half = site.rotate_half
+        if isinstance(new, StaticKeyAttention) and (new.key_size is not None or new.off_grid != "resample"):
+            raise StaticKeyError(
+                f"{name} has a rotary position embedding, which turns each key by the place of its token: it takes "
+                f"key_size=None and off_grid='resample', not {new.key_size} and {new.off_grid!r}"
+            )
     for part, module in kept.items():
         setattr(new, part, deepcopy(module))
     if isinstance(new, SelfAttention) and site.k_norm is not None:

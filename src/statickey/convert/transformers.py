@@ -1,16 +1,14 @@
-"""Rules for transformers on one patch grid: ViT and DeiT, CaiT, EVA, BEiT."""
+"""Rules for transformers on one patch grid: ViT and DeiT, CaiT, BEiT."""
 
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
 from typing import Any
 
-import torch
 from timm.layers import Attention
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
 from timm.models.cait import Cait, TalkingHeadAttn
-from timm.models.eva import Eva, EvaAttention
 from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
 
@@ -66,7 +64,7 @@ class GridHost(StaticKeyHost):
         return super()._pos_embed(x)  # type: ignore[misc]
 
 
-def _keep_grid(grids: TokenGrids, block: nn.Module, args: tuple[Any, ...]) -> None:
+def _keeppatch_grid(grids: TokenGrids, block: nn.Module, args: tuple[Any, ...]) -> None:
     """Tie a block's input to its grid: recomputed later, it must not see that of another input of equal length."""
     x = args[0]
     if hasattr(x, "feat_size"):
@@ -75,19 +73,13 @@ def _keep_grid(grids: TokenGrids, block: nn.Module, args: tuple[Any, ...]) -> No
         x.feat_size = grids.by_count[x.shape[1]]
 
 
-class EvaMixer(nn.Module):
-    """A mixer called as EVA's blocks call their attention; there is no rotary embedding to pass on."""
-
-    def __init__(self, mixer: TokenMixer) -> None:
-        super().__init__()
-        self.mixer = mixer
-
-    def forward(
-        self, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
-    ) -> Tensor:
-        """(B, N, dim) to the same."""
-        assert rope is None
-        return self.mixer(x, attn_mask=attn_mask, is_causal=is_causal)
+def _keep_grid(grids: TokenGrids, block: nn.Module, args: tuple[Any, ...]) -> None:
+    """Tie a block's input to its grid: recomputed later, it must not see that of another input of equal length."""
+    x = args[0]
+    if hasattr(x, "feat_size"):
+        grids.by_count[x.shape[1]] = x.feat_size
+    else:
+        x.feat_size = grids.by_count[x.shape[1]]
 
 
 class BeitMixer(BiasedMixer):
@@ -111,8 +103,8 @@ def share_grids(model: Any) -> None:
 
 def vit_sites(model: VisionTransformer) -> dict[str, Site]:
     """Every attention in the blocks of a vision transformer."""
-    _refuse_patch_drop(model)
-    grid, prefix = _grid(model), model.num_prefix_tokens
+    refuse_patch_drop(model)
+    grid, prefix = patch_grid(model), model.num_prefix_tokens
     init_weights = get_init_weights_vit(model.weight_init_mode, needs_reset=False)
     sites: dict[str, Site] = {}
     for index, block in enumerate(model.blocks):
@@ -123,9 +115,8 @@ def vit_sites(model: VisionTransformer) -> dict[str, Site]:
             elif isinstance(module, MixerSlot):
                 found[name] = slot_site(module, grid, prefix, init_weights=init_weights)
             elif type(module) is Attention:
-                if module.gate is not None:
-                    raise UnsupportedHostError(f"{name} has a gate on its output, which mixers do not have")
                 parts = {"q_norm": module.q_norm, "k_norm": module.k_norm, "out_norm": module.norm}
+                parts |= {"gate": module.gate}
                 found[name] = Site.of(module, feat_size=grid, num_prefix_tokens=prefix, **parts)
         if not found:
             raise UnsupportedHostError(f"blocks.{index} is a {type(block).__name__} without a timm.layers.Attention")
@@ -164,47 +155,9 @@ def cait_sites(model: Cait) -> dict[str, Site]:
             sites[name] = Site.of_mixer(attn)
         elif type(attn) is TalkingHeadAttn:
             mix = HeadMix(deepcopy(attn.proj_l), deepcopy(attn.proj_w))
-            sites[name] = Site.of(attn, feat_size=_grid(model), head_mix=mix)
+            sites[name] = Site.of(attn, feat_size=patch_grid(model), head_mix=mix)
         else:
             raise UnsupportedHostError(f"{name} is a {type(attn).__name__}; supported: TalkingHeadAttn")
-    return sites
-
-
-def eva_sites(model: Eva) -> dict[str, Site]:
-    """The blocks of an EVA whose attention is plain."""
-    _refuse_patch_drop(model)
-    if model.rope is not None:
-        raise UnsupportedHostError(
-            "rotary position embedding turns keys by their position, a static key has none to turn; use a model "
-            "without it, such as eva_giant_patch14_224 or a vit_*"
-        )
-    sites = {}
-    for index, block in enumerate(model.blocks):
-        name, attn = f"blocks.{index}.attn", block.attn
-        if isinstance(attn, EvaMixer):
-            sites[name] = Site.of_mixer(attn.mixer, wrap=EvaMixer)
-            continue
-        if type(attn) is not EvaAttention or attn.gate is not None:
-            raise UnsupportedHostError(
-                f"{name} is a {type(attn).__name__}, or gated; supported: a plain EvaAttention"
-            )
-        if attn.qkv is None:
-            parts = [attn.q_proj, attn.k_proj, attn.v_proj]
-            weight = torch.cat([part.weight for part in parts])
-            bias = packed_bias(attn.q_proj.bias, attn.v_proj.bias)
-        else:
-            weight, bias = attn.qkv.weight, packed_bias(attn.q_bias, attn.v_bias)
-        sites[name] = Site.of(
-            attn,
-            feat_size=_grid(model),
-            num_prefix_tokens=model.num_prefix_tokens,
-            qkv_weight=weight,
-            qkv_bias=bias,
-            q_norm=attn.q_norm,
-            k_norm=attn.k_norm,
-            out_norm=attn.norm,
-            wrap=EvaMixer,
-        )
     return sites
 
 
@@ -222,7 +175,7 @@ def beit_sites(model: Beit) -> dict[str, Site]:
         rel_pos = None if attn.relative_position_bias_table is None else bias_table(attn, 1)
         sites[name] = Site.of(
             attn,
-            feat_size=_grid(model),
+            feat_size=patch_grid(model),
             num_prefix_tokens=model.num_prefix_tokens,
             qkv_bias=bias,
             needs_map=True,
@@ -231,7 +184,8 @@ def beit_sites(model: Beit) -> dict[str, Site]:
     return sites
 
 
-def _grid(model: Any) -> Size2:
+def patch_grid(model: Any) -> Size2:
+    """The token grid (H, W) of a model with one patch embedding."""
     height, width = model.patch_embed.grid_size
     if min(height, width) < 1:
         raise FeatSizeError(
@@ -241,7 +195,8 @@ def _grid(model: Any) -> Size2:
     return height, width
 
 
-def _refuse_patch_drop(model: Any) -> None:
+def refuse_patch_drop(model: Any) -> None:
+    """Refuse a model that drops tokens at random."""
     if not isinstance(getattr(model, "patch_drop", None), nn.Identity | None):
         raise UnsupportedHostError(
             "patch_drop_rate > 0 removes tokens at random, a static key needs all of them; build the host without it"
@@ -249,6 +204,5 @@ def _refuse_patch_drop(model: Any) -> None:
 
 
 register_host_rule(HostRule(host=VisionTransformer, sites=vit_sites, mixin=GridHost, finish=share_grids))
-register_host_rule(HostRule(host=Eva, sites=eva_sites, mixin=GridHost, finish=share_grids))
 register_host_rule(HostRule(host=Cait, sites=cait_sites))
 register_host_rule(HostRule(host=Beit, sites=beit_sites))

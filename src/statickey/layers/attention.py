@@ -28,10 +28,10 @@ class AttentionMixer(TokenMixer):
     """A mixer that weighs values by ``softmax(scale * query . key)``; subclasses bring the key.
 
     Attributes: ``scale``, the factor on the logits, or ``log_temperature`` where it is learned, else None;
-    ``mask_diagonal``; ``backend``, that of ``static_key_attention``, whose limits it has; ``q_norm``, applied to each
-    head's query, ``out_norm``, applied before ``proj``, and ``head_mix`` (a ``HeadMix``, else None): what a host had
-    around its attention, kept by ``convert``; ``rotate_half``, how a rotary position embedding pairs channels: the
-    two halves, or neighbours.
+    ``mask_diagonal``; ``backend``, that of ``static_key_attention``, whose limits it has. What a host had around its
+    attention is kept by ``convert``: ``q_norm``, applied to each head's query; ``out_norm``, applied before ``proj``;
+    ``gate``, a Linear layer whose sigmoid multiplies what ``proj`` gets, else None; ``head_mix``, a ``HeadMix``, else
+    None; ``rotate_half``, how a rotary position embedding pairs channels: the two halves, or neighbours.
     """
 
     rotates = True
@@ -46,6 +46,7 @@ class AttentionMixer(TokenMixer):
         self.q_norm: nn.Module = nn.Identity()
         self.head_mix: HeadMix | None = None
         self.out_norm: nn.Module = nn.Identity()
+        self.gate: nn.Module | None = None
         self.rotate_half = False
         self.proj = nn.Linear(self.num_heads * self.head_dim, self.dim, bias=proj_bias, **factory)
 
@@ -108,7 +109,10 @@ class AttentionMixer(TokenMixer):
         attend = self._attend_unmasked if attn_mask is None else self._attend
         out = attend(x, feat_size, partial(self._call_op, attn_mask=attn_mask), self._rotation(rope))
         out = out.transpose(1, 2).flatten(2)
-        return self.proj_drop(self.proj(self.out_norm(out)))  # type: ignore[no-any-return]
+        out = self.out_norm(out)
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
+        return self.proj_drop(self.proj(out))  # type: ignore[no-any-return]
 
     def _rotation(self, rope: Tensor | None) -> Rotate:
         """What turns queries and keys of all tokens."""
@@ -121,11 +125,12 @@ class AttentionMixer(TokenMixer):
         return False
 
     def _attention_macs(self, num_tokens: int, num_logits: int, key_width: int, num_projections: int) -> int:
-        """Projections, logits against keys of one width, head mixing, values and output projection."""
+        """Projections, logits against keys of one width, head mixing, values, gate and output projection."""
         inner = self.num_heads * self.head_dim
         mixing = 0 if self.head_mix is None else 2 * self.num_heads**2 * num_logits
         products = self.num_heads * num_logits * (key_width + self.head_dim)
-        return (num_projections + 1) * self.dim * inner * num_tokens + products + mixing
+        num_projections += 1 + (self.gate is not None)
+        return num_projections * self.dim * inner * num_tokens + products + mixing
 
     @abstractmethod
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
