@@ -227,8 +227,9 @@ def check_feat_size(feat_size: Size2, name: str = "feat_size") -> Size2:
     if not isinstance(feat_size, tuple | list) or len(feat_size) != 2:
         raise FeatSizeError(f"{name}={feat_size!r} must be a pair (H, W) of token counts")
     height, width = feat_size
-    if not _is_whole(height, 1) or not _is_whole(width, 1):
-        raise FeatSizeError(f"{name}={feat_size!r} must hold two positive integers")
+    for extent in (height, width):
+        if not (_is_whole(extent, 1) or isinstance(extent, torch.SymInt)):  # a symbol while a model is exported
+            raise FeatSizeError(f"{name}={feat_size!r} must hold two positive integers")
     return height, width
 
 

@@ -60,7 +60,7 @@ class GridHost(StaticKeyHost):
     def _pos_embed(self, x: Tensor) -> Any:
         if self.dynamic_img_size:  # the last place that sees the grid, before tokens are flattened
             height, width = x.shape[1], x.shape[2]
-            self.grids.by_count[self.num_prefix_tokens + height * width] = (height, width)
+            self.grids.note(self.num_prefix_tokens + height * width, (height, width))
         return super()._pos_embed(x)  # type: ignore[misc]
 
 
@@ -68,18 +68,18 @@ def _keeppatch_grid(grids: TokenGrids, block: nn.Module, args: tuple[Any, ...]) 
     """Tie a block's input to its grid: recomputed later, it must not see that of another input of equal length."""
     x = args[0]
     if hasattr(x, "feat_size"):
-        grids.by_count[x.shape[1]] = x.feat_size
+        grids.note(x.shape[1], x.feat_size)
     else:
-        x.feat_size = grids.by_count[x.shape[1]]
+        x.feat_size = grids.find(x.shape[1])
 
 
 def _keep_grid(grids: TokenGrids, block: nn.Module, args: tuple[Any, ...]) -> None:
     """Tie a block's input to its grid: recomputed later, it must not see that of another input of equal length."""
     x = args[0]
     if hasattr(x, "feat_size"):
-        grids.by_count[x.shape[1]] = x.feat_size
+        grids.note(x.shape[1], x.feat_size)
     else:
-        x.feat_size = grids.by_count[x.shape[1]]
+        x.feat_size = grids.find(x.shape[1])
 
 
 class BeitMixer(BiasedMixer):

@@ -201,10 +201,9 @@ class TokenMixer(nn.Module, ABC):
     def _check_grid(self, x: Tensor, feat_size: Size2 | None) -> Size2:
         if feat_size is not None:
             feat_size = check_feat_size(feat_size)
-        elif self.grids is None:
-            feat_size = self.feat_size
         else:
-            feat_size = self.grids.by_count.get(x.shape[1], self.feat_size)
+            noted = None if self.grids is None else self.grids.find(x.shape[1])
+            feat_size = self.feat_size if noted is None else noted
         check_tokens(x, self.dim, feat_size, self.num_prefix_tokens)
         return feat_size
 

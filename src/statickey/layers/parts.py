@@ -1,5 +1,6 @@
 """Parts of mixers: what a host notes about its grids, and heads that talk."""
 
+import torch
 from torch import Tensor, nn
 
 from .._typing import Size2
@@ -12,7 +13,19 @@ class TokenGrids:
     """
 
     def __init__(self) -> None:
-        self.by_count: dict[int, Size2] = {}
+        self._by_count: dict[int, Size2] = {}
+        self._symbolic: Size2 | None = None
+
+    def note(self, num_tokens: int, grid: Size2) -> None:
+        """Remember the grid of a number of tokens; while a model is exported it may be a symbol, no key of a dict."""
+        if isinstance(num_tokens, torch.SymInt):
+            self._symbolic = grid
+        else:
+            self._by_count[num_tokens] = grid
+
+    def find(self, num_tokens: int) -> Size2 | None:
+        """The grid last noted for a number of tokens."""
+        return self._symbolic if isinstance(num_tokens, torch.SymInt) else self._by_count.get(num_tokens)
 
 
 class HeadMix(nn.Module):

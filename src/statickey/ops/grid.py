@@ -106,7 +106,8 @@ def resample_static_key(
             f"static_key has {static_key.shape[1]} rows, but feat_size={feat_size} with "
             f"{num_prefix_tokens} prefix tokens makes {num_prefix_tokens + height * width}"
         )
-    if (height, width) == (new_height, new_width):
+    symbolic = isinstance(new_height, torch.SymInt) or isinstance(new_width, torch.SymInt)
+    if not symbolic and (height, width) == (new_height, new_width):  # an exported model must not depend on the answer
         return static_key
     heads, trailing = static_key.shape[0], static_key.shape[2:]
     prefix, grid = static_key[:, :num_prefix_tokens], static_key[:, num_prefix_tokens:]
