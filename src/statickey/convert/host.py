@@ -298,11 +298,6 @@ def find_rule(model: nn.Module) -> HostRule:
     for cls in type(model).__mro__:
         if cls in _RULES:
             return _RULES[cls]
-    inner = getattr(model, "_orig_mod", getattr(model, "model", None))  # torch.compile, features_only
-    if isinstance(inner, nn.Module) and any(cls in _RULES for cls in type(inner).__mro__):
-        raise UnsupportedHostError(
-            f"{type(model).__name__} wraps a {type(inner).__name__}; convert that, then wrap it"
-        )
     found = attention_classes(model)
     supported = ", ".join(sorted(f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in _RULES))
     raise UnsupportedHostError(
@@ -310,6 +305,11 @@ def find_rule(model: nn.Module) -> HostRule:
         f"{', '.join(found) if found else 'none'}); supported: {supported}; for a model of your own see "
         "help(statickey.register_host_rule)"
     )
+
+
+def has_rule(model: nn.Module) -> bool:
+    """Whether there is a rule for a class that a model derives from."""
+    return any(cls in _RULES for cls in type(model).__mro__)
 
 
 def attention_classes(model: nn.Module) -> list[str]:

@@ -14,8 +14,9 @@ from .._checks import check_arguments, check_mapping, check_name, check_positive
 from .._typing import Size2
 from ..errors import StaticKeyError, UnsupportedHostError
 from ..layers import MIXERS, AttentionMixer, SelfAttention, StaticKeyAttention, TokenMixer, has_static_key
-from .host import Site, become_converted, find_rule
+from .host import Site, become_converted
 from .keys import forked_random
+from .wrappers import find_host
 
 Layers = str | int | Sequence[int] | Sequence[str]
 
@@ -88,7 +89,9 @@ def convert(
     models built and converted at one seed share every other weight, bit for bit, whichever mixers they got.
 
     Args:
-        model: A model of a known kind.
+        model: A model of a known kind, or what wraps one: features of timm that keep the model, transformers'
+            ``TimmBackbone``, a segmenter, ``DataParallel``, ``torch.compile``. The model inside is converted in
+            place, and names are those in what was given.
         mixer: A name in ``MIXERS``.
         layers: ``"all"`` attention modules; or indices into them, in order of depth, negative ones from the
             end; or one or more module names or patterns (``"stages.1.*"``), which may also name
@@ -101,19 +104,19 @@ def convert(
 
     Raises:
         UnknownNameError: No mixer of that name.
-        UnsupportedHostError: The model, or one of its modules, is of a kind this cannot swap.
+        UnsupportedHostError: The model, or one of its modules, is of a kind this cannot swap; or it wraps several
+            models, or one whose parameters it has noted.
         StaticKeyError: ``layers`` names nothing, or the mixer refuses its arguments.
     """
     check_name("mixer", mixer, MIXERS)
-    rule = find_rule(model)
-    sites = rule.sites(model)
+    host, rule, sites = find_host(model)
     chosen = select_sites(sites, layers)
     for name in sites:
         if name in chosen and not sites[name].replaceable:
             kind = type(sites[name].module).__name__
             raise UnsupportedHostError(f"{name} is already a {kind}; build the host again, or name other layers")
     before = _num_params(model)
-    like = next(model.parameters())
+    like = next(host.parameters())
     args = check_mapping("mixer_args", mixer_args)
     fixed = args.keys() & {"feat_size", "num_prefix_tokens", "device", "dtype"}
     if fixed:
@@ -131,9 +134,9 @@ def convert(
         parent, _, attribute = name.rpartition(".")
         installed = built if site.wrap is None else site.wrap(built)
         setattr(model.get_submodule(parent), attribute, installed.train(site.module.training))
-    become_converted(model, rule)
+    become_converted(host, rule)
     if rule.finish is not None:
-        rule.finish(model)
+        rule.finish(host)
     modules = tuple(
         ConvertedModule(
             name,
