@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .._typing import InputFmt, Size2
 from ..errors import StaticKeyError, UnsupportedHostError
-from ..layers import GridState, HeadMix, SelfAttention, StaticKeyAttention, TokenMixer
+from ..layers import AttentionMixer, GridState, HeadMix, SelfAttention, StaticKeyAttention, TokenMixer
 from .keys import set_key, set_key_size, set_off_grid, token_mixers
 
 
@@ -29,7 +29,8 @@ class Site:
         num_prefix_tokens: Class and register tokens before the grid.
         input_fmt: Tokens, or maps with channels last or first.
         is_attention: Whether ``layers="all"`` and indices mean this place too.
-        replaceable: Whether what stands there may give way; a static key with nothing to carry over may not.
+        replaceable: Whether ``"all"`` means this place while any such is left; not where a mixer other than
+            self-attention stands.
         needs_map: Whether the host adds a bias to the logits, so that only attention can stand there.
         mixer_args: What the module's logits need beyond its weights: scale, temperature, masked diagonal.
         log_temperature: The learned temperature to carry over, if any.
@@ -126,12 +127,17 @@ class Site:
 
     @classmethod
     def of_mixer(cls, mixer: TokenMixer, **fields: Any) -> Self:
-        """Read a site from a mixer that stands there already; only self-attention has weights to carry over."""
+        """Read a site from a mixer that stands there already; see ``carry_between`` for what it hands on."""
         fields |= {name: getattr(mixer, name) for name in ("feat_size", "num_prefix_tokens", "input_fmt")}
-        if isinstance(mixer, SelfAttention):
-            kept = ("q_norm", "k_norm", "out_norm", "head_mix", "gate", "log_temperature")
+        if isinstance(mixer, AttentionMixer):
+            kept = ("q_norm", "out_norm", "head_mix", "gate", "log_temperature")
             fields |= {name: getattr(mixer, name) for name in kept} | {"mixer_args": _logit_args(mixer)}
-            return cls.of(mixer, **fields)
+        if isinstance(mixer, SelfAttention):
+            return cls.of(mixer, k_norm=mixer.k_norm, **fields)
+        projections = (getattr(mixer, name, None) for name in ("qv", "v"))
+        fields["with_qkv_bias"] = any(part is not None and part.bias is not None for part in projections)
+        fields["with_proj_bias"] = getattr(getattr(mixer, "proj", None), "bias", None) is not None
+        fields |= {"attn_drop": mixer.attn_drop.p, "proj_drop": mixer.proj_drop.p}
         return cls(
             module=mixer,
             dim=mixer.dim,
@@ -144,8 +150,10 @@ class Site:
         )
 
 
-def _logit_args(mixer: SelfAttention) -> dict[str, Any]:
+def _logit_args(mixer: AttentionMixer) -> dict[str, Any]:
     args: dict[str, Any] = {}
+    if not isinstance(mixer, SelfAttention | StaticKeyAttention):
+        return args
     if mixer.scale != mixer.head_dim**-0.5:
         args["scale"] = mixer.scale
     if mixer.log_temperature is not None:

@@ -14,6 +14,7 @@ from .._checks import check_arguments, check_mapping, check_name, check_positive
 from .._typing import Size2
 from ..errors import StaticKeyError, UnsupportedHostError
 from ..layers import MIXERS, AttentionMixer, SelfAttention, StaticKeyAttention, TokenMixer, has_static_key
+from .again import carry_between
 from .host import Site, become_converted
 from .keys import forked_random
 from .wrappers import find_host
@@ -23,7 +24,7 @@ Layers = str | int | Sequence[int] | Sequence[str]
 
 @dataclass(frozen=True)
 class ConvertedModule:
-    """One module that was replaced; MACs are those of one image."""
+    """One module that was replaced; MACs are those of one image; ``key_carried`` is false where a key is fresh."""
 
     name: str
     replaced: str
@@ -32,6 +33,7 @@ class ConvertedModule:
     params_after: int
     macs_before: int
     macs_after: int
+    key_carried: bool = False
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class ConversionReport:
         lines = [
             f"{m.name:<{width}}  {m.replaced} -> {self.mixer}  {m.feat_size[0]}x{m.feat_size[1]}  "
             f"params {m.params_before:,} -> {m.params_after:,}  MACs {m.macs_before:,} -> {m.macs_after:,}"
+            + (", key carried over" if m.key_carried else "")
             for m in self.modules
         ]
         lines.append(
@@ -93,10 +96,13 @@ def convert(
             ``TimmBackbone``, a segmenter, ``DataParallel``, ``torch.compile``. The model inside is converted in
             place, and names are those in what was given.
         mixer: A name in ``MIXERS``.
-        layers: ``"all"`` attention modules; or indices into them, in order of depth, negative ones from the
-            end; or one or more module names or patterns (``"stages.1.*"``), which may also name
-            convolutional token mixers of a MetaFormer.
-        keep_weights: Carry over the query, value and output projections.
+        layers: ``"all"`` attention modules, those with a static key only if no other is left; or indices into
+            all of them, in order of depth, negative ones from the end; or one or more module names or patterns
+            (``"stages.1.*"``), which may also name convolutional token mixers of a MetaFormer.
+        keep_weights: Carry over the query, value and output projections. Where a static key stands already, its
+            rows too, if the new mixer has a key of that name and shape (ska to and from fcska, a mixer to itself; on
+            its own grid, rows or function); cska shares none with the others. Self-attention cannot come back so:
+            the projection of its keys is gone.
         mixer_args: Further constructor arguments of the mixer, such as ``kernel_size`` or ``head_dim``.
 
     Returns:
@@ -111,10 +117,6 @@ def convert(
     check_name("mixer", mixer, MIXERS)
     host, rule, sites = find_host(model)
     chosen = select_sites(sites, layers)
-    for name in sites:
-        if name in chosen and not sites[name].replaceable:
-            kind = type(sites[name].module).__name__
-            raise UnsupportedHostError(f"{name} is already a {kind}; build the host again, or name other layers")
     before = _num_params(model)
     like = next(host.parameters())
     args = check_mapping("mixer_args", mixer_args)
@@ -122,12 +124,16 @@ def convert(
     if fixed:
         raise StaticKeyError(f"mixer_args has {', '.join(sorted(fixed))}, which follow from the host; leave them out")
     new: dict[str, TokenMixer] = {}
+    carried: set[str] = set()
     with forked_random(like):
         # drawn here, not kept: what the host draws next does not depend on the swap
         seed = int(torch.randint(2**31, (), device="cpu"))
         for index, (name, site) in enumerate(sites.items()):
             if name in chosen:
                 new[name] = _build_mixer(name, site, mixer, args, keep_weights, like, seed + index)
+                old_mixer = _mixer_of(site)
+                if keep_weights and old_mixer is not None and carry_between(name, old_mixer, new[name]):
+                    carried.add(name)
     old = {name: _num_params(model.get_submodule(name)) for name in new}
     for name, built in new.items():
         site = sites[name]
@@ -146,6 +152,7 @@ def convert(
             _num_params(model.get_submodule(name)),
             sites[name].macs,
             built.macs() * sites[name].windows,
+            name in carried,
         )
         for name, built in new.items()
     )
@@ -166,7 +173,7 @@ def select_sites(sites: Mapping[str, Site], layers: Layers) -> set[str]:
     chosen: set[str] = set()
     for item in wanted:
         if item == "all":
-            left = [name for name in attention if sites[name].replaceable]
+            left = [name for name in attention if sites[name].replaceable] or attention
             if not left:
                 raise UnsupportedHostError(
                     f"no attention module to replace; name token mixers instead, of {', '.join(sites) or 'none'}"
@@ -184,6 +191,12 @@ def select_sites(sites: Mapping[str, Site], layers: Layers) -> set[str]:
         else:
             raise StaticKeyError(f'layers has {item!r}; pass "all", indices or name patterns')
     return chosen
+
+
+def _mixer_of(site: Site) -> TokenMixer | None:
+    """The mixer that stands at a site, other than self-attention, whose weights are those of any host."""
+    mixer = site.module
+    return mixer if isinstance(mixer, TokenMixer) and not isinstance(mixer, SelfAttention) else None
 
 
 def _build_mixer(

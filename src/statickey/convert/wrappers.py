@@ -52,7 +52,7 @@ def find_host(model: nn.Module) -> Host:
         found = ", ".join(f"{name} ({type(host).__name__})" for name, host in inside.items())
         raise UnsupportedHostError(
             f"{type(model).__name__} holds {len(inside)} models: {found}; convert the one you mean, such as "
-            f"model.{next(iter(inside))}"
+            f"model.get_submodule({next(iter(inside))!r})"
         )
     ((name, inner_model),) = inside.items()
     host = find_host(inner_model)
