@@ -367,7 +367,33 @@ def test_swin_windows_follow_the_input_size():
     assert model(torch.randn(1, 3, 96, 64)).shape == (1, 5)
 
 
-@pytest.mark.parametrize("name", ["beit", "eva", "vit"])
+def test_a_folder_that_timm_saved_and_the_calls_that_load_it(tmp_path):
+    saved = HOSTS["vit"]().eval()
+    convert(saved, "fcska")
+    timm.models.save_for_hf(saved, tmp_path, safe_serialization=True)
+    model = timm.create_model(f"local-dir:{tmp_path}").eval()
+    convert(model, "fcska")
+    timm.models.load_checkpoint(model, str(tmp_path / "model.safetensors"))
+    images = torch.randn(1, 3, 64, 64)
+    assert torch.equal(model(images), saved(images))
+
+
+def test_a_cait_of_another_size():
+    torch.manual_seed(0)
+    model = HOSTS["cait"]().eval()
+    convert(model, "mhsa")
+    positions = model.pos_embed.detach().reshape(1, 4, 4, -1).permute(0, 3, 1, 2)
+    positions = nn.functional.interpolate(positions, (6, 2), mode="bicubic", antialias=True)
+    other = timm.create_model("cait_xxs24_224", **TINY, img_size=(96, 32), init_values=0.3).eval()
+    convert(other, "mhsa")
+    state = model.state_dict() | {"pos_embed": positions.flatten(2).transpose(1, 2)}
+    other.load_state_dict(state)
+    model.set_input_size((96, 32))
+    images = torch.randn(1, 3, 96, 32)
+    assert_close("other size", model(images), other(images))
+
+
+@pytest.mark.parametrize("name", ["beit", "beit, shared bias", "cait", "eva", "vit"])
 def test_other_input_size(name):
     model = HOSTS[name]().eval()
     convert(model, "fcska")

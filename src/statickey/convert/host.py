@@ -309,7 +309,7 @@ def find_rule(model: nn.Module) -> HostRule:
     found = attention_classes(model)
     supported = ", ".join(sorted(f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in _RULES))
     raise UnsupportedHostError(
-        f"{type(model).__name__} is not a host this can convert (attention classes in it: "
+        f"{type(model).__module__}.{type(model).__name__} is not a host this can convert (attention classes in it: "
         f"{', '.join(found) if found else 'none'}); supported: {supported}; for a model of your own see "
         "help(statickey.register_host_rule)"
     )

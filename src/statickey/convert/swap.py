@@ -88,6 +88,10 @@ def convert(
     model's class gains what mixers need: keys in ``no_weight_decay``, resampling in ``set_input_size``, for
     MetaFormers also ``group_matcher``.
 
+    Saved, it is loaded as it was made: build the host, convert it likewise, then load its weights. For a folder of
+    timm's ``save_for_hf``: ``timm.create_model("local-dir:FOLDER")``, without ``pretrained``, ``convert``,
+    ``timm.models.load_checkpoint(model, "FOLDER/model.safetensors")``.
+
     The mixers' own parameters are drawn under a forked random state, each place from a seed of its own. So
     models built and converted at one seed share every other weight, bit for bit, whichever mixers they got.
 

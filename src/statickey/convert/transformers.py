@@ -5,7 +5,8 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
-from timm.layers import Attention
+from timm.layers import Attention, resample_abs_pos_embed
+from timm.models._input import update_model_input_size
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
 from timm.models.cait import Cait, TalkingHeadAttn
@@ -71,6 +72,32 @@ def _keeppatch_grid(grids: TokenGrids, block: nn.Module, args: tuple[Any, ...]) 
         grids.note(x.shape[1], x.feat_size)
     else:
         x.feat_size = grids.find(x.shape[1])
+
+
+class CaitHost(StaticKeyHost):
+    """A CaiT, which timm gives no ``set_input_size``."""
+
+    patch_embed: Any
+    pos_embed: nn.Parameter
+
+    def set_input_size(self, img_size: Size2 | None = None, patch_size: Size2 | None = None) -> None:
+        """Rebuild patch embedding, position embedding and keys for another input.
+
+        Args:
+            img_size: (height, width) in pixels; None keeps it.
+            patch_size: (height, width) in pixels; None keeps it.
+        """
+        before = patch_grid(self)
+        self.patch_embed.set_input_size(img_size=img_size, patch_size=patch_size)
+        grid = patch_grid(self)
+        if grid != before:
+            positions = resample_abs_pos_embed(
+                self.pos_embed.detach(), new_size=list(grid), old_size=list(before), num_prefix_tokens=0
+            )
+            self.pos_embed = nn.Parameter(positions, requires_grad=self.pos_embed.requires_grad)
+        for mixer in token_mixers(self).values():
+            mixer.set_input_size(grid)
+        update_model_input_size(self, self.patch_embed.img_size, patch_size=patch_size)
 
 
 def _keep_grid(grids: TokenGrids, block: nn.Module, args: tuple[Any, ...]) -> None:
@@ -204,5 +231,5 @@ def refuse_patch_drop(model: Any) -> None:
 
 
 register_host_rule(HostRule(host=VisionTransformer, sites=vit_sites, mixin=GridHost, finish=share_grids))
-register_host_rule(HostRule(host=Cait, sites=cait_sites))
+register_host_rule(HostRule(host=Cait, sites=cait_sites, mixin=CaitHost))
 register_host_rule(HostRule(host=Beit, sites=beit_sites))
