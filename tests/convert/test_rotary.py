@@ -39,6 +39,10 @@ def encoder(name, size):
     return lambda: timm.create_model(name, img_size=size, **kwargs)
 
 
+def naflex(**kwargs):
+    return lambda: timm.create_model("naflexvit_base_patch16_gap", **TINY | kwargs)
+
+
 SEPARATE = {"qkv_fused": False, "attn_type": "rope"}
 HOSTS = {
     "eva02": named("eva02_tiny_patch14_224", (42, 28)),
@@ -56,6 +60,9 @@ HOSTS = {
     "gate, no rope": gated_vit,
     "deepseek": encoder("deepseek_vit_412m_enc", (42, 28)),
     "qwen": encoder("qwen3_vit_88m_enc", (48, 32)),
+    "naflex": naflex(pos_embed="factorized", reg_tokens=1),
+    "naflex, rope and gate": naflex(rope_type="axial", attn_gated=True),
+    "naflex, rope of each head": naflex(rope_type="mixed"),
 }
 
 
@@ -65,7 +72,8 @@ def made(name):
     model = HOSTS[name]().double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=0.5 if parameter.ndim == 1 else 0.0, std=0.3)
-    return model, torch.randn(2, 3, *model.patch_embed.img_size, dtype=torch.float64)
+    size = model.patch_embed.img_size if hasattr(model, "patch_embed") else (48, 32)
+    return model, torch.randn(2, 3, *size, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", HOSTS)
@@ -81,7 +89,7 @@ def test_self_attention_keeps_the_function_and_its_gradients(name):
     assert_same_with_gradients(model, twin, [images])
     own, theirs = dict(model.named_parameters()), dict(twin.named_parameters())
     shared = own.keys() & theirs.keys()
-    assert {"patch_embed.proj.weight", "blocks.0.norm1.weight"} <= shared
+    assert {"blocks.0.norm1.weight", "blocks.1.mlp.fc2.weight"} <= shared
     for net in (model, twin):
         net(images).square().mean().backward()
     for parameter in shared:
@@ -108,20 +116,22 @@ def test_static_keys_train(name, mixer):
         assert_close(parameter, value.grad, before[parameter])
 
 
-@pytest.mark.parametrize("name", ["dinov3", "dinov3, one size", "rope of each head", "perception encoder", "qwen"])
+@pytest.mark.parametrize(
+    "name", ["dinov3", "dinov3, one size", "rope of each head", "perception encoder", "qwen", "naflex"]
+)
 def test_other_sizes_follow_the_host(name):
     model, _ = made(name)
     host = copy.deepcopy(model)
     convert(model, "mhsa")
     size = (64, 80)
     images = torch.randn(1, 3, *size, dtype=torch.float64)
-    if name in ("dinov3", "qwen"):
+    if name in ("dinov3", "qwen", "naflex"):
         assert_close("at a call", model(images), host(images))
     if hasattr(host, "set_input_size"):
         host.set_input_size(size)
     model.set_input_size(size)
     assert_close("rebuilt", model(images), host(images))
-    assert token_mixers(model)["blocks.1.attn.mixer"].feat_size == (4, 5)
+    assert all(mixer.feat_size == (4, 5) for mixer in token_mixers(model).values())
 
 
 @pytest.mark.parametrize("mixer", ["ska", "cska", "fcska"])
@@ -186,6 +196,35 @@ def test_refuses_what_has_nothing_to_turn(case):
     with pytest.raises(StaticKeyError, match=message):
         convert(model, mixer, mixer_args=args, keep_weights=False)
     assert not token_mixers(model)
+
+
+def test_a_grid_for_each_image_is_refused():
+    model, _ = made("naflex")
+    convert(model, "ska")
+    patches = torch.zeros(1, 6, 768, dtype=torch.float64)
+    with pytest.raises(StaticKeyError, match=r"patch_coord gives each image a grid of its own.*pass images"):
+        model(patches, patch_coord=torch.zeros(1, 6, 2, dtype=torch.long), patch_valid=torch.ones(1, 6).bool())
+    with pytest.raises(StaticKeyError, match="keeps that of its embedding"):
+        model.set_input_size(patch_size=(8, 8))
+
+
+def test_a_host_without_a_place_says_why():
+    with torch.device("meta"):
+        model = timm.create_model("gemma4_vit_167m", depth=1)
+    with pytest.raises(StaticKeyError, match="Gemma4Attention norms its values"):
+        convert(model, "ska")
+
+
+@pytest.mark.parametrize("mixer", ["mhsa", "ska", "cska", "fcska"])
+def test_autocast(mixer):
+    model, images = made("dinov3, biases")
+    model, images = model.float(), images.float()
+    convert(model, mixer)
+    expected = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(images)
+    assert out.isfinite().all()
+    assert (out.float() - expected).abs().mean() < 0.05 * expected.std() + 0.02
 
 
 def test_controls_stand_where_nothing_turns():

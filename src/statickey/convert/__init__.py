@@ -1,6 +1,6 @@
 """Swap the attention of an existing timm model, or of your own."""
 
-from . import metaformers, rotary, transformers, windows
+from . import metaformers, naflex, rotary, transformers, windows
 from .host import (
     HostRule,
     Site,
@@ -28,6 +28,7 @@ __all__ = [
     "convert",
     "forked_random",
     "metaformers",
+    "naflex",
     "register_host_rule",
     "rotary",
     "set_key",

@@ -59,10 +59,9 @@ def rotary_sites(model: Any) -> dict[str, Site]:
     for index, block in enumerate(model.blocks):
         name, attn = f"blocks.{index}.attn", block.attn
         if isinstance(attn, RotaryMixer):
-            rotate_half = None if model.rope is None else getattr(attn.mixer, "rotate_half", False)
-            sites[name] = Site.of_mixer(attn.mixer, wrap=RotaryMixer, rotate_half=rotate_half)
+            sites[name] = swapped_site(attn, rotary=model.rope is not None)
         elif type(attn) in (EvaAttention, AttentionRope):
-            sites[name] = _attention_site(attn, grid, prefix, rotary=model.rope is not None)
+            sites[name] = rotary_site(attn, grid, prefix, rotary=model.rope is not None)
         else:
             raise UnsupportedHostError(
                 f"{name} is a {type(attn).__name__}; supported: timm's EvaAttention and AttentionRope"
@@ -70,7 +69,14 @@ def rotary_sites(model: Any) -> dict[str, Site]:
     return sites
 
 
-def _attention_site(attn: Any, grid: Size2, num_prefix_tokens: int, *, rotary: bool) -> Site:
+def swapped_site(attn: RotaryMixer, *, rotary: bool) -> Site:
+    """The site of a mixer that stands there already, in a host with or without a rotary position embedding."""
+    rotate_half = getattr(attn.mixer, "rotate_half", False) if rotary else None
+    return Site.of_mixer(attn.mixer, wrap=RotaryMixer, rotate_half=rotate_half)
+
+
+def rotary_site(attn: Any, grid: Size2, num_prefix_tokens: int, *, rotary: bool) -> Site:
+    """The site of timm's EvaAttention or AttentionRope."""
     weight, bias = _packed_projections(attn)
     site = Site.of(
         attn,

@@ -142,13 +142,24 @@ def vit_sites(model: VisionTransformer) -> dict[str, Site]:
             elif isinstance(module, MixerSlot):
                 found[name] = slot_site(module, grid, prefix, init_weights=init_weights)
             elif type(module) is Attention:
-                parts = {"q_norm": module.q_norm, "k_norm": module.k_norm, "out_norm": module.norm}
-                parts |= {"gate": module.gate}
-                found[name] = Site.of(module, feat_size=grid, num_prefix_tokens=prefix, **parts)
+                found[name] = vit_attention_site(module, grid, prefix)
         if not found:
             raise UnsupportedHostError(f"blocks.{index} is a {type(block).__name__} without a timm.layers.Attention")
         sites |= found
     return sites
+
+
+def vit_attention_site(attn: Attention, feat_size: Size2, num_prefix_tokens: int) -> Site:
+    """The site of timm's plain attention."""
+    return Site.of(
+        attn,
+        feat_size=feat_size,
+        num_prefix_tokens=num_prefix_tokens,
+        q_norm=attn.q_norm,
+        k_norm=attn.k_norm,
+        out_norm=attn.norm,
+        gate=attn.gate,
+    )
 
 
 def slot_site(
