@@ -7,7 +7,7 @@ from torch import nn
 
 from statickey import convert
 from statickey.convert import token_mixers
-from statickey.errors import UnsupportedHostError
+from statickey.errors import StaticKeyError, UnsupportedHostError
 
 SWIN = {"embed_dim": 16, "depths": (1, 1), "num_heads": (2, 4), "img_size": 56, "window_size": 7}
 
@@ -103,5 +103,9 @@ def test_refuses_in_words_that_help(case):
 
 @pytest.mark.filterwarnings("ignore")
 def test_torchscript_is_refused_by_name():
+    converted = vit()
+    convert(converted, "ska")
+    with pytest.raises(StaticKeyError, match=r"cannot be scripted: TorchScript is not supported; use torch\.export"):
+        torch.jit.script(converted)
     with pytest.raises(UnsupportedHostError, match="is TorchScript, whose modules cannot be replaced"):
         convert(torch.jit.trace(vit().eval(), torch.randn(1, 3, 32, 32)), "ska")

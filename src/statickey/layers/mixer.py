@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, ClassVar, Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -265,6 +265,13 @@ class TokenMixer(nn.Module, ABC):
         would pull every attention map towards uniform.
         """
         return {name for name in self.grid_parameters if isinstance(getattr(self, name), nn.Parameter)}
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Refuse ``torch.jit.script``, which calls this and would fail further on in other words."""
+        raise StaticKeyError(
+            f"{type(self).__name__} cannot be scripted: TorchScript is not supported; use torch.export, torch.compile "
+            "or torch.jit.trace"
+        )
 
     def extra_repr(self) -> str:
         """The head of the constructor, for ``print(module)``."""
