@@ -180,6 +180,40 @@ def test_maps_are_those_of_turned_queries_and_keys():
     assert (maps - mixer.attention_weights(x)).abs().max() > 1e-3
 
 
+def every_name():
+    modules = ("eva", "deepseek_vit", "qwen3_vit", "naflexvit")
+    return [
+        name
+        for name in timm.list_models()
+        if timm.models.model_entrypoint(name).__module__.rpartition(".")[2] in modules
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", every_name())
+def test_every_name_of_timm(name):
+    torch.manual_seed(0)
+    patch = 14 if "patch14" in name or "deepseek" in name else 16
+    size = 4 * patch
+    kwargs = {"embed_dim": 64, "depth": 2, "num_heads": 4}
+    if "sapiens2" in name:
+        kwargs["num_kv_heads"] = (4, 2)
+    if "naflex" not in name:
+        kwargs["img_size"] = size
+    model = timm.create_model(name, **kwargs).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    images = torch.randn(2, 3, size, size, dtype=torch.float64)
+    twin = copy.deepcopy(model)
+    convert(twin, "mhsa")
+    assert_close("logits", twin(images), model(images))
+    convert(model, "ska")
+    model(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    getattr(model, "encoder", model).set_input_size((2 * size, size))
+    model(torch.randn(1, 3, 2 * size, size, dtype=torch.float64))
+
+
 REFUSED = {
     "a map of positions": ("constant", {}, "a rotary position embedding, for which mixer 'constant' has no place"),
     "a perceptron": ("synthesizer", {}, "a rotary position embedding, for which mixer 'synthesizer' has no place"),

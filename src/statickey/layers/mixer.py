@@ -269,8 +269,8 @@ class TokenMixer(nn.Module, ABC):
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse ``torch.jit.script``, which calls this and would fail further on in other words."""
         raise StaticKeyError(
-            f"{type(self).__name__} cannot be scripted: TorchScript is not supported; use torch.export, torch.compile "
-            "or torch.jit.trace"
+            f"{type(self).__name__} cannot be scripted: TorchScript is not supported; use torch.export or "
+            "torch.compile"
         )
 
     def extra_repr(self) -> str:
