@@ -3,7 +3,8 @@
 import copyreg
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Self
+from importlib import import_module
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -169,6 +170,9 @@ class StaticKeyHost(nn.Module):
     Attributes: ``state_dict_filter``, applied to every state dict before it is loaded, or None.
     """
 
+    class_prefix: ClassVar[str] = "StaticKey"
+    """What the name of a converted class has before the host's."""
+
     state_dict_filter: Callable[[Mapping[str, Any], nn.Module], Mapping[str, Any]] | None = None
 
     def no_weight_decay(self) -> set[str]:
@@ -195,10 +199,7 @@ class StaticKeyHost(nn.Module):
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        bases = type(self).__bases__
-        if _CONVERTED.get(bases) is type(self):  # type: ignore[arg-type]
-            return _empty, bases, self.__dict__
-        return copyreg.__newobj__, (type(self),), self.__dict__  # type: ignore[attr-defined]
+        return reduce_converted(self)
 
 
 def check_shapes(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
@@ -262,6 +263,9 @@ class HostRule:
 
 _RULES: dict[type[nn.Module], HostRule] = {}
 
+_RULES_OF_PACKAGES = {"transformers": "hugging_face", "torchvision": "torchvision_models"}
+"""Modules with rules for the classes of a package, imported when a model of it is met."""
+
 
 def register_host_rule(rule: HostRule) -> None:
     """Teach ``convert`` a class of models; a later rule for the same class replaces the earlier one.
@@ -303,6 +307,8 @@ def find_rule(model: nn.Module) -> HostRule:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedHostError(f"convert takes a model, got {model!r}; for a name: timm.create_model({model!r})")
+    for package in {cls.__module__.partition(".")[0] for cls in type(model).__mro__} & _RULES_OF_PACKAGES.keys():
+        import_module(f"{__package__}.{_RULES_OF_PACKAGES[package]}")
     for cls in type(model).__mro__:
         if cls in _RULES:
             return _RULES[cls]
@@ -326,14 +332,23 @@ def attention_classes(model: nn.Module) -> list[str]:
     return sorted(name for name in names if "attn" in name.lower() or "attention" in name.lower())
 
 
-_CONVERTED: dict[tuple[type[StaticKeyHost], type[nn.Module]], type[nn.Module]] = {}
+_CONVERTED: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
 
 
-def converted_class(mixin: type[StaticKeyHost], host: type[nn.Module]) -> type[nn.Module]:
+def converted_class(mixin: type[nn.Module], host: type[nn.Module]) -> type[nn.Module]:
     """The class of a converted ``host``; made once, so that types compare equal."""
     if (mixin, host) not in _CONVERTED:
-        _CONVERTED[mixin, host] = type(f"StaticKey{host.__name__}", (mixin, host), {"__module__": host.__module__})
+        name = getattr(mixin, "class_prefix", "") + host.__name__
+        _CONVERTED[mixin, host] = type(name, (mixin, host), {"__module__": host.__module__})
     return _CONVERTED[mixin, host]
+
+
+def reduce_converted(module: nn.Module) -> tuple[Any, ...]:
+    """How to pickle and copy an object whose class ``converted_class`` made, or a class derived from one."""
+    bases = type(module).__bases__
+    if _CONVERTED.get(bases) is type(module):  # type: ignore[arg-type]
+        return _empty, bases, module.__dict__
+    return copyreg.__newobj__, (type(module),), module.__dict__  # type: ignore[attr-defined]
 
 
 def become_converted(model: nn.Module, rule: HostRule) -> None:
@@ -342,7 +357,7 @@ def become_converted(model: nn.Module, rule: HostRule) -> None:
         model.__class__ = converted_class(rule.mixin, type(model))
 
 
-def _empty(mixin: type[StaticKeyHost], host: type[nn.Module]) -> nn.Module:
+def _empty(mixin: type[nn.Module], host: type[nn.Module]) -> nn.Module:
     cls = converted_class(mixin, host)
     return cls.__new__(cls)
 
