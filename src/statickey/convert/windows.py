@@ -116,7 +116,7 @@ def swin_sites(model: SwinTransformer | SwinTransformerV2) -> dict[str, Site]:
                     qkv_bias=bias,
                     q_norm=CosineQuery(attn.logit_scale),
                     k_norm=CosineKey(),
-                    wrap=partial(WindowMixer, rel_pos=_bias_mlp(attn)),
+                    wrap=partial(WindowMixer, rel_pos=bias_mlp(attn)),
                     needs_map=True,
                     **_window(attn.window_size, block),
                 )
@@ -137,21 +137,22 @@ def bias_table(attn: Any, num_prefix_tokens: int = 0) -> RelPosBias:
     table = attn.relative_position_bias_table
     with forked_random(table):
         rel_pos = RelPosBias(
-            attn.window_size, attn.num_heads, num_prefix_tokens, device=table.device, dtype=table.dtype
+            tuple(attn.window_size), attn.num_heads, num_prefix_tokens, device=table.device, dtype=table.dtype
         )
     rel_pos.relative_position_bias_table.copy_(table)
     return rel_pos
 
 
-def _bias_mlp(attn: SwinV2Attention) -> RelPosMlp:
+def bias_mlp(attn: Any) -> RelPosMlp:
+    """The continuous position bias of an attention of Swin-V2's."""
     first, last = attn.cpb_mlp[0], attn.cpb_mlp[2]
     with forked_random(first.weight):
         rel_pos = PositionMlp(
-            attn.window_size,
+            tuple(attn.window_size),
             attn.num_heads,
             hidden_dim=first.out_features,
             mode="swin",
-            pretrained_window_size=attn.pretrained_window_size,
+            pretrained_window_size=getattr(attn, "pretrained_window_size", (0, 0)),
             device=first.weight.device,
             dtype=first.weight.dtype,
         )

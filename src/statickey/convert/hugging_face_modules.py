@@ -1,0 +1,151 @@
+"""What takes the place of attention in models of transformers, and how the grid gets there."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._typing import Size2
+from ..errors import StaticKeyError
+from ..layers import AttentionMixer, TokenMixer
+from .host import reduce_converted
+
+
+class StandIn(nn.Module):
+    """A mixer that is called as transformers' layers call their attention.
+
+    It is made as an instance of the class it stands in for, too (``converted_class``), by which the library finds
+    attention modules.
+
+    Args:
+        mixer: The mixer.
+        module: The module it stands in for.
+    """
+
+    mixer: TokenMixer
+
+    def __init__(self, mixer: TokenMixer, module: Any) -> None:
+        nn.Module.__init__(self)  # not that of the class it stands in for
+        self.config = module.config
+        self.mixer = mixer
+        self.k_proj = nn.Module()
+        self.k_proj.register_buffer("weight", module.k_proj.weight.detach().new_empty(0))
+        self._is_hf_initialized = True  # its parts are; the library would look for the projections that are gone
+        for hooks in (
+            "_forward_hooks",
+            "_forward_hooks_with_kwargs",
+            "_forward_pre_hooks",
+            "_forward_pre_hooks_with_kwargs",
+        ):
+            setattr(self, hooks, getattr(module, hooks))  # the library's recorder is put in place once, and not again
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        feat_size: Size2 | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix tokens.
+
+        Args:
+            hidden_states: Tokens, (B, N, dim).
+            attention_mask: Added to the logits, or true where attention is allowed; broadcasts to (B, h, N, N).
+            feat_size: Their grid, which the tower passes.
+            kwargs: What else layers pass; ``output_attentions`` asks for the maps.
+
+        Returns:
+            In the shape of ``hidden_states``; the maps (B, h, N, N) where they are asked for, else None.
+
+        Raises:
+            StaticKeyError: No grid was passed.
+        """
+        if feat_size is None:
+            raise StaticKeyError(
+                "attention was called without the grid of its tokens, which the vision tower reads off its images; "
+                "call the tower, or pass feat_size=(H, W)"
+            )
+        return self._mix(hidden_states, feat_size, attention_mask, kwargs)
+
+    def _mix(
+        self, x: Tensor, feat_size: Size2, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        out = self.mixer(x, feat_size, attn_mask=mask)
+        wanted = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
+        if wanted and isinstance(self.mixer, AttentionMixer):
+            return out, self.mixer.attention_weights(x, feat_size, attn_mask=mask)
+        return out, None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return reduce_converted(self)
+
+
+class VariableGridStandIn(StandIn):
+    """A stand-in where each image of a batch has a grid of its own, padded to the longest."""
+
+    def _mix(
+        self, x: Tensor, feat_size: Any, mask: Tensor | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(feat_size[0], int):
+            return super()._mix(x, feat_size, mask, kwargs)
+        out, maps = torch.zeros_like(x), None
+        for grid in dict.fromkeys(feat_size):
+            rows, count = [index for index, other in enumerate(feat_size) if other == grid], grid[0] * grid[1]
+            mixed, weights = super()._mix(x[rows, :count], grid, None, kwargs)
+            padding = x.shape[1] - count
+            out[rows] = nn.functional.pad(mixed, (0, 0, 0, padding))
+            if weights is not None:
+                maps = x.new_zeros(len(x), weights.shape[1], x.shape[1], x.shape[1]) if maps is None else maps
+                maps[rows] = nn.functional.pad(weights, (0, padding, 0, padding))
+        return out, maps
+
+
+class SwinStandIn(StandIn):
+    """A stand-in in windows, which keeps the host's position bias."""
+
+    def __init__(self, mixer: TokenMixer, module: Any) -> None:
+        super().__init__(mixer, module)
+        self.relative_position_bias = module.relative_position_bias
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix the tokens of every window; see ``StandIn``.
+
+        Args:
+            hidden_states: Windows, (B * windows, N, dim).
+            attention_mask: What the cyclic shift forbids, (windows, N, N), added to the logits.
+            kwargs: As in ``StandIn``.
+        """
+        bias = self.relative_position_bias()
+        if attention_mask is not None:
+            repeats = hidden_states.shape[0] // attention_mask.shape[0]
+            bias = (bias + attention_mask.unsqueeze(1)).repeat(repeats, 1, 1, 1)
+        return self._mix(hidden_states, self.mixer.feat_size, bias, kwargs)
+
+
+def pass_grid(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Hook before a tower's forward: the grid of its images goes down to the mixers, as an argument."""
+    images = args[0] if args else kwargs.get("pixel_values")
+    if images is None:  # the host says so
+        return args, kwargs
+    height, width = pair(tower.config.patch_size)
+    return args, kwargs | {"feat_size": (images.shape[-2] // height, images.shape[-1] // width)}
+
+
+def pass_grids(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same for a tower that is given patches: one grid (H, W), or one for each image where they differ."""
+    shapes = args[2] if len(args) > 2 else kwargs["spatial_shapes"]
+    num_patches = (args[0] if args else kwargs["pixel_values"]).shape[1]
+    grids = tuple((height, width) for height, width in shapes.tolist())
+    same = len(set(grids)) == 1 and grids[0][0] * grids[0][1] == num_patches
+    return args, kwargs | {"feat_size": grids[0] if same else grids}
+
+
+def pair(size: Any) -> Size2:
+    """A side, or (height, width), as (height, width)."""
+    if isinstance(size, int):
+        return size, size
+    height, width = size
+    return height, width
