@@ -187,7 +187,7 @@ def test_commands_import_only_what_they_run(tmp_path):
 
 IMPORTS = """
 import json, os, sys, statickey, timm
-HEAVY = {"lightning", "matplotlib", "onnx", "torchmetrics", "datasets", "sklearn"}
+HEAVY = {"lightning", "matplotlib", "onnx", "torchmetrics", "datasets", "sklearn", "transformers"}
 timm.create_model("skaformer_nano")
 found = {"import statickey": sorted(HEAVY & set(sys.modules))}
 if "statickey.tasks" in sys.modules or not {"bench", "compare", "data", "tasks", "viz"} <= set(dir(statickey)):

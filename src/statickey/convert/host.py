@@ -282,16 +282,23 @@ def register_host_rule(rule: HostRule) -> None:
             register_host_rule(HostRule(host=MyModel, sites=sites))
             convert(MyModel(), "ska")
 
-        Where its attention has names of its own, give what they hold::
+        Where its attention has names of its own, give what they hold. In the style of vit-pytorch, whose attention
+        also normalises its input::
 
-            Site.of(
-                block.attn,
-                feat_size=(8, 8),
-                num_heads=block.attn.heads,
-                qkv_weight=block.attn.to_qkv.weight,
-                qkv_bias=block.attn.to_qkv.bias,
-                proj=block.attn.to_out,
-            )
+            def sites(model):
+                return {
+                    f"transformer.layers.{i}.0": Site.of(
+                        attn,
+                        feat_size=(8, 8),
+                        num_prefix_tokens=1,
+                        num_heads=attn.heads,
+                        qkv_weight=attn.to_qkv.weight,
+                        proj=attn.to_out[0],
+                        proj_drop=attn.to_out[1].p,
+                        wrap=partial(nn.Sequential, attn.norm),
+                    )
+                    for i, (attn, _) in enumerate(model.transformer.layers)
+                }
 
         The mixer takes the place of the attention module and is called as that was: ``mixer(x)`` on
         (B, N, dim). ``Site.wrap`` bridges other calling conventions.

@@ -44,7 +44,15 @@ from .._typing import Size2
 from ..errors import StaticKeyError, UnsupportedHostError
 from ..layers import TokenMixer
 from .host import HostRule, Site, StaticKeyHost, attention_classes, converted_class, register_host_rule
-from .hugging_face_modules import StandIn, SwinStandIn, VariableGridStandIn, pair, pass_grid, pass_grids
+from .hugging_face_modules import (
+    RotaryStandIn,
+    StandIn,
+    SwinStandIn,
+    VariableGridStandIn,
+    pair,
+    pass_grid,
+    pass_grids,
+)
 from .keys import token_mixers
 from .recipe import describe_mixer
 from .swap import convert
@@ -83,6 +91,9 @@ FAMILIES: dict[str, Family] = {
     "Dinov2Attention": Family(towers=("Dinov2Model", "Dinov2Backbone")),
     "Dinov2WithRegistersAttention": Family(
         towers=("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"), num_prefix_tokens=_registers
+    ),
+    "DINOv3ViTAttention": Family(
+        towers=("DINOv3ViTModel", "DINOv3ViTBackbone"), num_prefix_tokens=_registers, stand_in=RotaryStandIn
     ),
     "IJepaAttention": Family(towers=("IJepaModel",), num_prefix_tokens=_no_prefix),
     "SiglipAttention": Family(towers=("SiglipVisionModel",), num_prefix_tokens=_no_prefix),

@@ -69,23 +69,48 @@ class StandIn(nn.Module):
         return self._mix(hidden_states, feat_size, attention_mask, kwargs)
 
     def _mix(
-        self, x: Tensor, feat_size: Size2, mask: Tensor | None, kwargs: dict[str, Any]
+        self, x: Tensor, feat_size: Size2, mask: Tensor | None, kwargs: dict[str, Any], **turned: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        out = self.mixer(x, feat_size, attn_mask=mask)
+        out = self.mixer(x, feat_size, attn_mask=mask, **turned)
         wanted = kwargs.get("output_attentions", getattr(self.config, "output_attentions", False))
         if wanted and isinstance(self.mixer, AttentionMixer):
-            return out, self.mixer.attention_weights(x, feat_size, attn_mask=mask)
+            return out, self.mixer.attention_weights(x, feat_size, attn_mask=mask, **turned)
         return out, None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reduce_converted(self)
 
 
+class RotaryStandIn(StandIn):
+    """A stand-in that is given the cosines and sines of a rotary position embedding, which pairs halves."""
+
+    def __init__(self, mixer: TokenMixer, module: Any) -> None:
+        super().__init__(mixer, module)
+        if isinstance(mixer, AttentionMixer):
+            mixer.rotate_half = True
+
+    def _mix(
+        self, x: Tensor, feat_size: Size2, mask: Tensor | None, kwargs: dict[str, Any], **turned: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        cosines, sines = kwargs["position_embeddings"]
+        return super()._mix(x, feat_size, mask, kwargs, rope=torch.cat([sines, cosines], dim=-1))
+
+
+class MapStandIn(StandIn):
+    """A stand-in that is told height and width by its layer."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, height: int, width: int, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix tokens on a grid (height, width); see ``StandIn``."""
+        return self._mix(hidden_states, (height, width), attention_mask, kwargs)
+
+
 class VariableGridStandIn(StandIn):
     """A stand-in where each image of a batch has a grid of its own, padded to the longest."""
 
     def _mix(
-        self, x: Tensor, feat_size: Any, mask: Tensor | None, kwargs: dict[str, Any]
+        self, x: Tensor, feat_size: Any, mask: Tensor | None, kwargs: dict[str, Any], **turned: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         if isinstance(feat_size[0], int):
             return super()._mix(x, feat_size, mask, kwargs)
