@@ -351,11 +351,17 @@ def test_maps_follow_the_config_too():
     assert_close("rows", maps[0].sum(-1), torch.ones(2, 3, 17, dtype=torch.float64))
 
 
-def test_exports():
-    model, x = build("dinov2"), images()
-    convert(model, "cska")
-    exported = torch.export.export(model, (), {"pixel_values": x})
-    assert_close("exported", output(exported.module()(pixel_values=x)), output(model(x)))
+@pytest.mark.parametrize("name", ["dinov2", "dinov3"])
+def test_exports_with_free_height_and_width(name):
+    model, x = build(name), images(32, 40)
+    convert(model, "ska")
+    height, width = (8 * torch.export.Dim(side, min=3, max=8) for side in ("height", "width"))
+    exported = torch.export.export(
+        model, (), {"pixel_values": x}, dynamic_shapes={"pixel_values": {2: height, 3: width}}
+    )
+    for size in ((40, 32), (32, 48)):
+        x = images(*size)
+        assert_close("exported", output(exported.module()(pixel_values=x)), output(model(x)))
 
 
 def test_trains_on_several_processes_without_unused_parameters(tmp_path):
@@ -381,6 +387,10 @@ class TestRefuses:
         with pytest.raises(UnsupportedHostError, match="a position bias, for which mixer 'constant'"):
             convert(model, "constant")
         assert not token_mixers(model)
+
+    def test_a_mixer_that_does_not_turn(self):
+        with pytest.raises(UnsupportedHostError, match="a rotary position embedding, for which mixer 'synthesizer'"):
+            convert(build("dinov3"), "synthesizer")
 
     def test_tokens_without_a_grid(self):
         model = build("vit")

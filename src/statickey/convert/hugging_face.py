@@ -68,6 +68,7 @@ class Family:
         stand_in: What takes the place of an attention module.
         pass_grid: Hook before the tower's forward that adds the grid to its arguments, where mixers need it.
         needs_map: Whether the host adds a bias to the logits.
+        rotate_half: How a rotary position embedding pairs channels, where there is one; see ``Site``.
     """
 
     towers: tuple[str, ...]
@@ -75,6 +76,7 @@ class Family:
     stand_in: type[StandIn] = StandIn
     pass_grid: Callable[..., Any] | None = pass_grid
     needs_map: bool = False
+    rotate_half: bool | None = None
 
 
 def _no_prefix(config: Any) -> int:
@@ -93,7 +95,10 @@ FAMILIES: dict[str, Family] = {
         towers=("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"), num_prefix_tokens=_registers
     ),
     "DINOv3ViTAttention": Family(
-        towers=("DINOv3ViTModel", "DINOv3ViTBackbone"), num_prefix_tokens=_registers, stand_in=RotaryStandIn
+        towers=("DINOv3ViTModel", "DINOv3ViTBackbone"),
+        num_prefix_tokens=_registers,
+        stand_in=RotaryStandIn,
+        rotate_half=True,
     ),
     "IJepaAttention": Family(towers=("IJepaModel",), num_prefix_tokens=_no_prefix),
     "SiglipAttention": Family(towers=("SiglipVisionModel",), num_prefix_tokens=_no_prefix),
@@ -211,9 +216,14 @@ def _site(module: Any, tower: Any, family: Family) -> Site:
         feat_size = window.window_size
         block = next(layer for layer in tower.modules() if getattr(layer, "attention", None) is module)
         windows = _num_windows(block.input_resolution, feat_size)
-    stand_in = partial(_stand_in, family.stand_in, module)
+    fields: dict[str, Any] = {
+        "windows": windows,
+        "needs_map": family.needs_map,
+        "rotate_half": family.rotate_half,
+        "wrap": partial(_stand_in, family.stand_in, module),
+    }
     if isinstance(module, StandIn):
-        return Site.of_mixer(module.mixer, wrap=stand_in, needs_map=family.needs_map, windows=windows)
+        return Site.of_mixer(module.mixer, **fields)
     projections = [module.q_proj, module.k_proj, module.v_proj]
     num_heads = _first(module, "num_attention_heads", "num_heads")
     scale = _first(module, "scaling", "scale")
@@ -221,7 +231,6 @@ def _site(module: Any, tower: Any, family: Family) -> Site:
         module,
         feat_size=feat_size,
         num_prefix_tokens=family.num_prefix_tokens(tower.config),
-        windows=windows,
         num_heads=num_heads,
         qkv_weight=torch.cat([projection.weight for projection in projections]),
         qkv_bias=_packed_bias(projections),
@@ -229,8 +238,7 @@ def _site(module: Any, tower: Any, family: Family) -> Site:
         attn_drop=_first(module, "attention_dropout", "dropout"),
         mixer_args={} if scale == module.head_dim**-0.5 else {"scale": scale},
         init_weights=tower._init_weights,
-        needs_map=family.needs_map,
-        wrap=stand_in,
+        **fields,
     )
 
 

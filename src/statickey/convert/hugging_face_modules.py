@@ -82,12 +82,7 @@ class StandIn(nn.Module):
 
 
 class RotaryStandIn(StandIn):
-    """A stand-in that is given the cosines and sines of a rotary position embedding, which pairs halves."""
-
-    def __init__(self, mixer: TokenMixer, module: Any) -> None:
-        super().__init__(mixer, module)
-        if isinstance(mixer, AttentionMixer):
-            mixer.rotate_half = True
+    """A stand-in that is given the cosines and sines of a rotary position embedding."""
 
     def _mix(
         self, x: Tensor, feat_size: Size2, mask: Tensor | None, kwargs: dict[str, Any], **turned: Tensor
