@@ -55,6 +55,10 @@ HOSTS = {
     "clip": lambda: tower("CLIPVision", "VisionModel"),
     "beit": lambda: classifier("Beit", use_relative_position_bias=True),
     "beit, shared bias": lambda: classifier("Beit", use_shared_relative_position_bias=True),
+    "rf-detr": lambda: tower("RfDetrDinov2", "Backbone", out_features=["stage2"], num_windows=2),
+    "lw-detr": lambda: tower(
+        "LwDetrViT", "Backbone", out_features=["stage2"], num_windows=4, window_block_indices=[0]
+    ),
     "swin": lambda: transformers.SwinForImageClassification(transformers.SwinConfig(**SWIN, num_labels=5)),
 }
 FIXED = ("beit", "beit, shared bias", "swin")
@@ -132,11 +136,12 @@ class TestEveryHost:
         model = build(name)
         convert(model, "cska")
         told = {"interpolate_pos_encoding": True} if name.split(",")[0] in POSITIONS_ON_REQUEST else {}
-        for height, width in ((32, 48), (48, 32), (32, 32), (40, 40)):
+        for height, width in ((32, 48), (48, 32), (32, 32), (48, 48)):
             x = images(height, width)
             built = copy.deepcopy(model)
             for mixer in token_mixers(built).values():
-                mixer.set_input_size((height // 8, width // 8))
+                rows, columns = mixer.feat_size
+                mixer.set_input_size((rows * height // 32, columns * width // 32))
             assert_close("output", output(model(x, **told)), output(built(x, **told)))
 
 

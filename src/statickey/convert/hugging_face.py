@@ -29,92 +29,21 @@ Example:
 """
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
-import torch
 import transformers
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from .._typing import Size2
-from ..errors import StaticKeyError, UnsupportedHostError
+from ..errors import StaticKeyError
 from ..layers import TokenMixer
-from .host import HostRule, Site, StaticKeyHost, attention_classes, converted_class, register_host_rule
-from .hugging_face_modules import (
-    RotaryStandIn,
-    StandIn,
-    SwinStandIn,
-    VariableGridStandIn,
-    pair,
-    pass_grid,
-    pass_grids,
-)
+from .host import HostRule, Site, StaticKeyHost, converted_class, register_host_rule
+from .hugging_face_modules import StandIn
+from .hugging_face_towers import hugging_face_sites, towers
 from .keys import token_mixers
 from .recipe import describe_mixer
 from .swap import convert
-
-
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """Vision towers of one kind.
-
-    Args:
-        towers: Names of the classes that take images.
-        num_prefix_tokens: Tokens before the grid, by the tower's config.
-        stand_in: What takes the place of an attention module.
-        pass_grid: Hook before the tower's forward that adds the grid to its arguments, where mixers need it.
-        needs_map: Whether the host adds a bias to the logits.
-        rotate_half: How a rotary position embedding pairs channels, where there is one; see ``Site``.
-    """
-
-    towers: tuple[str, ...]
-    num_prefix_tokens: Callable[[Any], int] = lambda config: 1
-    stand_in: type[StandIn] = StandIn
-    pass_grid: Callable[..., Any] | None = pass_grid
-    needs_map: bool = False
-    rotate_half: bool | None = None
-
-
-def _no_prefix(config: Any) -> int:
-    return 0
-
-
-def _registers(config: Any) -> int:
-    return 1 + int(config.num_register_tokens)
-
-
-FAMILIES: dict[str, Family] = {
-    "ViTAttention": Family(towers=("ViTModel",)),
-    "DeiTAttention": Family(towers=("DeiTModel",), num_prefix_tokens=lambda config: 2),
-    "Dinov2Attention": Family(towers=("Dinov2Model", "Dinov2Backbone")),
-    "Dinov2WithRegistersAttention": Family(
-        towers=("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"), num_prefix_tokens=_registers
-    ),
-    "DINOv3ViTAttention": Family(
-        towers=("DINOv3ViTModel", "DINOv3ViTBackbone"),
-        num_prefix_tokens=_registers,
-        stand_in=RotaryStandIn,
-        rotate_half=True,
-    ),
-    "IJepaAttention": Family(towers=("IJepaModel",), num_prefix_tokens=_no_prefix),
-    "SiglipAttention": Family(towers=("SiglipVisionModel",), num_prefix_tokens=_no_prefix),
-    "Siglip2Attention": Family(
-        towers=("Siglip2VisionModel",),
-        num_prefix_tokens=_no_prefix,
-        stand_in=VariableGridStandIn,
-        pass_grid=pass_grids,
-    ),
-    "CLIPAttention": Family(towers=("CLIPVisionModel",)),
-    "BeitAttention": Family(towers=("BeitModel",), needs_map=True),
-    "SwinAttention": Family(
-        towers=("SwinModel",), num_prefix_tokens=_no_prefix, stand_in=SwinStandIn, pass_grid=None, needs_map=True
-    ),
-}
-"""By the name of the attention class, so that no model is imported before it is met."""
 
 
 class HuggingFaceHost(StaticKeyHost):
@@ -183,107 +112,13 @@ def from_pretrained(path: str | Path, model_class: type[PreTrainedModel] | None 
     return model
 
 
-def hugging_face_sites(model: PreTrainedModel) -> dict[str, Site]:
-    """The self-attention of every vision tower in a model."""
-    sites: dict[str, Site] = {}
-    for tower_name, tower, family in _towers(model):
-        for name, module in tower.named_modules(prefix=tower_name):
-            if FAMILIES.get(_kind(module)) is family and name not in sites:
-                sites[name] = _site(module, tower, family)
-    if sites:
-        return sites
-    towers = ", ".join(sorted(tower for family in FAMILIES.values() for tower in family.towers))
-    found = attention_classes(model)
-    raise UnsupportedHostError(
-        f"{type(model).__name__} has no vision tower this can convert (attention classes in it: "
-        f"{', '.join(found) if found else 'none'}); supported: whatever contains one of {towers}"
-    )
-
-
 def finish(model: PreTrainedModel) -> None:
     """Let towers tell their mixers the grid, and the config what was converted."""
-    for _, tower, family in _towers(model):
+    for _, tower, family in towers(model):
         hook = family.pass_grid
         if hook is not None and hook not in tower._forward_pre_hooks.values():
             tower.register_forward_pre_hook(hook, with_kwargs=True)
     _note_in_config(model)
-
-
-def _site(module: Any, tower: Any, family: Family) -> Site:
-    window = getattr(module, "relative_position_bias", None)
-    feat_size, windows = _grid(tower), 1
-    if window is not None:
-        feat_size = window.window_size
-        block = next(layer for layer in tower.modules() if getattr(layer, "attention", None) is module)
-        windows = _num_windows(block.input_resolution, feat_size)
-    fields: dict[str, Any] = {
-        "windows": windows,
-        "needs_map": family.needs_map,
-        "rotate_half": family.rotate_half,
-        "wrap": partial(_stand_in, family.stand_in, module),
-    }
-    if isinstance(module, StandIn):
-        return Site.of_mixer(module.mixer, **fields)
-    projections = [module.q_proj, module.k_proj, module.v_proj]
-    num_heads = _first(module, "num_attention_heads", "num_heads")
-    scale = _first(module, "scaling", "scale")
-    return Site.of(
-        module,
-        feat_size=feat_size,
-        num_prefix_tokens=family.num_prefix_tokens(tower.config),
-        num_heads=num_heads,
-        qkv_weight=torch.cat([projection.weight for projection in projections]),
-        qkv_bias=_packed_bias(projections),
-        proj=_first(module, "o_proj", "out_proj"),
-        attn_drop=_first(module, "attention_dropout", "dropout"),
-        mixer_args={} if scale == module.head_dim**-0.5 else {"scale": scale},
-        init_weights=tower._init_weights,
-        **fields,
-    )
-
-
-def _stand_in(kind: type[StandIn], module: nn.Module, mixer: TokenMixer) -> nn.Module:
-    host = type(module).__bases__[1] if isinstance(module, StandIn) else type(module)
-    return cast(Any, converted_class(kind, host))(mixer, module)  # type: ignore[no-any-return]
-
-
-def _towers(model: nn.Module) -> Iterator[tuple[str, Any, Family]]:
-    by_class = {tower: family for family in FAMILIES.values() for tower in family.towers}
-    for name, module in model.named_modules():
-        family = by_class.get(_kind(module))
-        if family is not None:
-            yield name, module, family
-
-
-def _kind(module: nn.Module) -> str:
-    """The name of the nearest class that is transformers' own."""
-    names = (cls.__name__ for cls in type(module).__mro__ if cls.__module__.startswith("transformers."))
-    return next(names, "")
-
-
-def _first(module: nn.Module, *names: str) -> Any:
-    return next(getattr(module, name) for name in names if hasattr(module, name))
-
-
-def _packed_bias(projections: list[nn.Linear]) -> Tensor | None:
-    """The bias of three projections as one, zero where there is none; None where none has one."""
-    if all(projection.bias is None for projection in projections):
-        return None
-    return torch.cat([p.weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in projections])
-
-
-def _grid(tower: Any) -> Size2:
-    """The grid of patches a tower is built for."""
-    if not hasattr(tower.config, "image_size"):  # as many patches as a square of them
-        extent = int(tower.config.num_patches**0.5)
-        return extent, extent
-    (height, width), (patch_height, patch_width) = pair(tower.config.image_size), pair(tower.config.patch_size)
-    return height // patch_height, width // patch_width
-
-
-def _num_windows(resolution: Size2, window_size: Size2) -> int:
-    rows, columns = (-(-extent // side) for extent, side in zip(resolution, window_size, strict=True))
-    return rows * columns
 
 
 def _note_in_config(model: PreTrainedModel) -> None:

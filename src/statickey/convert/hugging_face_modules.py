@@ -91,14 +91,31 @@ class RotaryStandIn(StandIn):
         return super()._mix(x, feat_size, mask, kwargs, rope=torch.cat([sines, cosines], dim=-1))
 
 
-class MapStandIn(StandIn):
-    """A stand-in that is told height and width by its layer."""
+class WindowStandIn(StandIn):
+    """A stand-in in a layer that sees windows of the image as if they were images."""
 
-    def forward(  # type: ignore[override]
-        self, hidden_states: Tensor, height: int, width: int, attention_mask: Tensor | None = None, **kwargs: Any
+    def _mix(
+        self, x: Tensor, feat_size: Size2, mask: Tensor | None, kwargs: dict[str, Any], **turned: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """Mix tokens on a grid (height, width); see ``StandIn``."""
-        return self._mix(hidden_states, (height, width), attention_mask, kwargs)
+        side = windows_per_side(self.config)
+        return super()._mix(x, (feat_size[0] // side, feat_size[1] // side), mask, kwargs)
+
+
+class JoinedStandIn(StandIn):
+    """A stand-in in a layer that joins the windows of an image, one after another, each behind its prefix tokens."""
+
+    def _mix(
+        self, x: Tensor, feat_size: Size2, mask: Tensor | None, kwargs: dict[str, Any], **turned: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        side = windows_per_side(self.config)
+        window = (feat_size[0] // side, feat_size[1] // side)
+        places = torch.arange(x.shape[1], device=x.device).unflatten(0, (side * side, -1))
+        prefix, grid = places.split([places.shape[1] - window[0] * window[1], window[0] * window[1]], dim=1)
+        rows = grid.reshape(side, side, *window).transpose(1, 2)
+        order = torch.cat([prefix.flatten(), rows.flatten()])  # prefix tokens first, the grid row by row
+        back = order.argsort()
+        out, weights = super()._mix(x[:, order], feat_size, mask, kwargs)
+        return out[:, back], None if weights is None else weights[:, :, back][..., back]
 
 
 class VariableGridStandIn(StandIn):
@@ -161,6 +178,11 @@ def pass_grids(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     grids = tuple((height, width) for height, width in shapes.tolist())
     same = len(set(grids)) == 1 and grids[0][0] * grids[0][1] == num_patches
     return args, kwargs | {"feat_size": grids[0] if same else grids}
+
+
+def windows_per_side(config: Any) -> int:
+    """Into how many windows each side of an image is split."""
+    return int(getattr(config, "num_windows_side", config.num_windows))
 
 
 def pair(size: Any) -> Size2:
