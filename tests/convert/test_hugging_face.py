@@ -61,8 +61,10 @@ HOSTS = {
     ),
     "swin": lambda: transformers.SwinForImageClassification(transformers.SwinConfig(**SWIN, num_labels=5)),
 }
-FIXED = ("beit", "beit, shared bias", "swin")
+FIXED = {"beit", "beit, shared bias", "swin"}
 """Whose windows, or position bias, are not the subject of the test of grids."""
+
+POSITIONS_ON_REQUEST = ("vit", "vit alone", "deit", "ijepa", "siglip", "clip")
 
 
 def randomised(model):
@@ -130,22 +132,19 @@ class TestEveryHost:
         with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
             getattr(transformers, type(model).__name__).from_pretrained(tmp_path)
 
-    def test_grids_with_as_many_tokens(self, name):
-        if name in FIXED:
-            pytest.skip("its windows are fixed, or see test_position_bias_of_another_grid")
-        model = build(name)
-        convert(model, "cska")
-        told = {"interpolate_pos_encoding": True} if name.split(",")[0] in POSITIONS_ON_REQUEST else {}
-        for height, width in ((32, 48), (48, 32), (32, 32), (48, 48)):
-            x = images(height, width)
-            built = copy.deepcopy(model)
-            for mixer in token_mixers(built).values():
-                rows, columns = mixer.feat_size
-                mixer.set_input_size((rows * height // 32, columns * width // 32))
-            assert_close("output", output(model(x, **told)), output(built(x, **told)))
 
-
-POSITIONS_ON_REQUEST = ("vit", "vit alone", "deit", "ijepa", "siglip", "clip")
+@pytest.mark.parametrize("name", sorted(HOSTS.keys() - FIXED))
+def test_grids_with_as_many_tokens(name):
+    model = build(name)
+    convert(model, "cska")
+    told = {"interpolate_pos_encoding": True} if name.split(",")[0] in POSITIONS_ON_REQUEST else {}
+    for height, width in ((32, 48), (48, 32), (32, 32), (48, 48)):
+        x = images(height, width)
+        built = copy.deepcopy(model)
+        for mixer in token_mixers(built).values():
+            rows, columns = mixer.feat_size
+            mixer.set_input_size((rows * height // 32, columns * width // 32))
+        assert_close("output", output(model(x, **told)), output(built(x, **told)))
 
 
 def test_position_bias_of_another_grid():
@@ -168,7 +167,7 @@ def test_recomputed_blocks_see_the_grid_of_their_own_input():
     for checkpointing in (False, True):
         twin = copy.deepcopy(model).train()
         if checkpointing:
-            twin.gradient_checkpointing_enable()
+            twin.activation_checkpointing_enable()
         loss = output(twin(wide)).square().sum()
         twin(tall)  # another grid of as many tokens, before the backward pass
         loss.backward()
@@ -270,7 +269,24 @@ def segmenter():
     return transformers.UperNetForSemanticSegmentation(config)
 
 
-@pytest.mark.parametrize("build_whole", [depth_estimator, segmenter])
+def detector():
+    backbone = transformers.RfDetrDinov2Config(
+        **SIZES | {"num_hidden_layers": 4}, num_windows=2, out_features=["stage2", "stage4"]
+    )
+    config = transformers.RfDetrConfig(
+        backbone_config=backbone,
+        d_model=16,
+        decoder_layers=1,
+        decoder_self_attention_heads=2,
+        decoder_cross_attention_heads=2,
+        decoder_ffn_dim=16,
+        num_queries=5,
+        group_detr=1,
+    )
+    return transformers.RfDetrForObjectDetection(config)
+
+
+@pytest.mark.parametrize("build_whole", [depth_estimator, segmenter, detector])
 def test_what_wraps_a_tower(build_whole, tmp_path):
     torch.manual_seed(0)
     model, x = randomised(build_whole()), images(64, 64)

@@ -253,12 +253,14 @@ class HostRule:
             ``UnsupportedHostError`` when the model, or a module of it, cannot be swapped.
         mixin: What the model's class gains; a subclass of ``StaticKeyHost`` may add methods.
         finish: Called with the model after the swap.
+        takes: Whether a model of the class can be meant, where the class says too little; by default all.
     """
 
     host: type[nn.Module]
     sites: Callable[[Any], dict[str, Site]]
     mixin: type[StaticKeyHost] = StaticKeyHost
     finish: Callable[[Any], None] | None = None
+    takes: Callable[[Any], bool] | None = None
 
 
 _RULES: dict[type[nn.Module], HostRule] = {}
@@ -314,11 +316,9 @@ def find_rule(model: nn.Module) -> HostRule:
     """
     if not isinstance(model, nn.Module):
         raise UnsupportedHostError(f"convert takes a model, got {model!r}; for a name: timm.create_model({model!r})")
-    for package in {cls.__module__.partition(".")[0] for cls in type(model).__mro__} & _RULES_OF_PACKAGES.keys():
-        import_module(f"{__package__}.{_RULES_OF_PACKAGES[package]}")
-    for cls in type(model).__mro__:
-        if cls in _RULES:
-            return _RULES[cls]
+    rule = _rule_of_class(model)
+    if rule is not None:
+        return rule
     found = attention_classes(model)
     supported = ", ".join(sorted(f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in _RULES))
     raise UnsupportedHostError(
@@ -329,8 +329,15 @@ def find_rule(model: nn.Module) -> HostRule:
 
 
 def has_rule(model: nn.Module) -> bool:
-    """Whether there is a rule for a class that a model derives from."""
-    return any(cls in _RULES for cls in type(model).__mro__)
+    """Whether there is a rule for a class that a model derives from, and it takes the model."""
+    rule = _rule_of_class(model)
+    return rule is not None and (rule.takes is None or rule.takes(model))
+
+
+def _rule_of_class(model: nn.Module) -> HostRule | None:
+    for package in {cls.__module__.partition(".")[0] for cls in type(model).__mro__} & _RULES_OF_PACKAGES.keys():
+        import_module(f"{__package__}.{_RULES_OF_PACKAGES[package]}")
+    return next((_RULES[cls] for cls in type(model).__mro__ if cls in _RULES), None)
 
 
 def attention_classes(model: nn.Module) -> list[str]:

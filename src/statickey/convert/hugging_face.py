@@ -166,4 +166,12 @@ def _find(name: str, sites: dict[str, Site], model: nn.Module) -> str:
     )
 
 
-register_host_rule(HostRule(host=PreTrainedModel, sites=hugging_face_sites, mixin=HuggingFaceHost, finish=finish))
+register_host_rule(
+    HostRule(
+        host=PreTrainedModel,
+        sites=hugging_face_sites,
+        mixin=HuggingFaceHost,
+        finish=finish,
+        takes=lambda model: any(True for _ in towers(model)),
+    )
+)

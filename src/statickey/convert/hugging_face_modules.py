@@ -109,7 +109,7 @@ class JoinedStandIn(StandIn):
     ) -> tuple[Tensor, Tensor | None]:
         side = windows_per_side(self.config)
         window = (feat_size[0] // side, feat_size[1] // side)
-        places = torch.arange(x.shape[1], device=x.device).unflatten(0, (side * side, -1))
+        places = torch.arange(x.shape[1], device=x.device).reshape(side * side, -1)
         prefix, grid = places.split([places.shape[1] - window[0] * window[1], window[0] * window[1]], dim=1)
         rows = grid.reshape(side, side, *window).transpose(1, 2)
         order = torch.cat([prefix.flatten(), rows.flatten()])  # prefix tokens first, the grid row by row

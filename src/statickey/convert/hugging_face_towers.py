@@ -150,8 +150,7 @@ def hugging_face_sites(model: Any) -> dict[str, Site]:
     known = sorted(tower for family in FAMILIES.values() for tower in family.towers)
     raise UnsupportedHostError(
         f"{type(model).__name__} has no vision tower this can convert (attention classes in it: "
-        f"{', '.join(found) if found else 'none'}); supported: whatever contains one of {', '.join(known)}; a model "
-        "of timm inside is converted by itself: pass the module that holds it"
+        f"{', '.join(found) if found else 'none'}); supported: whatever contains one of {', '.join(known)}"
     )
 
 
