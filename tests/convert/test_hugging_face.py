@@ -182,6 +182,10 @@ def test_masked_tokens():
     convert(model, "mhsa")
     assert_close("output", output(model(x, attention_mask=mask)), output(before))
     assert not torch.allclose(output(model(x)), output(before))
+    attention, tokens = model.layers[0].attention, torch.randn(2, 17, 24, dtype=torch.float64)
+    outs = [attention(tokens, form, feat_size=(4, 4))[0] for form in (mask, mask.int(), mask[:, None, None])]
+    assert_close("two axes", outs[0], outs[2])
+    assert_close("numbers", outs[1], outs[2])
 
 
 def vision_language(name, **kwargs):
@@ -397,6 +401,28 @@ def test_trains_on_several_processes_without_unused_parameters(tmp_path):
         torch.distributed.destroy_process_group()
 
 
+def test_fresh_weights_are_drawn_as_the_host_draws_them():
+    model, twin = build("vit"), build("vit")
+    convert(model, "ska", keep_weights=False)
+    convert(twin, "ska", keep_weights=False)
+    own, other = (token_mixers(m)["vit.layers.0.attention.mixer"] for m in (model, twin))
+    assert torch.equal(own.qv.weight, other.qv.weight)
+    assert 0.01 < own.qv.weight.std() < 0.03  # initializer_range
+    assert not own.qv.bias.any()
+
+
+def test_converts_again():
+    model, x = build("dinov2"), images()
+    convert(model, "ska")
+    out = output(model(x))
+    report = convert(model, "ska")
+    assert all(module.key_carried for module in report.modules)
+    assert_close("output", output(model(x)), out)
+    convert(model, "cska")
+    assert {type(m).__name__ for m in token_mixers(model).values()} == {"ConvStaticKeyAttention"}
+    assert [entry["mixer"] for entry in model.config.statickey.values()] == ["cska", "cska"]
+
+
 class TestRefuses:
     def test_models_without_a_vision_tower(self):
         model = transformers.BertModel(transformers.BertConfig(**TEXT))
@@ -423,8 +449,12 @@ class TestRefuses:
         build("vit").save_pretrained(tmp_path)
         with pytest.raises(StaticKeyError, match="holds no converted model"):
             from_pretrained(tmp_path)
-        with pytest.raises(StaticKeyError, match="model_class is 'ViT'"):
+        with pytest.raises(StaticKeyError, match="'ViT' is no model class of transformers; pass one as model_class"):
             from_pretrained(tmp_path, "ViT")
+        config = transformers.ViTConfig.from_pretrained(tmp_path)
+        config.architectures = ["OwnViT"]
+        with pytest.raises(StaticKeyError, match="'OwnViT' is no model class"):
+            from_pretrained(tmp_path, config=config)
 
     def test_files_that_lack_a_key(self, tmp_path):
         model = build("vit")

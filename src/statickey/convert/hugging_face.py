@@ -14,17 +14,21 @@ rely on, stays:
   neither 4 x 6 and 6 x 4 patches nor what is recomputed in a backward pass can be confused.
 - **Files.** ``config.statickey`` says which mixer stands where; ``from_pretrained`` of this module reads it, builds,
   and loads safetensors. A converted model has an empty tensor in the place of each key projection's weight, which
-  makes the library's own ``from_pretrained`` refuse the files instead of drawing projections at random.
+  makes the library's own ``from_pretrained`` refuse the files instead of drawing projections at random. Convert the
+  model that is saved, or a part of it.
+
+``model.no_weight_decay()`` names the keys, which a ``Trainer`` with ``weight_decay`` does not ask for: give it an
+optimizer of your own.
 
 Example:
     From a model of the hub to a saved one, and back::
 
-        model = AutoModelForImageClassification.from_pretrained("facebook/dinov2-small")
+        from statickey.convert.hugging_face import from_pretrained
+
+        model = AutoModelForImageClassification.from_pretrained("facebook/dinov2-small-imagenet1k-1-layer")
         statickey.convert(model, "ska")
         ...  # train
         model.save_pretrained("static")
-
-        from statickey.convert.hugging_face import from_pretrained
         model = from_pretrained("static")
 """
 
@@ -86,23 +90,22 @@ def from_pretrained(path: str | Path, model_class: type[PreTrainedModel] | None 
         for name in ("revision", "token", "cache_dir", "local_files_only", "subfolder")
         if name in kwargs
     }
+    found: Any = model_class
     if model_class is None:
         config = kwargs.get("config") or AutoConfig.from_pretrained(path, **hub)
-        named = (config.architectures or [""])[0]
-        model_class = getattr(transformers, named, None)
-    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)):
+        found = (config.architectures or [None])[0]
+        found = getattr(transformers, str(found), found)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
         raise StaticKeyError(
-            f"model_class is {model_class!r}; pass a model class of transformers, such as ViTForImageClassification"
+            f"{found!r} is no model class of transformers; pass one as model_class, such as ViTForImageClassification"
         )
-    cls: Any = model_class
-    if not issubclass(model_class, HuggingFaceHost):
-        cls = converted_class(HuggingFaceHost, model_class)
+    cls: Any = found if issubclass(found, HuggingFaceHost) else converted_class(HuggingFaceHost, found)
     model, info = cls.from_pretrained(path, output_loading_info=True, **{"use_safetensors": True} | kwargs)
     mixers = token_mixers(model)
     if not mixers:
         raise StaticKeyError(
             f"{path} holds no converted model (config.json has no 'statickey'); load it with "
-            f"{model_class.__name__}.from_pretrained, then convert it"
+            f"{found.__name__}.from_pretrained, then convert it"
         )
     missing = [key for key in info["missing_keys"] if any(key.startswith(f"{name}.") for name in mixers)]
     if missing:

@@ -51,7 +51,8 @@ class StandIn(nn.Module):
 
         Args:
             hidden_states: Tokens, (B, N, dim).
-            attention_mask: Added to the logits, or true where attention is allowed; broadcasts to (B, h, N, N).
+            attention_mask: Added to the logits, or true where attention is allowed; broadcasts to (B, h, N, N). Of
+                two axes, (B, N), it says which tokens may be attended to.
             feat_size: Their grid, which the tower passes.
             kwargs: What else layers pass; ``output_attentions`` asks for the maps.
 
@@ -66,6 +67,8 @@ class StandIn(nn.Module):
                 "attention was called without the grid of its tokens, which the vision tower reads off its images; "
                 "call the tower, or pass feat_size=(H, W)"
             )
+        if attention_mask is not None and attention_mask.ndim == 2:  # as it is made for flash attention
+            attention_mask = attention_mask[:, None, None].bool()
         return self._mix(hidden_states, feat_size, attention_mask, kwargs)
 
     def _mix(
@@ -110,9 +113,9 @@ class JoinedStandIn(StandIn):
         side = windows_per_side(self.config)
         window = (feat_size[0] // side, feat_size[1] // side)
         places = torch.arange(x.shape[1], device=x.device).reshape(side * side, -1)
-        prefix, grid = places.split([places.shape[1] - window[0] * window[1], window[0] * window[1]], dim=1)
-        rows = grid.reshape(side, side, *window).transpose(1, 2)
-        order = torch.cat([prefix.flatten(), rows.flatten()])  # prefix tokens first, the grid row by row
+        num_prefix = places.shape[1] - window[0] * window[1]
+        rows = places[:, num_prefix:].reshape(side, side, *window).transpose(1, 2)
+        order = torch.cat([places[:, :num_prefix].flatten(), rows.flatten()])  # prefix first, the grid row by row
         back = order.argsort()
         out, weights = super()._mix(x[:, order], feat_size, mask, kwargs)
         return out[:, back], None if weights is None else weights[:, :, back][..., back]
