@@ -147,6 +147,32 @@ def test_grids_with_as_many_tokens(name):
         assert_close("output", output(model(x, **told)), output(built(x, **told)))
 
 
+KIN = {
+    "ViTMSN": "Model",
+    "AltCLIPVision": "VisionModel",
+    "ChineseCLIPVision": "VisionModel",
+    "CLIPSegVision": "VisionModel",
+    "MetaClip2Vision": "VisionModel",
+    "OwlViTVision": "VisionModel",
+    "Owlv2Vision": "VisionModel",
+    "Aimv2Vision": "VisionModel",
+    "Tipsv2Vision": "VisionModel",
+    "Pixio": "Model",
+}
+
+
+@pytest.mark.parametrize("name", KIN)
+def test_kin_of_these(name):
+    torch.manual_seed(0)
+    model, x = randomised(tower(name, KIN[name])), images()
+    before = model(x).last_hidden_state
+    convert(model, "mhsa")
+    assert_close("tokens", model(x).last_hidden_state, before)
+    convert(model, "ska")
+    recorded = model(x, output_hidden_states=True, output_attentions=True)
+    assert (len(recorded.hidden_states), len(recorded.attentions)) == (3, 2)
+
+
 def test_position_bias_of_another_grid():
     model = build("beit")
     convert(model, "ska")
@@ -376,7 +402,7 @@ def test_maps_follow_the_config_too():
     assert_close("rows", maps[0].sum(-1), torch.ones(2, 3, 17, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", ["dinov2", "dinov3"])
+@pytest.mark.parametrize("name", ["dinov3", pytest.param("dinov2", marks=pytest.mark.slow)])
 def test_exports_with_free_height_and_width(name):
     model, x = build(name), images(32, 40)
     convert(model, "ska")

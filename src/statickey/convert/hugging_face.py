@@ -99,13 +99,14 @@ def from_pretrained(path: str | Path, model_class: type[PreTrainedModel] | None 
         raise StaticKeyError(
             f"{found!r} is no model class of transformers; pass one as model_class, such as ViTForImageClassification"
         )
-    cls: Any = found if issubclass(found, HuggingFaceHost) else converted_class(HuggingFaceHost, found)
+    name = found.__name__
+    cls: Any = found if issubclass(found, HuggingFaceHost) else converted_class(HuggingFaceHost, cast(Any, found))
     model, info = cls.from_pretrained(path, output_loading_info=True, **{"use_safetensors": True} | kwargs)
     mixers = token_mixers(model)
     if not mixers:
         raise StaticKeyError(
             f"{path} holds no converted model (config.json has no 'statickey'); load it with "
-            f"{found.__name__}.from_pretrained, then convert it"
+            f"{name}.from_pretrained, then convert it"
         )
     missing = [key for key in info["missing_keys"] if any(key.startswith(f"{name}.") for name in mixers)]
     if missing:

@@ -72,6 +72,10 @@ def _whole(prefix: int, registers: bool = False, stand_in: type[StandIn] = Stand
     return place
 
 
+def _pixio_place(tower: Any, layer: Any) -> Place:
+    return Place(feat_size=_grid(tower), num_prefix_tokens=tower.config.n_cls_tokens)
+
+
 def _swin_place(tower: Any, layer: Any) -> Place:
     window: Size2 = layer.attention.relative_position_bias.window_size
     rows, columns = (-(-extent // side) for extent, side in zip(layer.input_resolution, window, strict=True))
@@ -94,6 +98,7 @@ def _windowed_place(prefix: int, in_windows: Callable[[Any], bool]) -> Callable[
 
 FAMILIES: dict[str, Family] = {
     "ViTAttention": Family(towers=("ViTModel",), place=_whole(1)),
+    "ViTMSNAttention": Family(towers=("ViTMSNModel",), place=_whole(1)),
     "DeiTAttention": Family(towers=("DeiTModel",), place=_whole(2)),
     "Dinov2Attention": Family(towers=("Dinov2Model", "Dinov2Backbone"), place=_whole(1)),
     "Dinov2WithRegistersAttention": Family(
@@ -110,6 +115,17 @@ FAMILIES: dict[str, Family] = {
         towers=("Siglip2VisionModel",), place=_whole(0, stand_in=VariableGridStandIn), pass_grid=pass_grids
     ),
     "CLIPAttention": Family(towers=("CLIPVisionModel",), place=_whole(1)),
+    "AltCLIPAttention": Family(towers=("AltCLIPVisionModel",), place=_whole(1)),
+    "ChineseCLIPVisionAttention": Family(towers=("ChineseCLIPVisionModel",), place=_whole(1)),
+    "CLIPSegAttention": Family(towers=("CLIPSegVisionModel",), place=_whole(1)),
+    "MetaClip2Attention": Family(towers=("MetaClip2VisionModel",), place=_whole(1)),
+    "OwlViTAttention": Family(towers=("OwlViTVisionTransformer",), place=_whole(1)),
+    "Owlv2Attention": Family(towers=("Owlv2VisionTransformer",), place=_whole(1)),
+    "Aimv2Attention": Family(towers=("Aimv2VisionModel",), place=_whole(0)),
+    "Tipsv2VisionAttention": Family(
+        towers=("Tipsv2VisionModel", "Tipsv2VisionBackbone"), place=_whole(1, registers=True)
+    ),
+    "PixioAttention": Family(towers=("PixioModel", "PixioBackbone"), place=_pixio_place),
     "BeitAttention": Family(towers=("BeitModel",), place=_whole(1), needs_map=True),
     "SwinAttention": Family(towers=("SwinModel",), place=_swin_place, pass_grid=None, needs_map=True),
     "RfDetrDinov2Attention": Family(
