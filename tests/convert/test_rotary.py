@@ -10,6 +10,7 @@ from torch import nn
 from statickey import convert
 from statickey.convert import token_mixers
 from statickey.errors import StaticKeyError
+from statickey.models import checkpoint_filter_fn
 from statickey.viz import capture_attention
 from tolerances import assert_close, assert_same_with_gradients
 
@@ -142,6 +143,22 @@ def test_a_static_key_is_resampled_before_it_is_turned(mixer):
     before = model(images)
     model.set_input_size((64, 80))
     assert_close("other size", model(images), before)
+
+
+@pytest.mark.parametrize("mixer", ["cska", "fcska"])
+@pytest.mark.parametrize("name", ["dinov3, one size", "rope of each head"])
+def test_checkpoints_load_across_sizes(name, mixer):
+    model, _ = made(name)
+    other, _ = made(name)
+    other.set_input_size((64, 80))
+    for net in (model, other):
+        convert(net, mixer)
+    with pytest.raises(StaticKeyError, match="img_size"):
+        other.load_state_dict(model.state_dict())
+    other.load_state_dict(checkpoint_filter_fn(model.state_dict(), other))
+    model.set_input_size((64, 80))
+    images = torch.randn(1, 3, 64, 80, dtype=torch.float64)
+    assert_close("other size", other(images), model(images))
 
 
 def test_the_rotation_counts():
