@@ -13,7 +13,15 @@ from torch import nn
 from .._checks import check_arguments, check_mapping, check_name, check_positive
 from .._typing import Size2
 from ..errors import StaticKeyError, UnsupportedHostError
-from ..layers import MIXERS, AttentionMixer, SelfAttention, StaticKeyAttention, TokenMixer, has_static_key
+from ..layers import (
+    MIXERS,
+    AttentionMixer,
+    PartlyStaticAttention,
+    SelfAttention,
+    StaticKeyAttention,
+    TokenMixer,
+    has_static_key,
+)
 from .again import carry_between
 from .host import Site, become_converted
 from .keys import forked_random
@@ -290,7 +298,7 @@ def _keep_parts(name: str, site: Site, mixer: str, new: TokenMixer) -> None:
             )
     for part, module in kept.items():
         setattr(new, part, deepcopy(module))
-    if isinstance(new, SelfAttention) and site.k_norm is not None:
+    if isinstance(new, SelfAttention | PartlyStaticAttention) and site.k_norm is not None:
         new.k_norm = deepcopy(site.k_norm)
     if isinstance(new, AttentionMixer) and new.log_temperature is not None and site.log_temperature is not None:
         new.log_temperature = nn.Parameter(site.log_temperature.detach().clone())
@@ -306,7 +314,7 @@ def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
             "weights cannot be carried over: keep the host's heads, or pass keep_weights=False"
         )
     trainable = any(parameter.requires_grad for parameter in site.module.parameters())  # a frozen host stays frozen
-    for target_name, parts in {"qkv": (0, 1, 2), "qv": (0, 2), "v": (2,)}.items():
+    for target_name, parts in {"qkv": (0, 1, 2), "qv": (0, 2), "k": (1,), "v": (2,)}.items():
         target = getattr(mixer, target_name, None)
         if target is None:
             continue
@@ -316,6 +324,8 @@ def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
                     nn.init.zeros_(getattr(target, tensor))  # a bias the host does not have
             else:
                 rows = torch.cat([source.chunk(3)[part] for part in parts])
+                if target_name == "k" and isinstance(mixer, PartlyStaticAttention):
+                    rows = rows[mixer.key_channels()]
                 _copy(f"{name}.{target_name}.{tensor}", rows, getattr(target, tensor), trainable)
     proj = getattr(mixer, "proj", None)
     if proj is not None and site.proj is not None:
