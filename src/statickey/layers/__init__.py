@@ -16,7 +16,7 @@ from .baselines import (
 from .continuous import ContinuousKey
 from .conv_static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention
 from .mixer import GridState, TokenMixer
-from .partly_static import PartlyStaticAttention
+from .partly_static import LogitBias, PartlyStaticAttention
 from .parts import HeadMix, TokenGrids
 from .static_key import StaticKeyAttention, has_static_key
 
@@ -46,6 +46,7 @@ __all__ = [
     "GridState",
     "HeadMix",
     "IdentityMixer",
+    "LogitBias",
     "PartlyStaticAttention",
     "PoolMixer",
     "RandomAttention",

@@ -12,7 +12,7 @@ from .._checks import check_positive, check_static_key_attention
 from .._typing import Key, OffGrid, Size2
 from ..errors import StaticKeyError
 from ..ops import repeat_cells
-from .attention import AttendOp
+from .attention import AttendOp, Rotate
 from .continuous import ContinuousKey
 from .static_key import StaticKeyAttention
 from .windows import Segment
@@ -164,21 +164,25 @@ class PartlyStaticAttention(StaticKeyAttention):
     def _pools(self, feat_size: Size2) -> bool:
         return not self._mixed and super()._pools(feat_size)
 
-    def _segments(self, query: Tensor, feat_size: Size2, rows: Callable[[str], Tensor]) -> list[Segment]:
-        return [Segment(query, rows("static_key"), None if self.key_bias is None else rows("key_bias"), 0)]
+    def _segments(
+        self, query: Tensor, feat_size: Size2, rows: Callable[[str], Tensor], turn: Rotate
+    ) -> list[Segment]:
+        bias = None if self.key_bias is None else rows("key_bias")
+        return [Segment(turn(query), turn(rows("static_key")), bias, 0)]
 
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp) -> Tensor:
+    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
         if not self._mixed:
-            return super()._attend(x, feat_size, op)
+            return super()._attend(x, feat_size, op, turn)
         query, value = self._project(x)
+        query = turn(query)
         parts = []
         if self.dynamic_heads:
             (key,) = self._split(self.k(x), len(self.dynamic_heads))
-            dynamic_key = self.k_norm(key).to(value.dtype)
+            dynamic_key = _turn_of(self.dynamic_heads, turn)(self.k_norm(key).to(value.dtype))
             if self.static_heads and self.head_mix is not None:
-                return self._attend_together(query, dynamic_key, value, feat_size, op)
+                return self._attend_together(query, dynamic_key, value, feat_size, op, turn)
         if self.static_heads:
-            key, key_bias, map_bias = self._static_logits(feat_size)
+            key, key_bias, map_bias = self._static_logits(feat_size, turn)
             own_op = partial(op, heads=self.static_heads, map_bias=map_bias)
             segment = Segment(_pick(query, self.static_heads), key, key_bias, 0)
             parts.append(segment.attend(own_op, _pick(value, self.static_heads)))
@@ -195,12 +199,12 @@ class PartlyStaticAttention(StaticKeyAttention):
         return torch.stack([heads[head] for head in range(self.num_heads)], dim=1)
 
     def _attend_together(
-        self, query: Tensor, dynamic_key: Tensor, value: Tensor, feat_size: Size2, op: AttendOp
+        self, query: Tensor, dynamic_key: Tensor, value: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate
     ) -> Tensor:
         """One call for all heads, whose logits are mixed."""
         dynamic = len(self.dynamic_heads)
         key, key_bias, map_bias = (
-            None if part is None else part.to(query.dtype) for part in self._static_logits(feat_size)
+            None if part is None else part.to(query.dtype) for part in self._static_logits(feat_size, turn)
         )
         assert key is not None
         keys = self._in_order([key.expand(query.shape[0], -1, -1, -1), dynamic_key])
@@ -210,7 +214,7 @@ class PartlyStaticAttention(StaticKeyAttention):
         )
         return op(query, keys, value, key_bias=key_bias, map_bias=map_bias)
 
-    def _static_logits(self, feat_size: Size2) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _static_logits(self, feat_size: Size2, turn: Rotate) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Keys (h_s, N, d) and biases (h_s, N), (h_s, N, N) of the static heads on a grid."""
         cells = self._cells(feat_size)
 
@@ -224,7 +228,7 @@ class PartlyStaticAttention(StaticKeyAttention):
         map_bias: Tensor | None = self.map_bias
         if map_bias is not None:
             map_bias = resampled(resampled(map_bias).transpose(1, 2)).transpose(1, 2)
-        return rows(self.key_rows(cells)), key_bias, map_bias
+        return _turn_of(self.static_heads, turn)(rows(self.key_rows(cells))), key_bias, map_bias
 
     def _call_op(
         self,
@@ -281,6 +285,12 @@ def _pick(x: Tensor, heads: Sequence[int], dim: int = 1) -> Tensor:
         return x
     parts = x.unbind(dim)
     return torch.stack([parts[head] for head in heads], dim=dim)
+
+
+def _turn_of(heads: Sequence[int], turn: Rotate) -> Rotate:
+    """What turns some of the heads, each of which may have angles of its own."""
+    rope = turn.keywords.get("rope") if isinstance(turn, partial) else None
+    return turn if rope is None or rope.ndim < 3 else partial(turn, rope=_pick(rope, heads, -3))
 
 
 def _check_heads(heads: Any, num_heads: int) -> tuple[int, ...]:
