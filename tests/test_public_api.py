@@ -6,6 +6,8 @@ import statickey
 
 PUBLIC = {
     "MIXERS",
+    "Calibration",
+    "CalibrationReport",
     "ConvStaticKeyAttention",
     "ConversionReport",
     "FactorizedConvStaticKeyAttention",

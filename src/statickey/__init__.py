@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from . import models as models
 from .convert import (
+    Calibration,
+    CalibrationReport,
     ConversionReport,
     HostRule,
     Site,
@@ -36,6 +38,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MIXERS",
+    "Calibration",
+    "CalibrationReport",
     "ConvStaticKeyAttention",
     "ConversionReport",
     "FactorizedConvStaticKeyAttention",

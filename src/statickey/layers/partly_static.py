@@ -290,7 +290,9 @@ def _pick(x: Tensor, heads: Sequence[int], dim: int = 1) -> Tensor:
 def _turn_of(heads: Sequence[int], turn: Rotate) -> Rotate:
     """What turns some of the heads, each of which may have angles of its own."""
     rope = turn.keywords.get("rope") if isinstance(turn, partial) else None
-    return turn if rope is None or rope.ndim < 3 else partial(turn, rope=_pick(rope, heads, -3))
+    if rope is None or rope.ndim < 3:
+        return turn
+    return partial(turn.func, **(turn.keywords | {"rope": _pick(rope, heads, -3)}))  # type: ignore[attr-defined]
 
 
 def _check_heads(heads: Any, num_heads: int) -> tuple[int, ...]:
