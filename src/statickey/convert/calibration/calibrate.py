@@ -109,7 +109,6 @@ class Calibrator:
             heads=tuple(self._figures(chosen)),
             stages=tuple(stages),
             controls=tuple(controls),
-            steps=tuple(steps),
             note=note,
             images_per_second=speed,
         )
@@ -220,6 +219,7 @@ class Calibrator:
         """Convert a model and give it the student's keys; on any error or interruption it is as it was."""
         names = [name for step in steps for name in step["layers"]]
         kind, kept = type(model), {name: model.get_submodule(name) for name in names}
+        conversions = getattr(model, "conversions", ())
         try:
             reports = [swap(model, **step) for step in steps]
             for name in names:
@@ -232,6 +232,7 @@ class Calibrator:
                 parent, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(parent), attribute, module)
             model.__class__ = kind
+            model.conversions = conversions  # type: ignore[assignment]
             raise
         return reports
 

@@ -58,7 +58,6 @@ class CalibrationReport(ConversionReport):
             the converted layers before it give.
         controls: The converted model with other keys in the static heads, which its own must beat: each one's mean
             over positions, and those of shuffled positions.
-        steps: Arguments of ``convert`` that make the same layers of the same host, with fresh keys.
         note: How the heads were chosen.
         images_per_second: Before and after, on this machine.
     """
@@ -70,7 +69,6 @@ class CalibrationReport(ConversionReport):
     heads: tuple[HeadFigures, ...]
     stages: tuple[Stage, ...]
     controls: tuple[Stage, ...]
-    steps: tuple[dict[str, Any], ...]
     note: str
     images_per_second: tuple[float, float] = field(compare=False)
 
