@@ -87,7 +87,8 @@ class Calibrator:
             self._stage("keys of the unconverted model", surveyed),
             self._stage("fitted on converted inputs", refitted),
         ]
-        student = refitted if self._cost(stages[2]) <= self._cost(stages[1]) else surveyed
+        within = self.asked.max_drop is None or self._cost(stages[2]) <= self.asked.max_drop
+        student = refitted if within and stages[2].change <= stages[1].change else surveyed
         if student is surveyed:
             note += "; keys of the unconverted model kept, which do better"
         controls = self._controls(student)
