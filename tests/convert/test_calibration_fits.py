@@ -151,7 +151,7 @@ def test_the_divergence_is_as_small_as_another_solver_makes_it(bias, mask):
         usual = fit_heads(found, "kl", bias, [head])
         added = usual.key_bias if bias == "key" else usual.map_bias
         numbers = (usual.key[0], None if added is None else added[0])
-        assert divergence(found.sample(), head, numbers, bias) <= least * 1.002
+        assert divergence(found.sample(), head, numbers, bias) <= least * 1.005
 
 
 @pytest.mark.parametrize("bias", BIASES)

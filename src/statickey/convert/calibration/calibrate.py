@@ -70,6 +70,7 @@ class Calibrator:
                 f"self-attention in place of the host's changes the output by {self.equal.change:.2g} of its size; "
                 "heads cannot be read off it"
             )
+        self.fitted: dict[str, HeadKeys] = {}
         self.keys: dict[str, HeadKeys] = {}
         self.errors: dict[str, HeadErrors] = {}
         self.spread: dict[str, Tensor] = {}
@@ -118,7 +119,7 @@ class Calibrator:
         """Fit all heads of a layer on the unconverted model, and measure them."""
         heads = list(range(self.heads[name]))
         statistics = self._statistics(self.teacher, name)
-        self.keys[name] = keys = fit_heads(statistics, self.asked.fit, self.asked.bias, heads)
+        self.fitted[name] = keys = fit_heads(statistics, self.asked.fit, self.asked.bias, heads)
         self.errors[name] = head_errors(layer_calls(self.teacher, name, self.measured_on), keys)
         self.spread[name] = statistics.spread().cpu()
         self.keys[name] = self._turned_back(name, keys, heads, statistics.rope)
@@ -186,7 +187,8 @@ class Calibrator:
             if name in by_layer:
                 own = by_layer[name]
                 statistics = self._statistics(student, name)
-                keys = fit_heads(statistics, self.asked.fit, self.asked.bias, own)
+                near = self.fitted[name].of(own)
+                keys = fit_heads(statistics, self.asked.fit, self.asked.bias, own, near)
                 self._install(student, name, own, self._turned_back(name, keys, own, statistics.rope))
         return student
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...layers import LogitBias
 from .statistics import Sample
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-3
 """The fit stops when ``ROUND`` steps lower the divergence by less than this share of it."""
 ROUND = 10
 MAX_ROUNDS = 40

@@ -45,7 +45,9 @@ class HeadKeys:
         return self.key, self.key_bias, self.map_bias
 
 
-def fit_heads(statistics: LayerStatistics, fit: Fit, bias: LogitBias | None, heads: list[int]) -> HeadKeys:
+def fit_heads(
+    statistics: LayerStatistics, fit: Fit, bias: LogitBias | None, heads: list[int], near: HeadKeys | None = None
+) -> HeadKeys:
     """Static keys for some heads of a layer.
 
     Args:
@@ -53,6 +55,7 @@ def fit_heads(statistics: LayerStatistics, fit: Fit, bias: LogitBias | None, hea
         fit: What is made small.
         bias: What is added to logits; ``"constant"`` has a map and ``"mean"`` none, whatever this says.
         heads: Which heads.
+        near: Keys of these heads from where the divergence's fit may start, found on like images.
 
     Returns:
         Their keys, in this order.
@@ -65,7 +68,9 @@ def fit_heads(statistics: LayerStatistics, fit: Fit, bias: LogitBias | None, hea
     if fit == "lstsq":
         return nearest
     sample = statistics.sample()
-    starts = [nearest, *([constant_map(statistics, heads)] if bias == "map" else [])]
+    starts = [nearest, *([] if near is None else [near])]
+    if bias == "map":
+        starts.append(constant_map(statistics, heads))
     fitted = [
         fit_divergence(sample, head, [_numbers(start, place) for start in starts], bias)
         for place, head in enumerate(heads)
