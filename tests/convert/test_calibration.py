@@ -62,13 +62,24 @@ def beit():
     return strong(create_model("beit_base_patch16_224", patch_size=8, **SIZES))
 
 
+def dinov3():
+    return strong(create_model("vit_small_patch16_dinov3", patch_size=8, **SIZES))
+
+
 def images(size=32, count=24):
     generator = torch.Generator().manual_seed(1)
     places = torch.randn(1, 3, size, size, generator=generator)
     return places + 0.7 * torch.randn(count, 3, size, size, generator=generator)
 
 
-HOSTS = {"vit": (vit, 32), "dinov2": (dinov2, 32), "caformer": (caformer, 64), "swin": (swin, 32), "beit": (beit, 32)}
+HOSTS = {
+    "vit": (vit, 32),
+    "dinov2": (dinov2, 32),
+    "dinov3": (dinov3, 32),
+    "caformer": (caformer, 64),
+    "swin": (swin, 32),
+    "beit": (beit, 32),
+}
 
 
 @pytest.mark.parametrize("host", HOSTS)

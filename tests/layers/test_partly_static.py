@@ -201,3 +201,21 @@ def test_the_swap_carries_every_projection_over():
     assert isinstance(model.blocks[0].attn.k_norm, nn.LayerNorm)
     model.set_input_size((48, 64))
     assert model(torch.randn(2, 3, 48, 64, dtype=torch.float64)).shape == (2, 3)
+
+
+def test_a_partly_static_layer_is_converted_again():
+    """To its own kind with all it has; its dynamic keys cannot be had where there are none, nor let go unsaid."""
+    model = create_model("vit_tiny_patch16_224", img_size=32, depth=1, qk_norm=True, num_classes=3).eval()
+    x = torch.randn(2, 3, 32, 32)
+    args = {"dynamic_heads": [1], "bias": "map"}
+    convert(model, "partly_static", mixer_args=args)
+    nn.init.normal_(model.blocks[0].attn.map_bias)
+    before = model(x)
+    report = convert(model, "partly_static", mixer_args=args)
+    assert report.modules[0].key_carried
+    assert_close("output", model(x), before)
+    with pytest.raises(StaticKeyError, match=r"has keys of the input for heads \[1\], not for dynamic_heads=\[0\]"):
+        convert(model, "partly_static", mixer_args={"dynamic_heads": [0]})
+    assert not convert(model, "ska").modules[0].key_carried
+    with pytest.raises(StaticKeyError, match=r"has keys of the input for heads \[\], not for"):
+        convert(model, "partly_static", mixer_args={"dynamic_heads": [0]})

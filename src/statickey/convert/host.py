@@ -135,6 +135,7 @@ class Site:
             fields |= {name: getattr(mixer, name) for name in kept} | {"mixer_args": _logit_args(mixer)}
         if isinstance(mixer, SelfAttention):
             return cls.of(mixer, k_norm=mixer.k_norm, **fields)
+        fields["k_norm"] = getattr(mixer, "k_norm", None)
         projections = (getattr(mixer, name, None) for name in ("qv", "v"))
         fields["with_qkv_bias"] = any(part is not None and part.bias is not None for part in projections)
         fields["with_proj_bias"] = getattr(getattr(mixer, "proj", None), "bias", None) is not None

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from ...errors import StaticKeyError, UnsupportedHostError
 from ...layers import PartlyStaticAttention, StaticKeyAttention
-from ..host import find_rule
 from ..keys import token_mixers
 from ..swap import ConversionReport, Layers, select_sites
 from ..swap import convert as swap
+from ..wrappers import find_host
 from .choice import Head, largest_within, named_heads
 from .fits import HeadKeys, fit_heads
 from .measure import HeadErrors, head_errors
@@ -41,7 +41,7 @@ class Calibrator:
     def __init__(self, model: nn.Module, layers: Layers, calibration: Calibration) -> None:
         self.model = model
         self.asked = calibration
-        sites = find_rule(model).sites(model)
+        sites = find_host(model).sites
         chosen = select_sites(sites, layers)
         self.names = [name for name in sites if name in chosen]
         for name in self.names:
@@ -221,7 +221,8 @@ class Calibrator:
     ) -> list[ConversionReport]:
         """Convert a model and give it the student's keys; on any error or interruption it is as it was."""
         names = [name for step in steps for name in step["layers"]]
-        kind, kept = type(model), {name: model.get_submodule(name) for name in names}
+        host = find_host(model).model
+        kind, kept = type(host), {name: model.get_submodule(name) for name in names}
         conversions = getattr(model, "conversions", ())
         try:
             reports = [swap(model, **step) for step in steps]
@@ -234,7 +235,7 @@ class Calibrator:
             for name, module in kept.items():
                 parent, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(parent), attribute, module)
-            model.__class__ = kind
+            host.__class__ = kind
             model.conversions = conversions  # type: ignore[assignment]
             raise
         return reports
