@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "Train one network.",
     "evaluate": "Score a trained network.",
     "predict": "Classify images with a trained network.",
+    "convert": "Give a trained classifier static keys, without training.",
     "bench": "Measure speed and memory against timm and against the machine's limits.",
     "summary": "Parameters, multiply-accumulates and activations of models, beside the published figures.",
 }
@@ -36,6 +37,7 @@ _SIGNATURES = {
     "train": ("tasks.train", "tasks.ClassificationRecipe", "tasks.Machine"),
     "evaluate": ("tasks.evaluate",),
     "predict": ("tasks.predict",),
+    "convert": ("tasks.convert_run",),
     "bench": ("bench.bench",),
     "summary": ("summary.summary",),
 }

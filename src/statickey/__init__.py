@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from . import models as models
 from .convert import (
+    Calibration,
+    CalibrationReport,
     ConversionReport,
     HostRule,
     Site,
@@ -23,6 +25,7 @@ from .layers import (
     StaticKeyAttention,
     TokenMixer,
 )
+from .models import load_converted, save_converted
 from .ops import resample_static_key, static_key_attention, static_key_weights, unfold_queries
 
 if TYPE_CHECKING:
@@ -36,6 +39,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MIXERS",
+    "Calibration",
+    "CalibrationReport",
     "ConvStaticKeyAttention",
     "ConversionReport",
     "FactorizedConvStaticKeyAttention",
@@ -45,8 +50,10 @@ __all__ = [
     "StaticKeyError",
     "TokenMixer",
     "convert",
+    "load_converted",
     "register_host_rule",
     "resample_static_key",
+    "save_converted",
     "set_key",
     "set_key_size",
     "set_off_grid",

@@ -156,3 +156,26 @@ def test_any_choice_runs_on_the_built_grid(off_grid):
     x, angles = inputs()
     expected = layer("ska")(x, rope=embedding(angles))
     assert torch.equal(layer("ska", off_grid=off_grid)(x, rope=embedding(angles)), expected)
+
+
+@pytest.mark.parametrize("heads", [(), (HEADS,)], ids=["shared", "each head"])
+@pytest.mark.parametrize("dynamic", [(), (0,), (0, 1)], ids=str)
+def test_static_and_dynamic_heads_of_a_layer_turn_alike(dynamic, heads):
+    """Each head is the one of a layer whose heads are all of its kind."""
+    mixer = layer("partly_static", 1, dynamic_heads=dynamic, bias="map")
+    static, mhsa = layer("ska", 1), layer("mhsa", 1)
+    x, angles = inputs(1, heads=heads)
+    with torch.no_grad():
+        query, value = mixer.qv.weight.chunk(2)
+        rows = [head * WIDTH + channel for head in dynamic for channel in range(WIDTH)]
+        mhsa.qkv.weight[:DIM], mhsa.qkv.weight[2 * DIM :] = query, value
+        static.qv.weight.copy_(mixer.qv.weight)
+        if dynamic:
+            mhsa.qkv.weight[DIM : 2 * DIM][rows] = mixer.k.weight
+        if len(dynamic) < HEADS:
+            static.static_key[[head for head in range(HEADS) if head not in dynamic]] = mixer.static_key
+    rope = embedding(angles)
+    weights = mixer.attention_weights(x, rope=rope)
+    for head in range(HEADS):
+        twin = mhsa if head in dynamic else static
+        assert_close(f"head {head}", weights[:, head], twin.attention_weights(x, rope=rope)[:, head])

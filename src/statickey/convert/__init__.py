@@ -1,6 +1,9 @@
 """Swap the attention of an existing timm model, or of your own."""
 
 from . import metaformers, naflex, rotary, transformers, windows
+from .calibration.report import CalibrationReport, HeadFigures
+from .calibration.settings import Calibration
+from .entry import convert
 from .host import (
     HostRule,
     Site,
@@ -12,11 +15,14 @@ from .host import (
 from .keys import forked_random, set_key, set_key_size, set_off_grid, token_mixers
 from .metaformers import stage_grids
 from .slots import MapSlot, MixerSlot, TokenSlot
-from .swap import ConversionReport, ConvertedModule, convert
+from .swap import ConversionReport, ConvertedModule
 
 __all__ = [
+    "Calibration",
+    "CalibrationReport",
     "ConversionReport",
     "ConvertedModule",
+    "HeadFigures",
     "HostRule",
     "MapSlot",
     "MixerSlot",

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..errors import StaticKeyError
-from ..layers import ContinuousKey, StaticKeyAttention
+from ..layers import ContinuousKey, PartlyStaticAttention, StaticKeyAttention
 
 
 @torch.no_grad()
@@ -43,6 +43,15 @@ def carry_between(name: str, old: Any, new: Any) -> bool:
                 f"{type(new).__name__}; keep its heads and biases in mixer_args, or pass keep_weights=False"
             )
         setattr(new, projection, deepcopy(found))
+    dynamic = new.dynamic_heads if isinstance(new, PartlyStaticAttention) else ()
+    if dynamic:
+        found = old.dynamic_heads if isinstance(old, PartlyStaticAttention) else ()
+        if dynamic != found:
+            raise StaticKeyError(
+                f"{name} has keys of the input for heads {list(found)}, not for dynamic_heads={list(dynamic)}; build "
+                "the host again, or pass keep_weights=False for fresh weights"
+            )
+        new.k = deepcopy(old.k)
     if not isinstance(old, StaticKeyAttention) or not isinstance(new, StaticKeyAttention):
         return False
     if _shapes(getattr(old, "query_conv", None)) == _shapes(getattr(new, "query_conv", None)) != {}:
@@ -50,6 +59,14 @@ def carry_between(name: str, old: Any, new: Any) -> bool:
     whole = True
     for key in new.key_names:
         whole = _carry_key(key, old, new) and whole
+    for bias in ("key_bias", "map_bias"):
+        found, wanted = getattr(old, bias, None), getattr(new, bias, None)
+        if found is None:
+            continue
+        if wanted is None or wanted.shape != found.shape or old.key_grid != new.key_grid:
+            whole = False
+        else:
+            wanted.copy_(found)
     return whole
 
 

@@ -135,6 +135,7 @@ class Site:
             fields |= {name: getattr(mixer, name) for name in kept} | {"mixer_args": _logit_args(mixer)}
         if isinstance(mixer, SelfAttention):
             return cls.of(mixer, k_norm=mixer.k_norm, **fields)
+        fields["k_norm"] = getattr(mixer, "k_norm", None)
         projections = (getattr(mixer, name, None) for name in ("qv", "v"))
         fields["with_qkv_bias"] = any(part is not None and part.bias is not None for part in projections)
         fields["with_proj_bias"] = getattr(getattr(mixer, "proj", None), "bias", None) is not None
@@ -167,13 +168,15 @@ def _logit_args(mixer: AttentionMixer) -> dict[str, Any]:
 class StaticKeyHost(nn.Module):
     """Mixin of converted models: what the host's own class does not know about mixers.
 
-    Attributes: ``state_dict_filter``, applied to every state dict before it is loaded, or None.
+    Attributes: ``state_dict_filter``, applied to every state dict before it is loaded, or None; ``conversions``, the
+    arguments of each ``convert``, which make the same mixers of the same host again.
     """
 
     class_prefix: ClassVar[str] = "StaticKey"
     """What the name of a converted class has before the host's."""
 
     state_dict_filter: Callable[[Mapping[str, Any], nn.Module], Mapping[str, Any]] | None = None
+    conversions: tuple[dict[str, Any], ...] = ()
 
     def no_weight_decay(self) -> set[str]:
         """The host's names, every mixer's keys, and the position bias of windows."""

@@ -13,7 +13,15 @@ from torch import nn
 from .._checks import check_arguments, check_mapping, check_name, check_positive
 from .._typing import Size2
 from ..errors import StaticKeyError, UnsupportedHostError
-from ..layers import MIXERS, AttentionMixer, SelfAttention, StaticKeyAttention, TokenMixer, has_static_key
+from ..layers import (
+    MIXERS,
+    AttentionMixer,
+    PartlyStaticAttention,
+    SelfAttention,
+    StaticKeyAttention,
+    TokenMixer,
+    has_static_key,
+)
 from .again import carry_between
 from .host import Site, become_converted
 from .keys import forked_random
@@ -78,49 +86,7 @@ def convert(
     keep_weights: bool = True,
     mixer_args: Mapping[str, Any] | None = None,
 ) -> ConversionReport:
-    """Replace the attention of a model by a mixer, in place.
-
-    Hosts: timm's VisionTransformer (ViT, DeiT), MetaFormer, Swin and Swin-V2 (a key per window position,
-    position bias kept), CaiT (patch blocks; talking heads kept), BEiT (position bias kept), Eva (EVA-02, DINOv3, PE
-    and ViTs with rotary position embedding: a static key is turned by the place of its row, at each call), the
-    encoders of DeepSeek's and Qwen3's ViT, NaFlexVit (batches of images of one size); torchvision's VisionTransformer
-    and SwinTransformer; the vision towers of Hugging Face's transformers that
-    ``statickey.convert.hugging_face_towers.FAMILIES`` names, and models with one; and what ``register_host_rule``
-    adds. Norms of queries, gates, layer scale, drop path and register tokens stay; where heads share keys and values
-    in groups, each gets its own. The model's class gains what mixers need: keys in
-    ``no_weight_decay``, resampling in ``set_input_size``, for MetaFormers also ``group_matcher``.
-
-    Saved, it is loaded as it was made: build the host, convert it likewise, then load its weights. For a folder of
-    timm's ``save_for_hf``: ``timm.create_model("local-dir:FOLDER")``, without ``pretrained``, ``convert``,
-    ``timm.models.load_checkpoint(model, "FOLDER/model.safetensors")``. Models of transformers are loaded by
-    ``statickey.convert.hugging_face.from_pretrained``.
-
-    The mixers' own parameters are drawn under a forked random state, each place from a seed of its own. So
-    models built and converted at one seed share every other weight, bit for bit, whichever mixers they got.
-
-    Args:
-        model: A model of a known kind, or what wraps one: features of timm that keep the model, transformers'
-            ``TimmBackbone``, a segmenter, ``DataParallel``, ``torch.compile``. The model inside is converted in
-            place, and names are those in what was given.
-        mixer: A name in ``MIXERS``.
-        layers: ``"all"`` attention modules, those with a static key only if no other is left; or indices into
-            all of them, in order of depth, negative ones from the end; or one or more module names or patterns
-            (``"stages.1.*"``), which may also name convolutional token mixers of a MetaFormer.
-        keep_weights: Carry over the query, value and output projections. Where a static key stands already, its
-            rows too, if the new mixer has a key of that name and shape (ska to and from fcska, a mixer to itself; on
-            its own grid, rows or function); cska shares none with the others. Self-attention cannot come back so:
-            the projection of its keys is gone.
-        mixer_args: Further constructor arguments of the mixer, such as ``kernel_size`` or ``head_dim``.
-
-    Returns:
-        Which modules were replaced, their grids, parameters and MACs. On any error the model is unchanged.
-
-    Raises:
-        UnknownNameError: No mixer of that name.
-        UnsupportedHostError: The model, or one of its modules, is of a kind this cannot swap; or it wraps several
-            models, or one whose parameters it has noted.
-        StaticKeyError: ``layers`` names nothing, or the mixer refuses its arguments.
-    """
+    """Replace the attention of a model by a mixer with fresh keys, in place; see ``statickey.convert``."""
     check_name("mixer", mixer, MIXERS)
     host, rule, sites = find_host(model)
     chosen = select_sites(sites, layers)
@@ -150,6 +116,9 @@ def convert(
     become_converted(host, rule)
     if rule.finish is not None:
         rule.finish(host)
+    where = list(layers) if isinstance(layers, tuple) else layers
+    step = {"mixer": mixer, "layers": where, "mixer_args": args}
+    model.conversions = (*getattr(model, "conversions", ()), step)  # type: ignore[assignment]
     modules = tuple(
         ConvertedModule(
             name,
@@ -290,7 +259,7 @@ def _keep_parts(name: str, site: Site, mixer: str, new: TokenMixer) -> None:
             )
     for part, module in kept.items():
         setattr(new, part, deepcopy(module))
-    if isinstance(new, SelfAttention) and site.k_norm is not None:
+    if isinstance(new, SelfAttention | PartlyStaticAttention) and site.k_norm is not None:
         new.k_norm = deepcopy(site.k_norm)
     if isinstance(new, AttentionMixer) and new.log_temperature is not None and site.log_temperature is not None:
         new.log_temperature = nn.Parameter(site.log_temperature.detach().clone())
@@ -306,7 +275,7 @@ def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
             "weights cannot be carried over: keep the host's heads, or pass keep_weights=False"
         )
     trainable = any(parameter.requires_grad for parameter in site.module.parameters())  # a frozen host stays frozen
-    for target_name, parts in {"qkv": (0, 1, 2), "qv": (0, 2), "v": (2,)}.items():
+    for target_name, parts in {"qkv": (0, 1, 2), "qv": (0, 2), "k": (1,), "v": (2,)}.items():
         target = getattr(mixer, target_name, None)
         if target is None:
             continue
@@ -316,6 +285,8 @@ def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
                     nn.init.zeros_(getattr(target, tensor))  # a bias the host does not have
             else:
                 rows = torch.cat([source.chunk(3)[part] for part in parts])
+                if target_name == "k" and isinstance(mixer, PartlyStaticAttention):
+                    rows = rows[mixer.key_channels()]
                 _copy(f"{name}.{target_name}.{tensor}", rows, getattr(target, tensor), trainable)
     proj = getattr(mixer, "proj", None)
     if proj is not None and site.proj is not None:

@@ -16,6 +16,7 @@ from .baselines import (
 from .continuous import ContinuousKey
 from .conv_static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention
 from .mixer import GridState, TokenMixer
+from .partly_static import LogitBias, PartlyStaticAttention
 from .parts import HeadMix, TokenGrids
 from .static_key import StaticKeyAttention, has_static_key
 
@@ -24,6 +25,7 @@ MIXERS: dict[str, Callable[..., TokenMixer]] = {
     "ska": StaticKeyAttention,
     "cska": ConvStaticKeyAttention,
     "fcska": FactorizedConvStaticKeyAttention,
+    "partly_static": PartlyStaticAttention,
     "identity": IdentityMixer,
     "pool": PoolMixer,
     "sepconv": SepConvMixer,
@@ -44,6 +46,8 @@ __all__ = [
     "GridState",
     "HeadMix",
     "IdentityMixer",
+    "LogitBias",
+    "PartlyStaticAttention",
     "PoolMixer",
     "RandomAttention",
     "SelfAttention",

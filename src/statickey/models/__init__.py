@@ -3,6 +3,7 @@
 from . import lsa_vit, small_vit, static_key_former, static_key_vit
 from .build import PRETRAINED_ARGS, build_model, count_macs, is_ours, timm_args
 from .checkpoint import LoadReport, checkpoint_filter_fn, warm_start
+from .converted import load_converted, save_converted
 from .detectors import ARCHS, Detector, build_detector
 from .figures import ModelFigures, model_figures
 from .pyramid import Pyramid, build_pyramid
@@ -36,10 +37,12 @@ __all__ = [
     "count_macs",
     "is_ours",
     "load_reference_state_dict",
+    "load_converted",
     "load_exactly",
     "lsa_vit",
     "model_figures",
     "read_weights",
+    "save_converted",
     "small_vit",
     "start_from",
     "static_key_former",

@@ -53,8 +53,8 @@ def build_model(
             (``"vit_tiny_patch16_224.augreg_in21k"``), a name of this package (``"small_vit"``,
             ``"skaformer_nano"``), whose own mixer is replaced, ``"hf-hub:OWNER/NAME"``, or ``"local-dir:FOLDER"``,
             where the folder may be a finished run. The last two bring arguments of their own, under those given.
-        mixer: A name in ``MIXERS``, or a ``Swap`` or its text, which adds arguments and layers; None leaves the model
-            as it is.
+        mixer: A name in ``MIXERS``, or a ``Swap`` or its text, which adds arguments and layers, or texts with ``;``
+            between them, one swap after another; None leaves the model as it is.
         img_size: Side of the square input in pixels.
         num_classes: Classes of the head.
         in_chans: Channels of the input.
@@ -80,7 +80,8 @@ def build_model(
     check_model_args(given)
     found = look_up(name)
     text = found.run_mixer if mixer is None else mixer
-    swap = None if text is None else Swap.parse(text)
+    swaps = [] if text is None else Swap.parse_all(text)
+    swap = swaps[0] if swaps else None
     placed = _placed(found.architecture, None if mixer is None else swap, given)
     args = given | placed
     to_convert = None if placed else swap
@@ -102,6 +103,9 @@ def build_model(
     model: Any = _build(name, to_convert, mixer is not None, img_size, sizes | args)
     if placed:
         model.mixer_text = str(swap)
+    for further in swaps[1:]:
+        convert(model, further.mixer, layers=further.layers, mixer_args=further.mixer_args)
+        model.mixer_text += f";{further}"
     if of_run is not None:
         start_from(model, of_run)
     if checkpoint is not None:
@@ -165,7 +169,7 @@ def timm_args(
     """The arguments with which ``timm.create_model`` builds a model of this package as ``build_model`` does."""
     args = {} if model_args is None else dict(model_args)
     sizes = {} if name in timm.list_models(module="metaformer") else {"img_size": img_size}
-    return sizes | args | _placed(name, None if mixer is None else Swap.parse(mixer), args)
+    return sizes | args | _placed(name, None if mixer is None else Swap.parse_all(mixer)[0], args)
 
 
 def _timm_host(name: str, img_size: int, args: dict[str, Any]) -> Any:

@@ -76,6 +76,11 @@ class Swap:
         layers: Any = "all" if where in ("", "all") else [_number_or_text(item) for item in where.split(",")]
         return cls(mixer, layers, _arguments(text, args))
 
+    @classmethod
+    def parse_all(cls, text: "str | Swap") -> "list[Swap]":
+        """Read one swap, or several, one after another, with ``;`` between."""
+        return [cls.parse(part) for part in (text.split(";") if isinstance(text, str) else [text])]
+
 
 def _arguments(text: str, args: str) -> dict[str, Any]:
     found: dict[str, Any] = {}

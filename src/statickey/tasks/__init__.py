@@ -3,6 +3,7 @@
 from .accuracy import Accuracy
 from .checkpoint import AtomicCheckpointIO
 from .classification import Classification, ClassificationRecipe
+from .conversion import convert_run
 from .detection import Detection, DetectionRecipe
 from .display import Display, RunProgress, RunsDisplay, counted, facts_table
 from .diverged import replay
@@ -48,6 +49,7 @@ __all__ = [
     "SegmentationRecipe",
     "Task",
     "TrainingModule",
+    "convert_run",
     "counted",
     "difference",
     "evaluate",

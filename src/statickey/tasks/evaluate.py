@@ -72,7 +72,7 @@ def evaluate(
     task = task_named(card.task)
     place = Path(source) if Path(source).is_dir() else Path(source).parent
     result = read_result(place) if (place / RESULT_FILE).is_file() else None
-    recipe = _recipe(task, source, card, result, data, data_dir, split)
+    recipe = recipe_of(task, source, card, result, data, data_dir, split)
     size = card.img_size if img_size is None and task.fixed_size else img_size
     sized = size is not None and "img_size" in task.recipe_class.defaults()
     recipe_here = replace(recipe, precision=precision, **({"img_size": size} if sized else {}))
@@ -123,7 +123,7 @@ def evaluate(
     return report
 
 
-def _recipe(
+def recipe_of(
     task: Task,
     source: str,
     card: ModelCard,

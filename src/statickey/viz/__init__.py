@@ -12,6 +12,7 @@ from .figures import (
     learning_curves,
     static_keys,
 )
+from .heads import head_map
 from .page import save_png
 from .segmentation import class_map_overlay
 from .speed import accuracy_against_cost, scaling
@@ -27,6 +28,7 @@ __all__ = [
     "confusion_matrix",
     "differences",
     "draw_detections",
+    "head_map",
     "key_colours",
     "labelled_image",
     "learning_curves",

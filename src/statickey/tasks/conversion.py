@@ -1,0 +1,205 @@
+"""``convert``: static keys for a trained classifier, fitted on images, in a folder like a run's."""
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import timm
+import torch
+from rich.console import Console
+from rich.markup import escape
+from timm.data import infer_imagenet_subset
+from timm.data.imagenet_info import ImageNetInfo
+from torch import Tensor, nn
+
+from .._checks import check_arguments, check_folder
+from .._files import check_writable, write_csv, write_json
+from ..convert import Calibration, CalibrationReport, convert
+from ..data import image_files
+from ..errors import DataError, OutputError, StaticKeyError
+from ..layers import LogitBias
+from ..models import WEIGHTS_FILE, Swap, build_model
+from ..viz import head_map, save_png
+from .display import Display
+from .engine import new_trainer
+from .evaluate import recipe_of
+from .loading import load_model
+from .recipe import Machine, Recipe
+from .registry import task_named
+from .run import read_result
+from .scoring import score
+from .start import RESULT_FILE
+from .task import Task
+from .weights import ModelCard, write_model
+
+REPORT_FILE = "calibration.json"
+
+
+def convert_run(
+    source: str,
+    *,
+    out: str,
+    data: str | None = None,
+    data_dir: str | None = None,
+    img_size: int | None = None,
+    layers: str = "all",
+    fit: Literal["kl", "lstsq", "mean", "constant"] = "kl",
+    bias: LogitBias | None = None,
+    fraction: float | None = None,
+    max_drop: float | None = None,
+    criterion: Literal["change", "kl", "output"] = "change",
+    num_images: int = 512,
+    ema: bool = False,
+    seed: int = 0,
+    accelerator: str = "auto",
+    console: Console | None = None,
+) -> CalibrationReport:
+    """Give a trained classifier static keys, without training.
+
+    Args:
+        source: Folder of a run, or a pretrained model's name, as timm has it.
+        out: Folder of the converted network, which all commands that take a run's take too.
+        data: A folder of images to fit on; default the training images of the run.
+        data_dir: Where torchvision keeps its downloads.
+        img_size: Bring images and network to this size.
+        layers: Which layers: all, or indices or names with commas between them, as 6,7 or blocks.1*.
+        fit: What a head's static map is made near to: its distribution (kl), its logits (lstsq) or keys (mean);
+            constant is the control, a map that does not see the input.
+        bias: Add a number to logits, for each key, or for each pair of places (map).
+        fraction: Share of the heads that become static; default all.
+        max_drop: As many heads as cost no more than this: points of the task's score on the images the run held out,
+            or without them this share of the output's size.
+        criterion: Which heads are first: by change of the output when a head is converted alone, or by an error of
+            its own.
+        num_images: Images to take, a quarter of which is kept back to measure on.
+        ema: Convert the averaged weights.
+        seed: Of which images are taken, and of the controls.
+        accelerator: Lightning's accelerator.
+        console: Where to print; default the terminal.
+
+    Returns:
+        What was found and done, which is in ``calibration.json`` too.
+
+    Raises:
+        StaticKeyError: There is no such network, its attention cannot be converted, or the images do not fit.
+    """
+    check_arguments(convert_run, locals())
+    check_folder(out=out)
+    folder = Path(out)
+    if (folder / WEIGHTS_FILE).exists():
+        raise OutputError(f"{out} holds a network already; choose another --out")
+    check_writable(out=folder / WEIGHTS_FILE)
+    places = Swap.parse(f"ska@{layers}").layers
+    display = Display(console)
+    if Path(source).exists():
+        model, card = load_model(source, img_size=img_size, ema=ema)
+    else:
+        model, card = _published(source, img_size)
+    card = card if img_size is None else replace(card, img_size=img_size)
+    task = task_named(card.task)
+    if task.name != "classify":
+        raise StaticKeyError(
+            f"{source} is of task {task.name}; the command converts classifiers, from Python convert the backbone"
+        )
+    model.to(new_trainer(Recipe(), Machine(accelerator=accelerator)).strategy.root_device)
+    metric: Callable[[nn.Module], float] | None = None
+    with display.busy("reading images"):
+        if data is not None:
+            images = _from_files(task, model, card, Path(data), num_images, seed)
+        else:
+            images, metric = _from_run(task, source, card, data_dir, num_images, seed)
+    asked = Calibration(
+        [images],
+        num_images=num_images,
+        fit=fit,
+        bias=bias,
+        fraction=fraction,
+        max_drop=max_drop,
+        metric=metric,
+        criterion=criterion,
+        seed=seed,
+    )
+    earlier: Any = getattr(model, "conversions", ())
+    with display.busy("converting"):
+        report = convert(model, "ska", layers=places, calibration=asked)
+    done: Any = model.conversions
+    texts = [str(Swap(step["mixer"], step["layers"], step["mixer_args"])) for step in done[len(earlier) :]]
+    own: Any = getattr(model, "mixer_text", None)
+    model.mixer_text = ";".join([*([] if own is None else [own]), *texts])  # type: ignore[assignment]
+    write_json(folder / REPORT_FILE, report.to_json())
+    rows = [asdict(head) for head in report.heads]
+    write_csv(folder / "heads.csv", list(rows[0]), rows)
+    save_png(head_map(report.heads), folder / "heads.png")
+    write_model(folder, "last", model.cpu(), card)
+    display.console.print(str(report), markup=False, highlight=False)
+    display.say(f"results: {escape(str(folder))}")
+    return report
+
+
+def _published(name: str, img_size: int | None) -> tuple[nn.Module, ModelCard]:
+    """A pretrained model by name, and how its images are prepared."""
+    if not timm.is_model(name):
+        raise OutputError(f"{name!r} is neither the folder of a run nor a model's name; see statickey summary")
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is None or not cfg.num_classes:
+        raise StaticKeyError(f"{name!r} has no classes; from Python: statickey.convert, then save_converted")
+    side = cfg.input_size[-1] if img_size is None else img_size
+    chans = cfg.input_size[0]
+    sizes: dict[str, Any] = {"img_size": side, "num_classes": cfg.num_classes, "in_chans": chans}
+    model = build_model(name, None, **sizes, model_args={"pretrained": True})
+    subset = infer_imagenet_subset(cfg.to_dict())
+    labels = range(cfg.num_classes)
+    names = map(str, labels) if subset is None else map(ImageNetInfo(subset).index_to_description, labels)
+    card = ModelCard(
+        architecture=name,
+        mixer=None,
+        model_args={},
+        img_size=side,
+        in_chans=chans,
+        class_names=tuple(names),
+        mean=tuple(cfg.mean),
+        std=tuple(cfg.std),
+        streamed=True,
+    )
+    return model.eval(), card
+
+
+def _from_files(task: Task, model: nn.Module, card: ModelCard, folder: Path, num_images: int, seed: int) -> Tensor:
+    """Images of a folder, as the network takes them."""
+    if not folder.is_dir():
+        raise DataError(f"data={str(folder)!r} is no folder; give one with images")
+    files = image_files(folder)
+    predictor = task.predictor(model, card, img_size=None, top_k=1)
+    taken = [files[index] for index in _drawn(len(files), num_images, seed)]
+    if not taken:
+        raise DataError(f"{folder} holds no image; give a folder with images of the kind the network is for")
+    images: Tensor = predictor.prepare([predictor.read(path) for path in taken])
+    return images
+
+
+def _from_run(
+    task: Task, source: str, card: ModelCard, data_dir: str | None, num_images: int, seed: int
+) -> tuple[Tensor, Callable[[nn.Module], float]]:
+    """Training images of a run, and its score on those it held out."""
+    place = Path(source) if Path(source).is_dir() else Path(source).parent
+    if not (place / RESULT_FILE).is_file():
+        raise DataError(f"{source} does not say what it was trained on; give --data, a folder of images")
+    result = read_result(place)
+    recipe = recipe_of(task, source, card, result, None, data_dir, "holdout")
+    if recipe.stream:
+        raise DataError(f"{source} streamed its images; give --data, a folder of images")
+    module: Any = task.data_module(recipe, task.read_data(recipe), result["seed"])
+    part = module.train_part.images
+    images = module.normalize(part[_drawn(len(part), num_images, seed)])
+    return images, partial(_score, task, module)
+
+
+def _score(task: Task, module: Any, model: nn.Module) -> float:
+    return score(task, model, module, module.scoring_dataloader("holdout")).value()
+
+
+def _drawn(total: int, wanted: int, seed: int) -> list[int]:
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
+    return sorted(order[:wanted].tolist())
