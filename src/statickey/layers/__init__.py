@@ -16,7 +16,7 @@ from .baselines import (
 from .continuous import ContinuousKey
 from .conv_static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention
 from .mixer import GridState, TokenMixer
-from .parts import HeadMix, TokenGrids
+from .parts import HeadMix, NormedLinear, Reduction, TokenGrids
 from .static_key import StaticKeyAttention, has_static_key
 
 MIXERS: dict[str, Callable[..., TokenMixer]] = {
@@ -44,8 +44,10 @@ __all__ = [
     "GridState",
     "HeadMix",
     "IdentityMixer",
+    "NormedLinear",
     "PoolMixer",
     "RandomAttention",
+    "Reduction",
     "SelfAttention",
     "SepConvMixer",
     "SharedKeyValueAttention",
