@@ -485,10 +485,10 @@ REFUSED = {
     "no host": (lambda: timm.create_model("resnet18"), "ska", {}, "ResNet is not a host .*supported: .*MetaFormer"),
     "token dropping": (lambda: host(patch_drop_rate=0.2), "ska", {}, "patch_drop_rate > 0"),
     "fused blocks": (
-        lambda: host(block_fn=timm.models.vision_transformer.ParallelScalingBlock),
+        lambda: host(block_fn=timm.models.vision_transformer.DiffParallelScalingBlock),
         "ska",
         {},
-        "ParallelScalingBlock without a timm.layers.Attention",
+        "DiffParallelScalingBlock without a timm.layers.Attention; DiffParallelScalingBlock weighs a value by",
     ),
     "no attention": (
         timm.models.metaformer.MetaFormer,

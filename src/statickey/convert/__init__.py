@@ -1,6 +1,25 @@
 """Swap the attention of an existing timm model, or of your own."""
 
-from . import metaformers, naflex, rotary, transformers, windows
+from . import (
+    byobnet,
+    cascade,
+    convit,
+    decomposed,
+    hiera,
+    maps,
+    maxvit,
+    metaformers,
+    naflex,
+    offsets,
+    parts_of_maps,
+    pyramids,
+    refusals,
+    relpos,
+    rotary,
+    stages,
+    transformers,
+    windows,
+)
 from .calibration.report import CalibrationReport, HeadFigures
 from .calibration.settings import Calibration
 from .entry import convert
@@ -9,10 +28,9 @@ from .host import (
     Site,
     StaticKeyHost,
     attention_classes,
-    check_shapes,
     register_host_rule,
 )
-from .keys import forked_random, set_key, set_key_size, set_off_grid, token_mixers
+from .keys import check_shapes, forked_random, set_key, set_key_size, set_off_grid, token_mixers
 from .metaformers import stage_grids
 from .slots import MapSlot, MixerSlot, TokenSlot
 from .swap import ConversionReport, ConvertedModule
@@ -30,17 +48,30 @@ __all__ = [
     "StaticKeyHost",
     "TokenSlot",
     "attention_classes",
+    "byobnet",
+    "cascade",
     "check_shapes",
     "convert",
+    "convit",
+    "decomposed",
     "forked_random",
+    "hiera",
+    "maps",
+    "maxvit",
     "metaformers",
     "naflex",
+    "offsets",
+    "parts_of_maps",
+    "pyramids",
+    "refusals",
     "register_host_rule",
+    "relpos",
     "rotary",
     "set_key",
     "set_key_size",
     "set_off_grid",
     "stage_grids",
+    "stages",
     "token_mixers",
     "transformers",
     "windows",

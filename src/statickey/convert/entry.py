@@ -40,15 +40,15 @@ def convert(
 ) -> ConversionReport:
     """Replace the attention of a model by a mixer, in place.
 
-    Hosts: timm's VisionTransformer (ViT, DeiT), MetaFormer, Swin and Swin-V2 (a key per window position,
-    position bias kept), CaiT (patch blocks; talking heads kept), BEiT (position bias kept), Eva (EVA-02, DINOv3, PE
-    and ViTs with rotary position embedding: a static key is turned by the place of its row, at each call), the
-    encoders of DeepSeek's and Qwen3's ViT, NaFlexVit (batches of images of one size); torchvision's VisionTransformer
-    and SwinTransformer; the vision towers of Hugging Face's transformers that
-    ``statickey.convert.hugging_face_towers.FAMILIES`` names, and models with one; and what ``register_host_rule``
-    adds. Norms of queries, gates, layer scale, drop path and register tokens stay; where heads share keys and values
-    in groups, each gets its own. The model's class gains what mixers need: keys in
-    ``no_weight_decay``, resampling in ``set_input_size``, for MetaFormers also ``group_matcher``.
+    Hosts: timm's VisionTransformer (ViT, DeiT), MetaFormer, Swin and Swin-V2 (a key per window position, position
+    bias kept), CaiT (patch blocks; talking heads kept), BEiT (position bias kept), Eva (EVA-02, DINOv3, PE and ViTs
+    with rotary position embedding: a static key is turned by the place of its row, at each call), the encoders of
+    DeepSeek's and Qwen3's ViT, NaFlexVit (batches of images of one size), and thirty more of timm's, from MaxViT to
+    PVT-v2 (``docs/convertible.md``); torchvision's VisionTransformer and SwinTransformer; the vision towers of
+    Hugging Face's transformers that ``statickey.convert.hugging_face_towers.FAMILIES`` names, and models with one;
+    and what ``register_host_rule`` adds. Norms of queries, gates, layer scale, drop path and register tokens stay;
+    where heads share keys and values in groups, each gets its own. The model's class gains what mixers need: keys
+    in ``no_weight_decay``, resampling in ``set_input_size``, for MetaFormers also ``group_matcher``.
 
     Saved, it is loaded as it was made: build the host, convert it likewise, then load its weights. For a folder of
     timm's ``save_for_hf``: ``timm.create_model("local-dir:FOLDER")``, without ``pretrained``, ``convert``,

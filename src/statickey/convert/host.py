@@ -1,6 +1,7 @@
 """What a model must tell so that its attention can be swapped: its places, and what it becomes afterwards."""
 
 import copyreg
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .._typing import InputFmt, Size2
-from ..errors import StaticKeyError, UnsupportedHostError
-from ..layers import AttentionMixer, GridState, HeadMix, SelfAttention, StaticKeyAttention, TokenMixer
-from .keys import set_key, set_key_size, set_off_grid, token_mixers
+from ..errors import UnsupportedHostError
+from ..layers import AttentionMixer, Reduction, SelfAttention, StaticKeyAttention, TokenMixer
+from .keys import check_shapes, set_key, set_key_size, set_off_grid, token_mixers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,8 @@ class Site:
         dim: Channels.
         num_heads: Heads of a mixer that stands there.
         head_dim: Width of one head.
+        value_dim: Width of a head's value, where it is another.
+        out_dim: Channels of the output, where they are others than ``dim``.
         feat_size: The token grid (H, W) there.
         num_prefix_tokens: Class and register tokens before the grid.
         input_fmt: Tokens, or maps with channels last or first.
@@ -35,9 +38,12 @@ class Site:
         needs_map: Whether the host adds a bias to the logits, so that only attention can stand there.
         mixer_args: What the module's logits need beyond its weights: scale, temperature, masked diagonal.
         log_temperature: The learned temperature to carry over, if any.
-        qkv_weight: The packed projections (3*h*d, dim) to carry over, if any.
-        qkv_bias: Their bias (3*h*d,), if any.
-        proj: The output projection to carry over, if any.
+        qkv_weight: The packed projections to carry over, if any: rows are all q, all k, all v, (2*h*d + h*dv, dim).
+        qkv_bias: Their bias, if any.
+        qkv_norm: A batch norm behind them, if any, of the same rows.
+        proj: The output projection to carry over, a linear layer or a 1 x 1 convolution, if any.
+        with_proj: Whether a mixer has one.
+        proj_norm: A batch norm behind it, if any.
         with_qkv_bias: Whether a mixer's projections have a bias.
         with_proj_bias: Whether a mixer's output projection has one.
         attn_drop: Dropout rate on the attention weights.
@@ -49,6 +55,9 @@ class Site:
         gate: Linear layer (dim -> h*d) whose sigmoid multiplies the input of the output projection, kept.
         rotate_half: Where the host passes a rotary position embedding (``rope`` of a mixer's ``forward``), how it
             pairs channels: the two halves, or neighbours. None where there is none.
+        query_bias: Position bias that the query makes, kept.
+        tokens_per_query: How many tokens ``q_norm`` makes one query of.
+        reduction: What the host makes of its tokens before it projects them to keys and values, kept.
         init_weights: How the host initialises a linear layer or convolution, for projections not carried over.
         wrap: Makes the module to install from the mixer; the mixer itself by default.
         macs: Multiply-accumulates of the module there now, for one image.
@@ -60,6 +69,8 @@ class Site:
     num_heads: int
     head_dim: int
     feat_size: Size2
+    value_dim: int | None = None
+    out_dim: int | None = None
     num_prefix_tokens: int = 0
     input_fmt: InputFmt = "NLC"
     is_attention: bool = True
@@ -69,7 +80,10 @@ class Site:
     log_temperature: Tensor | None = None
     qkv_weight: Tensor | None = None
     qkv_bias: Tensor | None = None
-    proj: nn.Linear | None = None
+    qkv_norm: nn.Module | None = None
+    proj: nn.Module | None = None
+    with_proj: bool = True
+    proj_norm: nn.Module | None = None
     with_qkv_bias: bool = False
     with_proj_bias: bool = True
     attn_drop: float = 0.0
@@ -77,9 +91,12 @@ class Site:
     q_norm: nn.Module | None = None
     k_norm: nn.Module | None = None
     out_norm: nn.Module | None = None
-    head_mix: HeadMix | None = None
+    head_mix: nn.Module | None = None
     gate: nn.Module | None = None
     rotate_half: bool | None = None
+    query_bias: nn.Module | None = None
+    tokens_per_query: int = 1
+    reduction: Reduction | None = None
     init_weights: Callable[[nn.Module], None] | None = None
     wrap: Callable[[TokenMixer], nn.Module] | None = None
     macs: int = 0
@@ -101,27 +118,40 @@ class Site:
         """
         weight = fields.pop("qkv_weight", None)
         weight = module.qkv.weight if weight is None else weight
+        weight = weight.flatten(1)
         bias = fields.pop("qkv_bias", None)
         if bias is None and getattr(module, "qkv", None) is not None:
-            bias = module.qkv.bias
+            bias = getattr(module.qkv, "bias", None)
         num_heads = fields.pop("num_heads", None) or module.num_heads
-        proj = fields.pop("proj", None) or module.proj
-        inner, dim = weight.shape[0] // 3, weight.shape[1]
+        proj = fields.pop("proj", None) or (module.proj if fields.get("with_proj", True) else None)
+        rows, dim = weight.shape
+        value_dim = fields.pop("value_dim", None) or rows // 3 // num_heads
+        values = num_heads * value_dim
+        inner, out_dim = (rows - values) // 2, values if proj is None else proj.weight.shape[0]
         tokens = num_prefix_tokens + feat_size[0] * feat_size[1]
-        linear = 4 if fields.get("gate") is None else 5
         mixing = 0 if fields.get("head_mix") is None else 2 * num_heads**2 * tokens**2
+        projected = 0 if proj is None else out_dim
+        queries = tokens // fields.get("tokens_per_query", 1)
+        reduction = fields.get("reduction")
+        keys = tokens if reduction is None else math.prod(reduction.grid(feat_size))
+        macs = dim * (tokens * inner + keys * (inner + values))
+        macs += queries * (values * projected + (inner + values) * keys)
+        macs += 0 if reduction is None else reduction.macs(feat_size)
+        macs += 0 if fields.get("gate") is None else tokens * dim * values
         drops = {drop: getattr(getattr(module, drop, None), "p", 0.0) for drop in ("attn_drop", "proj_drop")}
         read = {
             "dim": dim,
             "num_heads": num_heads,
             "head_dim": inner // num_heads,
+            "value_dim": value_dim,
+            "out_dim": out_dim,
             "qkv_weight": weight,
             "qkv_bias": bias,
             "proj": proj,
             "with_qkv_bias": bias is not None,
-            "with_proj_bias": proj.bias is not None,
+            "with_proj_bias": proj is not None and proj.bias is not None,
             **drops,
-            "macs": windows * (linear * dim * inner * tokens + 2 * inner * tokens**2 + mixing),
+            "macs": windows * (macs + mixing),
             "windows": windows,
         }
         return cls(module=module, feat_size=feat_size, num_prefix_tokens=num_prefix_tokens, **(read | fields))
@@ -131,14 +161,28 @@ class Site:
         """Read a site from a mixer that stands there already; see ``carry_between`` for what it hands on."""
         fields |= {name: getattr(mixer, name) for name in ("feat_size", "num_prefix_tokens", "input_fmt")}
         if isinstance(mixer, AttentionMixer):
-            kept = ("q_norm", "out_norm", "head_mix", "gate", "log_temperature")
+            kept: tuple[str, ...] = (
+                "q_norm",
+                "out_norm",
+                "head_mix",
+                "gate",
+                "query_bias",
+                "tokens_per_query",
+                "reduction",
+            )
+            kept = (*kept, "value_dim", "log_temperature")
             fields |= {name: getattr(mixer, name) for name in kept} | {"mixer_args": _logit_args(mixer)}
+            fields["with_proj"] = isinstance(mixer.proj, nn.Linear)
+            fields["proj_norm"] = getattr(mixer.proj, "norm", None)
+            fields["qkv_norm"] = getattr(getattr(mixer, "qkv", getattr(mixer, "qv", None)), "norm", None)
         if isinstance(mixer, SelfAttention):
             return cls.of(mixer, k_norm=mixer.k_norm, **fields)
         fields["k_norm"] = getattr(mixer, "k_norm", None)
         projections = (getattr(mixer, name, None) for name in ("qv", "v"))
         fields["with_qkv_bias"] = any(part is not None and part.bias is not None for part in projections)
-        fields["with_proj_bias"] = getattr(getattr(mixer, "proj", None), "bias", None) is not None
+        proj = getattr(mixer, "proj", None)
+        fields["with_proj_bias"] = getattr(proj, "bias", None) is not None
+        fields["out_dim"] = proj.out_features if isinstance(proj, nn.Linear) else None
         fields |= {"attn_drop": mixer.attn_drop.p, "proj_drop": mixer.proj_drop.p}
         return cls(
             module=mixer,
@@ -203,47 +247,6 @@ class StaticKeyHost(nn.Module):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return reduce_converted(self)
-
-
-def check_shapes(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
-    """Refuse the first tensor of a state dict whose shape, or kind of key, differs from the model's.
-
-    Raises:
-        StaticKeyError: Names the tensor, both shapes or kinds and the remedy.
-    """
-    mixers = token_mixers(model).items()
-    for prefix, mixer in mixers:
-        for name in mixer.key_names if isinstance(mixer, StaticKeyAttention) else ():
-            rows, function = f"{prefix}.{name}", f"{prefix}.{name}.weight"
-            saved = "grid" if rows in state_dict else "continuous" if function in state_dict else mixer.key
-            if saved != mixer.key:
-                raise StaticKeyError(
-                    f"{rows} is a key={saved!r} in the checkpoint, key={mixer.key!r} in the model; build the model "
-                    f"with key={saved!r}, load, then call its set_key({mixer.key!r})"
-                )
-    tied = {f"{prefix}.{name}" for prefix, mixer in mixers for name in mixer.grid_parameters}
-    for name, own in model.state_dict(keep_vars=True).items():
-        other = state_dict.get(name)
-        if name.endswith("_extra_state") or not isinstance(own, Tensor) or not isinstance(other, Tensor):
-            continue
-        if own.shape == other.shape:
-            continue
-        if name in tied or name.endswith(("pos_embed", "relative_position_bias_table")):
-            remedy = (
-                "build the model with the img_size, key_size, class_token and reg_tokens it was saved with; another "
-                "size is resampled by statickey.models.checkpoint_filter_fn(state_dict, model)"
-            )
-        elif name.startswith("head"):
-            remedy = "build the model with the checkpoint's num_classes, then call reset_classifier"
-        else:
-            remedy = "build the model with the sizes (in_chans, dims, depths, heads) it was saved with"
-        raise StaticKeyError(
-            f"{name}: {tuple(other.shape)} in the checkpoint, {tuple(own.shape)} in the model; {remedy}"
-        )
-    for prefix, mixer in mixers:
-        name = f"{prefix}._extra_state"
-        if name in state_dict and isinstance(mixer, GridState):
-            mixer.set_extra_state(state_dict[name])  # only compares: before anything is loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -322,6 +325,9 @@ def find_rule(model: nn.Module) -> HostRule:
     rule = _rule_of_class(model)
     if rule is not None:
         return rule
+    reasons = refusal_reasons(model)
+    if reasons:
+        raise UnsupportedHostError(f"{type(model).__name__} has no attention this can convert: {reasons}")
     found = attention_classes(model)
     supported = ", ".join(sorted(f"{cls.__module__.rpartition('.')[2]}.{cls.__name__}" for cls in _RULES))
     raise UnsupportedHostError(
@@ -341,6 +347,20 @@ def _rule_of_class(model: nn.Module) -> HostRule | None:
     for package in {cls.__module__.partition(".")[0] for cls in type(model).__mro__} & _RULES_OF_PACKAGES.keys():
         import_module(f"{__package__}.{_RULES_OF_PACKAGES[package]}")
     return next((_RULES[cls] for cls in type(model).__mro__ if cls in _RULES), None)
+
+
+_REASONS: dict[type[nn.Module], str] = {}
+
+
+def register_reason(cls: type[nn.Module], reason: str) -> None:
+    """Let refusals say why no mixer can stand for a class of modules: ``reason`` follows the name of the class."""
+    _REASONS[cls] = reason
+
+
+def refusal_reasons(model: nn.Module) -> str:
+    """Why what is known in a model has no place for mixers; empty where nothing is known."""
+    classes = dict.fromkeys(type(module) for module in model.modules())
+    return "; ".join(f"{cls.__name__} {_REASONS[cls]}" for cls in classes if cls in _REASONS)
 
 
 def attention_classes(model: nn.Module) -> list[str]:

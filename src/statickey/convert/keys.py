@@ -1,6 +1,8 @@
-"""The mixers inside any module, and what is chosen for all static keys among them."""
+"""The mixers inside any module, what is chosen for all static keys among them, and checkpoints that fit them."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -8,12 +10,53 @@ from torch import Tensor, nn
 from .._checks import check_key_options
 from .._typing import Key, OffGrid, Size2
 from ..errors import StaticKeyError
-from ..layers import StaticKeyAttention, TokenMixer
+from ..layers import GridState, StaticKeyAttention, TokenMixer
 
 
 def token_mixers(model: nn.Module) -> dict[str, TokenMixer]:
     """The mixers in a model by module name, in order of depth."""
     return {name: module for name, module in model.named_modules() if isinstance(module, TokenMixer)}
+
+
+def check_shapes(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
+    """Refuse the first tensor of a state dict whose shape, or kind of key, differs from the model's.
+
+    Raises:
+        StaticKeyError: Names the tensor, both shapes or kinds and the remedy.
+    """
+    mixers = token_mixers(model).items()
+    for prefix, mixer in mixers:
+        for name in mixer.key_names if isinstance(mixer, StaticKeyAttention) else ():
+            rows, function = f"{prefix}.{name}", f"{prefix}.{name}.weight"
+            saved = "grid" if rows in state_dict else "continuous" if function in state_dict else mixer.key
+            if saved != mixer.key:
+                raise StaticKeyError(
+                    f"{rows} is a key={saved!r} in the checkpoint, key={mixer.key!r} in the model; build the model "
+                    f"with key={saved!r}, load, then call its set_key({mixer.key!r})"
+                )
+    tied = {f"{prefix}.{name}" for prefix, mixer in mixers for name in mixer.grid_parameters}
+    for name, own in model.state_dict(keep_vars=True).items():
+        other = state_dict.get(name)
+        if name.endswith("_extra_state") or not isinstance(own, Tensor) or not isinstance(other, Tensor):
+            continue
+        if own.shape == other.shape:
+            continue
+        if name in tied or name.endswith(("pos_embed", "relative_position_bias_table")):
+            remedy = (
+                "build the model with the img_size, key_size, class_token and reg_tokens it was saved with; another "
+                "size is resampled by statickey.models.checkpoint_filter_fn(state_dict, model)"
+            )
+        elif name.startswith("head"):
+            remedy = "build the model with the checkpoint's num_classes, then call reset_classifier"
+        else:
+            remedy = "build the model with the sizes (in_chans, dims, depths, heads) it was saved with"
+        raise StaticKeyError(
+            f"{name}: {tuple(other.shape)} in the checkpoint, {tuple(own.shape)} in the model; {remedy}"
+        )
+    for prefix, mixer in mixers:
+        name = f"{prefix}._extra_state"
+        if name in state_dict and isinstance(mixer, GridState):
+            mixer.set_extra_state(state_dict[name])  # only compares: before anything is loaded
 
 
 def set_key_size(model: nn.Module, key_size: Size2 | None) -> None:

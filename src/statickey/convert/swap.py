@@ -16,8 +16,11 @@ from ..errors import StaticKeyError, UnsupportedHostError
 from ..layers import (
     MIXERS,
     AttentionMixer,
+    NormedLinear,
     PartlyStaticAttention,
+    Reduction,
     SelfAttention,
+    SharedKeyValueAttention,
     StaticKeyAttention,
     TokenMixer,
     has_static_key,
@@ -213,6 +216,7 @@ def _build_mixer(
             ) from None
         raise StaticKeyError(f"mixer {mixer!r}: {error}") from None
     new.input_fmt = site.input_fmt
+    _fit_projections(name, site, mixer, new)
     _initialise(new, site, seed)
     _keep_parts(name, site, mixer, new)
     if keep_weights and site.qkv_weight is not None:
@@ -220,9 +224,40 @@ def _build_mixer(
     return new
 
 
+def _fit_projections(name: str, site: Site, mixer: str, new: TokenMixer) -> None:
+    """Give the mixer's projections the widths, and the batch norms behind them, that those of the host have."""
+    out_dim = site.dim if site.out_dim is None else site.out_dim
+    value_dim = site.head_dim if site.value_dim is None else site.value_dim
+    heads = (site.num_heads, site.head_dim) == (new.num_heads, new.head_dim)
+    if site.with_proj and out_dim == site.dim and (value_dim == site.head_dim or not heads):
+        pass
+    elif isinstance(new, AttentionMixer) and heads and not isinstance(new, SharedKeyValueAttention):
+        new.set_widths(value_dim, out_dim if site.with_proj else None)
+    else:
+        raise UnsupportedHostError(
+            f"{name} has heads of {site.head_dim} with values of {value_dim} and {out_dim} of {site.dim} channels at "
+            f"its end, for which mixer {mixer!r} of {new.num_heads} heads of {new.head_dim} has no place"
+        )
+    if site.reduction is not None:
+        if not isinstance(new, AttentionMixer):
+            raise UnsupportedHostError(f"{name} takes keys from fewer tokens, for which mixer {mixer!r} has no place")
+        new.set_reduction(site.reduction)
+    for target, norm in {
+        "qkv": site.qkv_norm,
+        "qv": site.qkv_norm,
+        "v": site.qkv_norm,
+        "proj": site.proj_norm,
+    }.items():
+        linear = getattr(new, target, None)
+        if isinstance(linear, nn.Linear) and isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d):
+            setattr(new, target, NormedLinear(linear, norm))
+
+
 def _initialise(mixer: TokenMixer, site: Site, seed: int) -> None:
     """Draw each projection from a seed of its own name, so that mixers share those they both have."""
     for name, module in mixer.named_children():
+        if isinstance(module, Reduction):
+            continue  # the host's
         torch.manual_seed(seed ^ zlib.crc32(name.encode()))
         for part in module.modules():
             reset = getattr(part, "reset_parameters", None)
@@ -238,7 +273,7 @@ def _initialise(mixer: TokenMixer, site: Site, seed: int) -> None:
 
 def _keep_parts(name: str, site: Site, mixer: str, new: TokenMixer) -> None:
     """Move copies of the norms, the gate and the head mixing of the host into the mixer."""
-    kept = {"q_norm": site.q_norm, "out_norm": site.out_norm, "head_mix": site.head_mix, "gate": site.gate}
+    kept = {name: getattr(site, name) for name in ("q_norm", "out_norm", "head_mix", "gate", "query_bias")}
     kept = {part: module for part, module in kept.items() if not isinstance(module, nn.Identity | None)}
     parts = [*kept, *(["a position bias"] if site.needs_map else [])]
     if site.rotate_half is not None:
@@ -259,6 +294,15 @@ def _keep_parts(name: str, site: Site, mixer: str, new: TokenMixer) -> None:
             )
     for part, module in kept.items():
         setattr(new, part, deepcopy(module))
+    if site.reduction is not None and isinstance(new, AttentionMixer):
+        new.reduction = deepcopy(site.reduction)
+    if site.tokens_per_query > 1:
+        if not isinstance(new, AttentionMixer) or hasattr(new, "kernel_size"):
+            raise UnsupportedHostError(
+                f"{name} makes one query of {site.tokens_per_query} tokens, for which mixer {mixer!r} has no place; "
+                "name the other layers, or use ska"
+            )
+        new.tokens_per_query = site.tokens_per_query
     if isinstance(new, SelfAttention | PartlyStaticAttention) and site.k_norm is not None:
         new.k_norm = deepcopy(site.k_norm)
     if isinstance(new, AttentionMixer) and new.log_temperature is not None and site.log_temperature is not None:
@@ -274,6 +318,8 @@ def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
             f"{name}: the host has {site.num_heads} heads of {site.head_dim}, the mixer {heads[0]} of {heads[1]}; "
             "weights cannot be carried over: keep the host's heads, or pass keep_weights=False"
         )
+    values = site.num_heads * (site.head_dim if site.value_dim is None else site.value_dim)
+    inner = site.num_heads * site.head_dim
     trainable = any(parameter.requires_grad for parameter in site.module.parameters())  # a frozen host stays frozen
     for target_name, parts in {"qkv": (0, 1, 2), "qv": (0, 2), "k": (1,), "v": (2,)}.items():
         target = getattr(mixer, target_name, None)
@@ -284,15 +330,26 @@ def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
                 if getattr(target, tensor) is not None:
                     nn.init.zeros_(getattr(target, tensor))  # a bias the host does not have
             else:
-                rows = torch.cat([source.chunk(3)[part] for part in parts])
+                rows = torch.cat([source.split_with_sizes([inner, inner, values])[part] for part in parts])
                 if target_name == "k" and isinstance(mixer, PartlyStaticAttention):
                     rows = rows[mixer.key_channels()]
                 _copy(f"{name}.{target_name}.{tensor}", rows, getattr(target, tensor), trainable)
-    proj = getattr(mixer, "proj", None)
+        if site.qkv_norm is not None and isinstance(target, NormedLinear):
+            for tensor, own in target.norm.state_dict(keep_vars=True).items():
+                source = getattr(site.qkv_norm, tensor)
+                if source.ndim:
+                    source = torch.cat([source.split_with_sizes([inner, inner, values])[part] for part in parts])
+                _copy(f"{name}.{target_name}.norm.{tensor}", source, own, trainable)
+    proj: Any = getattr(mixer, "proj", None)
+    if isinstance(proj, NormedLinear) and site.proj_norm is not None:
+        for tensor, own in proj.norm.state_dict(keep_vars=True).items():
+            _copy(f"{name}.proj.norm.{tensor}", getattr(site.proj_norm, tensor), own, trainable)
     if proj is not None and site.proj is not None:
         for tensor in ("weight", "bias"):
             if getattr(site.proj, tensor) is not None:
-                _copy(f"{name}.proj.{tensor}", getattr(site.proj, tensor), getattr(proj, tensor), trainable)
+                source = getattr(site.proj, tensor)
+                source = source.flatten(1) if tensor == "weight" else source
+                _copy(f"{name}.proj.{tensor}", source, getattr(proj, tensor), trainable)
             elif getattr(proj, tensor) is not None:
                 nn.init.zeros_(getattr(proj, tensor))
 
@@ -305,7 +362,8 @@ def _copy(name: str, source: torch.Tensor, target: torch.Tensor | None, trainabl
             "in mixer_args, or pass keep_weights=False"
         )
     target.copy_(source)
-    target.requires_grad_(trainable)
+    if isinstance(target, nn.Parameter):
+        target.requires_grad_(trainable)
 
 
 def _num_params(module: nn.Module) -> int:

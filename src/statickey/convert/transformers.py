@@ -10,7 +10,7 @@ from timm.models._input import update_model_input_size
 from timm.models.beit import Attention as BeitAttention
 from timm.models.beit import Beit
 from timm.models.cait import Cait, TalkingHeadAttn
-from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
+from timm.models.vision_transformer import ParallelScalingBlock, VisionTransformer, get_init_weights_vit
 from torch import Tensor, nn
 
 from .._typing import Size2
@@ -21,9 +21,11 @@ from .host import (
     Site,
     StaticKeyHost,
     packed_bias,
+    refusal_reasons,
     register_host_rule,
 )
 from .keys import token_mixers
+from .parallel import parallel_site
 from .slots import MixerSlot
 from .windows import BiasedMixer, bias_table
 
@@ -141,10 +143,13 @@ def vit_sites(model: VisionTransformer) -> dict[str, Site]:
                 found[name] = Site.of_mixer(module)
             elif isinstance(module, MixerSlot):
                 found[name] = slot_site(module, grid, prefix, init_weights=init_weights)
+            elif type(module) is ParallelScalingBlock:
+                found[name] = parallel_site(module, grid, prefix)
             elif type(module) is Attention:
                 found[name] = vit_attention_site(module, grid, prefix)
         if not found:
-            raise UnsupportedHostError(f"blocks.{index} is a {type(block).__name__} without a timm.layers.Attention")
+            lacks = f"blocks.{index} is a {type(block).__name__} without a timm.layers.Attention"
+            raise UnsupportedHostError("; ".join(filter(None, [lacks, refusal_reasons(block)])))
         sites |= found
     return sites
 

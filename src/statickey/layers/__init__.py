@@ -17,7 +17,7 @@ from .continuous import ContinuousKey
 from .conv_static_key import ConvStaticKeyAttention, FactorizedConvStaticKeyAttention
 from .mixer import GridState, TokenMixer
 from .partly_static import LogitBias, PartlyStaticAttention
-from .parts import HeadMix, TokenGrids
+from .parts import HeadMix, NormedLinear, Reduction, TokenGrids
 from .static_key import StaticKeyAttention, has_static_key
 
 MIXERS: dict[str, Callable[..., TokenMixer]] = {
@@ -47,9 +47,11 @@ __all__ = [
     "HeadMix",
     "IdentityMixer",
     "LogitBias",
+    "NormedLinear",
     "PartlyStaticAttention",
     "PoolMixer",
     "RandomAttention",
+    "Reduction",
     "SelfAttention",
     "SepConvMixer",
     "SharedKeyValueAttention",

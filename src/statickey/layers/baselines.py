@@ -1,6 +1,7 @@
 """What static keys are compared with: self-attention, and controls that take more and more away from it."""
 
 from abc import abstractmethod
+from math import prod
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -8,11 +9,12 @@ import torch.nn.functional as F
 from timm.models.metaformer import StarReLU
 from torch import Tensor, fx, nn
 
-from .._checks import check_map, check_no_mask, check_not_causal
+from .._checks import check_feat_size, check_map, check_no_mask, check_not_causal
 from .._typing import Size2
 from ..errors import StaticKeyError
-from .attention import AttendOp, AttentionMixer, Rotate
+from .attention import AttendOp, AttentionMixer, Rotate, linear_rows
 from .mixer import GridState, TokenMixer
+from .parts import Reduction
 
 
 class SelfAttention(AttentionMixer):
@@ -66,13 +68,26 @@ class SelfAttention(AttentionMixer):
         self.qkv = nn.Linear(self.dim, 3 * self.num_heads * self.head_dim, bias=qkv_bias, **factory)
         self.k_norm: nn.Module = nn.Identity()
 
+    def set_reduction(self, reduction: Reduction) -> None:
+        """Take keys and values from fewer tokens, which a host makes."""
+        self.reduction = reduction
+
     def macs(self, feat_size: Size2 | None = None) -> int:
         """Multiply-accumulates of one image, in closed form; see ``TokenMixer.macs``."""
         tokens = self._count(feat_size)[1]
-        return self._attention_macs(tokens, tokens**2, self.head_dim, 3)
+        if self.reduction is None:
+            return self._attention_macs(tokens, tokens**2, self.head_dim, 3)
+        feat_size = self.feat_size if feat_size is None else check_feat_size(feat_size)
+        keys = prod(self.reduction.grid(feat_size))
+        return self.reduction.macs(feat_size) + self._attention_macs(tokens, tokens * keys, self.head_dim, 3, keys)
 
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
-        query, key, value = self._split_heads(self.qkv(x), 3)
+        if self.reduction is None:
+            query, key, value = self._split_heads(self.qkv(x), 3)
+        else:
+            inner, reduced = self.num_heads * self.head_dim, self.reduction(x, feat_size)
+            (query,) = self._split_heads(linear_rows(self.qkv, x, slice(inner)), 1)
+            key, value = self._split_heads(linear_rows(self.qkv, reduced, slice(inner, None)), 2)
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
         return op(turn(query), turn(key), value)
 

@@ -153,7 +153,7 @@ class TokenMixer(nn.Module, ABC):
         out = self._mix(tokens, feat_size, attn_mask, **turned)
         if self.input_fmt == "NLC":
             return out
-        maps = out.reshape(out.shape[0], *feat_size, self.dim)
+        maps = out.reshape(out.shape[0], *feat_size, out.shape[-1])
         return maps.permute(0, 3, 1, 2) if self.input_fmt == "NCHW" else maps
 
     def _tokens(self, x: Tensor, feat_size: Size2 | None) -> tuple[Tensor, Size2]:

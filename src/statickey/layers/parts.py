@@ -1,4 +1,7 @@
-"""Parts of mixers: what a host notes about its grids, and heads that talk."""
+"""Parts of mixers: what a host notes about its grids, heads that talk, projections with a norm, fewer keys."""
+
+from abc import ABC, abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,3 +54,38 @@ class HeadMix(nn.Module):
     def weights(self, weights: Tensor) -> Tensor:
         """Mix over the head axis, (B, h, N, M) to the same; rows no longer sum to one."""
         return self.after(weights.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
+
+
+class NormedLinear(nn.Linear):
+    """A linear layer with a batch norm behind it, over batch and tokens; hosts made of convolutions have such.
+
+    Args:
+        linear: Whose widths, bias, device and dtype it has.
+        norm: Whose epsilon and momentum its norm has.
+    """
+
+    def __init__(self, linear: nn.Linear, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> None:
+        like: dict[str, Any] = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None, **like)
+        self.norm = nn.BatchNorm1d(linear.out_features, eps=norm.eps, momentum=norm.momentum, **like)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) to (..., out_features)."""
+        out = super().forward(x)
+        return self.norm(out.flatten(0, -2)).reshape(out.shape)  # type: ignore[no-any-return]
+
+
+class Reduction(nn.Module, ABC):
+    """What a host makes of its tokens before it projects them to keys and values: fewer tokens, as many channels."""
+
+    @abstractmethod
+    def forward(self, x: Tensor, feat_size: Size2) -> Tensor:
+        """(B, H*W, dim) to (B, M, dim), row-major over ``grid(feat_size)``."""
+
+    @abstractmethod
+    def grid(self, feat_size: Size2) -> Size2:
+        """The grid of what comes out."""
+
+    @abstractmethod
+    def macs(self, feat_size: Size2) -> int:
+        """Multiply-accumulates of one image."""

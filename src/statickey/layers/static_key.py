@@ -6,16 +6,16 @@ from math import prod
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._checks import check_feat_size, check_key_options
 from .._typing import Key, OffGrid, Size2
 from ..errors import StaticKeyError
 from ..ops import cell_sizes, pool_cells, pooling_macs, repeat_cells
-from .attention import AttendOp, AttentionMixer, Rotate
+from .attention import AttendOp, AttentionMixer, Rotate, linear_rows
 from .continuous import ContinuousKey
 from .mixer import GridState
+from .parts import Reduction
 from .windows import Segment, attend_in_windows, num_window_logits
 
 KEY_STD = 1.0
@@ -153,6 +153,8 @@ class StaticKeyAttention(GridState, AttentionMixer):
         It is ``key_size``; without one that of the tokens, which ``set_input_size`` changes, or with
         ``off_grid="pool"`` the one the layer was made for, which nothing changes.
         """
+        if self.reduction is not None:
+            return self.reduction.grid(self.feat_size)
         if self.key_size is not None:
             return self.key_size
         return self.made_for if self.off_grid == "pool" else self.feat_size
@@ -169,9 +171,32 @@ class StaticKeyAttention(GridState, AttentionMixer):
             FeatSizeError: Not a pair of positive integers.
             StaticKeyError: The layer has ``off_grid="window"``.
         """
+        self._check_free("key_size")
         checked, before = check_key_options(self.key, key_size, self.off_grid), self.key_grid
         self.key_size = checked
         self._rebuild(before)
+
+    def set_reduction(self, reduction: Reduction) -> None:
+        """Take values from fewer tokens, which a host makes; the key is resampled to their grid, and follows it.
+
+        Args:
+            reduction: Makes them.
+
+        Raises:
+            StaticKeyError: The layer has prefix tokens, a ``key_size`` or an ``off_grid`` of its own.
+        """
+        if self.num_prefix_tokens or self.key_size is not None or self.off_grid != "resample":
+            raise StaticKeyError(
+                f"the host takes keys from {reduction.grid(self.feat_size)} tokens of {self.feat_size}: leave out "
+                "key_size and off_grid, and build it without prefix tokens"
+            )
+        before = self.key_grid
+        self.reduction = reduction
+        self._rebuild(before)
+
+    def _check_free(self, option: str) -> None:
+        if self.reduction is not None:
+            raise StaticKeyError(f"{option}: the host reduces keys to {self.key_grid} by itself; leave it as it is")
 
     def set_off_grid(self, off_grid: OffGrid) -> None:
         """Choose what the layer does on another grid than the built one, as ``off_grid`` of the constructor.
@@ -185,6 +210,7 @@ class StaticKeyAttention(GridState, AttentionMixer):
         Raises:
             StaticKeyError: There is no such choice, or it is ``"window"`` and the key has a ``key_size``.
         """
+        self._check_free("off_grid")
         check_key_options(self.key, self.key_size, off_grid)
         before = self.key_grid
         self.off_grid = off_grid
@@ -247,6 +273,10 @@ class StaticKeyAttention(GridState, AttentionMixer):
         return [Segment(turn(query), turn(rows("static_key")), None, 0)]
 
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
+        if self.reduction is not None:
+            query, value = self._project(x, self.reduction(x, feat_size))
+            rows_there = partial(self.key_rows, self._cells(feat_size))
+            return attend(self._segments(query, feat_size, rows_there, turn), value, op)
         query, value = self._project(x)
         if self._tiles(feat_size):
             return attend_in_windows(
@@ -268,36 +298,34 @@ class StaticKeyAttention(GridState, AttentionMixer):
         return attend(self._segments(query, feat_size, rows, turn), value, op)
 
     def _attend_unmasked(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
-        if not self._pools(feat_size):
+        if self.reduction is not None or not self._pools(feat_size):
             return self._attend(x, feat_size, op, turn)
         cells, prefix = self._cells(feat_size), self.num_prefix_tokens
-        pool = partial(pool_cells, feat_size=feat_size, key_size=cells, num_prefix_tokens=prefix)
-        query, value = self._project(x, pool)
+        # a mean of projections is the projection of the mean, of fewer tokens
+        query, value = self._project(x, pool_cells(x, feat_size, cells, num_prefix_tokens=prefix))
         count = cell_sizes(feat_size, cells, num_prefix_tokens=prefix, device=x.device)
         segments = self._segments(query, feat_size, partial(self.key_rows, cells), turn)
         return attend(segments, value, partial(op, key_count=count))
 
-    def _project(self, x: Tensor, pool: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Queries of all tokens, (B, h, N, d), and values, of what ``pool`` makes of the tokens."""
+    def _project(self, x: Tensor, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Queries of all tokens, (B, h, N, d), and values, of the tokens themselves or of a fewer made of them."""
+        inner = self.num_heads * self.head_dim
         if not self.query_proj:
-            (query,), (value,) = self._split_heads(x, 1), self._split_heads(self.v(x if pool is None else pool(x)), 1)
-        elif pool is None:
+            (query,), (value,) = (
+                self._split_heads(x, 1),
+                self._split_heads(self.v(x if source is None else source), 1),
+            )
+        elif source is None:
             query, value = self._split_heads(self.qv(x), 2)
         else:
-            if type(self.qv) is nn.Linear and not (self.qv._forward_pre_hooks or self.qv._forward_hooks):
-                # a mean of projections is the projection of the mean, of fewer tokens
-                weights = self.qv.weight.chunk(2)
-                biases = (None, None) if self.qv.bias is None else self.qv.bias.chunk(2)
-                query = F.linear(x, weights[0], biases[0])
-                value = F.linear(pool(x), weights[1], biases[1])
-            else:
-                query, value = self.qv(x).chunk(2, dim=-1)
-                value = pool(value)
-            (query,), (value,) = self._split_heads(query, 1), self._split_heads(value, 1)
+            (query,) = self._split_heads(linear_rows(self.qv, x, slice(inner)), 1)
+            (value,) = self._split_heads(linear_rows(self.qv, source, slice(inner, None)), 1)
         return self.q_norm(query.to(value.dtype)).to(value.dtype), value  # under autocast norms answer in float32
 
     def _cells(self, feat_size: Size2) -> Size2:
         """The grid of the keys on a map: nowhere finer than the map."""
+        if self.reduction is not None:
+            return self.reduction.grid(feat_size)
         wanted = self.key_grid if self.key_size is not None or self.off_grid == "pool" else feat_size
         return min(wanted[0], feat_size[0]), min(wanted[1], feat_size[1])
 
@@ -314,7 +342,7 @@ class StaticKeyAttention(GridState, AttentionMixer):
             )
 
     def _tiles(self, feat_size: Size2) -> bool:
-        return self.off_grid == "window" and feat_size != self.feat_size
+        return self.off_grid == "window" and feat_size != self.feat_size and self.reduction is None
 
     def _num_logits(self, feat_size: Size2) -> tuple[int, int]:
         """Logits per head that prefix queries make, and grid queries, on ``feat_size``."""
@@ -330,13 +358,16 @@ class StaticKeyAttention(GridState, AttentionMixer):
         A continuous key is evaluated once for a whole batch, and counted here as if for one image.
         """
         feat_size = self.feat_size if feat_size is None else check_feat_size(feat_size)
-        prefix, inner = self.num_prefix_tokens, self.num_heads * self.head_dim
+        prefix = self.num_prefix_tokens
         tokens = prefix + prod(feat_size)
-        macs = self._attention_macs(tokens, sum(self._num_logits(feat_size)), self.head_dim, 1 + self.query_proj)
         cells = self.feat_size if self._tiles(feat_size) else self._cells(feat_size)
-        if self._pools(feat_size):
-            saved = (tokens - prefix - prod(cells)) * self.dim * inner
-            macs += pooling_macs(feat_size, cells, self.dim) - saved
+        sources = prefix + prod(cells) if self._pools(feat_size) else tokens
+        num_logits = sum(self._num_logits(feat_size))
+        macs = self._attention_macs(tokens, num_logits, self.head_dim, 1 + self.query_proj, sources)
+        if self.reduction is not None:
+            macs += self.reduction.macs(feat_size)
+        elif self._pools(feat_size):
+            macs += pooling_macs(feat_size, cells, self.dim)
         keys = (getattr(self, name) for name in self.key_names)
         return macs + prod(cells) * sum(key.weight.numel() for key in keys if isinstance(key, ContinuousKey))
 
