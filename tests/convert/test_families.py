@@ -8,10 +8,13 @@ import torch
 from timm.models import byobnet, vision_transformer
 
 from conversions import follows_size, keeps_function, trains_static_keys, unsettle
-from statickey import convert
+from statickey import Calibration, convert
 from statickey.convert import token_mixers
+from statickey.convert.calibration.reading import change, outputs
 from statickey.convert.hiera import UnrolledMixer
+from statickey.convert.wrappers import find_host
 from statickey.errors import StaticKeyError, UnsupportedHostError
+from statickey.layers import PartlyStaticAttention
 from tolerances import assert_close
 
 models = timm.models
@@ -390,3 +393,52 @@ def test_refusals_say_why(name):
         model = timm.create_model(name)
     with pytest.raises(UnsupportedHostError, match=REFUSED[name]):
         convert(model, "ska")
+
+
+@pytest.mark.parametrize("host", ["levit", "coatnet", "pit", "volo", "tinyvit", "relpos", "one projection"])
+def test_heads_that_stay_dynamic_keep_the_function(host):
+    """With every head of a layer dynamic, whatever norms and widths its projections have, nothing changes."""
+    make, size, _ = HOSTS[host]
+    model = make().eval()
+    unsettle(model)
+    model.eval()
+    x = torch.randn(2, 3, size, size)
+    before = model(x)
+    for name, site in find_host(model).sites.items():
+        if site.is_attention:
+            heads = list(range(site.num_heads))
+            convert(model, "partly_static", layers=[name], mixer_args={"dynamic_heads": heads})
+    model.eval()
+    assert any(isinstance(mixer, PartlyStaticAttention) for mixer in token_mixers(model).values())
+    assert_close("output", model(x), before)
+
+
+@pytest.mark.parametrize(
+    ("host", "reason"),
+    [
+        ("sam", "a position bias that queries make"),
+        ("hiera", "one query of 4 tokens"),
+        ("pvt", "fewer keys than tokens"),
+    ],
+)
+def test_maps_of_pairs_are_refused_where_there_are_none(host, reason):
+    make, size, _ = HOSTS[host]
+    model = make().eval()
+    with pytest.raises(UnsupportedHostError, match=f"has {reason}, which dynamic_heads and bias='map' have no place"):
+        convert(model, "partly_static", mixer_args={"bias": "map"})
+    with pytest.raises(UnsupportedHostError, match="convert it without calibration, or name other layers"):
+        convert(model, "ska", calibration=torch.randn(8, 3, size, size))
+    assert not token_mixers(model)
+
+
+@pytest.mark.parametrize("host", ["levit", "pit", "gcvit", "crossvit"])
+def test_keys_are_fitted_in_other_families_too(host):
+    make, size, _ = HOSTS[host]
+    model = make().eval()
+    unsettle(model)
+    model.eval()
+    x = torch.randn(1, 3, size, size) + 0.7 * torch.randn(12, 3, size, size)
+    before = outputs(model, x[3::4])
+    report = convert(model, "ska", calibration=Calibration(x, fraction=0.5, bias="map", criterion="kl"))
+    moved = change(before, outputs(model, x[3::4]))
+    assert min(stage.change for stage in report.stages[1:]) == pytest.approx(moved, abs=1e-6)

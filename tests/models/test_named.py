@@ -234,6 +234,19 @@ def test_warm_start_from_a_vit_takes_queries_and_values():
     assert model.pos_embed.shape == (1, 1 + 6 * 8, 192)
 
 
+def test_warm_start_takes_the_keys_of_heads_that_stay_dynamic():
+    host = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    convert(model, "partly_static", keep_weights=False, mixer_args={"dynamic_heads": [0, 2]})
+    report = warm_start(model, host.state_dict())
+    keys = host.blocks[0].attn.qkv.weight[192:384]
+    assert torch.equal(model.blocks[0].attn.k.weight, torch.cat([keys[:64], keys[128:]]))
+    assert report.fresh == ("blocks.0.attn.static_key",)
+    again = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=3)
+    convert(again, "partly_static", keep_weights=False, mixer_args={"dynamic_heads": [0, 2]})
+    assert warm_start(again, model.state_dict()).fresh == ()
+
+
 def test_convert_after_warm_start_keeps_everything_else():
     torch.manual_seed(1)
     peer = timm.create_model("vit_tiny_patch16_224", img_size=64)

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor, nn
 
@@ -184,13 +184,13 @@ def _keys(config: CompareConfig, data: Any, firsts: Mapping[str, FinishedRun]) -
 def _keys_of(config: CompareConfig, data: Any, run: FinishedRun) -> str:
     """A picture of what training added to the keys of a run, or nothing where there is no key."""
     model = load_model(run.path)[0]
-    if not any(isinstance(mixer, StaticKeyAttention) for mixer in model.modules()):
+    if not any(_has_key(mixer) for mixer in model.modules()):
         return ""
     start = _start(config, data, run)
     layers = [
         key_colours(_key(mixer) - _key(before), mixer.num_prefix_tokens, mixer.key_grid).numpy()
         for mixer, before in zip(model.modules(), start.modules(), strict=True)
-        if isinstance(mixer, StaticKeyAttention)
+        if _has_key(mixer)
     ]
     return page.picture(static_keys(layers, f"{run.mixer}, seed {run.seed}"))
 
@@ -208,6 +208,10 @@ def _start(config: CompareConfig, data: Any, run: FinishedRun) -> nn.Module:
         ids=(),
     )
     return run_here.new_model()
+
+
+def _has_key(mixer: nn.Module) -> TypeGuard[StaticKeyAttention]:
+    return isinstance(mixer, StaticKeyAttention) and getattr(mixer, mixer.key_names[0]) is not None
 
 
 def _key(mixer: nn.Module) -> Tensor:

@@ -245,6 +245,7 @@ def _fit_projections(name: str, site: Site, mixer: str, new: TokenMixer) -> None
     for target, norm in {
         "qkv": site.qkv_norm,
         "qv": site.qkv_norm,
+        "k": site.qkv_norm,
         "v": site.qkv_norm,
         "proj": site.proj_norm,
     }.items():
@@ -291,6 +292,17 @@ def _keep_parts(name: str, site: Site, mixer: str, new: TokenMixer) -> None:
             raise StaticKeyError(
                 f"{name} has a rotary position embedding, which turns each key by the place of its token: it takes "
                 f"key_size=None and off_grid='resample', not {new.key_size} and {new.off_grid!r}"
+            )
+    if isinstance(new, PartlyStaticAttention) and new.mixed:
+        reasons = {
+            "a position bias that queries make": site.query_bias is not None,
+            "fewer keys than tokens": site.reduction is not None,
+            f"one query of {site.tokens_per_query} tokens": site.tokens_per_query > 1,
+        }
+        met = [reason for reason, holds in reasons.items() if holds]
+        if met:
+            raise UnsupportedHostError(
+                f"{name} has {', '.join(met)}, which dynamic_heads and bias='map' have no place for; use ska"
             )
     for part, module in kept.items():
         setattr(new, part, deepcopy(module))
@@ -339,6 +351,8 @@ def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
                 source = getattr(site.qkv_norm, tensor)
                 if source.ndim:
                     source = torch.cat([source.split_with_sizes([inner, inner, values])[part] for part in parts])
+                    if target_name == "k" and isinstance(mixer, PartlyStaticAttention):
+                        source = source[mixer.key_channels()]
                 _copy(f"{name}.{target_name}.norm.{tensor}", source, own, trainable)
     proj: Any = getattr(mixer, "proj", None)
     if isinstance(proj, NormedLinear) and site.proj_norm is not None:

@@ -99,12 +99,12 @@ class PartlyStaticAttention(StaticKeyAttention):
         )
 
     @property
-    def _mixed(self) -> bool:
+    def mixed(self) -> bool:
         """Whether a head needs the whole map: its key is the input's, or its logits have a bias for each pair."""
         return bool(self.dynamic_heads) or self.bias == "map"
 
     def _check_off_grid(self, off_grid: OffGrid) -> None:
-        if off_grid == "window" and self._mixed:
+        if off_grid == "window" and self.mixed:
             raise StaticKeyError(
                 "off_grid='window' with dynamic heads or bias='map', whose keys are all tokens; choose 'resample'"
             )
@@ -162,7 +162,7 @@ class PartlyStaticAttention(StaticKeyAttention):
         super().set_off_grid(off_grid)
 
     def _pools(self, feat_size: Size2) -> bool:
-        return not self._mixed and super()._pools(feat_size)
+        return not self.mixed and super()._pools(feat_size)
 
     def _segments(
         self, query: Tensor, feat_size: Size2, rows: Callable[[str], Tensor], turn: Rotate
@@ -171,7 +171,7 @@ class PartlyStaticAttention(StaticKeyAttention):
         return [Segment(turn(query), turn(rows("static_key")), bias, 0)]
 
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
-        if not self._mixed:
+        if not self.mixed:
             return super()._attend(x, feat_size, op, turn)
         query, value = self._project(x)
         query = turn(query)

@@ -19,7 +19,7 @@ from .._typing import Size2
 from ..convert import token_mixers
 from ..convert.metaformers import HEAD_DIM
 from ..errors import StaticKeyError
-from ..layers import AttentionMixer, GridState, TokenMixer
+from ..layers import AttentionMixer, GridState, PartlyStaticAttention, TokenMixer
 from .reference import accept_reference_layout, same_but_for_ones
 
 
@@ -100,9 +100,8 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
     own = model.state_dict(keep_vars=True)
     used: set[str] = set()
     taken: dict[str, Tensor] = {}
-    foreign = {
-        prefix for prefix, mixer in token_mixers(model).items() if not _same_heads(prefix, mixer, given, model)
-    }
+    mixers = token_mixers(model)
+    foreign = {prefix for prefix, mixer in mixers.items() if not _same_heads(prefix, mixer, given, model)}
     for name, target in own.items():
         source, rows = _source(name, given)
         module = name.rpartition(".")[0]
@@ -111,6 +110,9 @@ def warm_start(model: nn.Module, state_dict: Mapping[str, Any]) -> LoadReport:
         if rows is not None and given[source].ndim == 0:
             continue
         tensor = given[source] if rows is None else torch.cat([given[source].chunk(3)[row] for row in rows])
+        mixer = mixers.get(module.rpartition(".")[0])
+        if rows == (1,) and isinstance(mixer, PartlyStaticAttention):
+            tensor = tensor[mixer.key_channels()]
         if same_but_for_ones(tensor, target):
             taken[name] = tensor.reshape(target.shape)
             used.add(source)
@@ -155,7 +157,7 @@ def _source(name: str, given: Mapping[str, Any]) -> tuple[str | None, tuple[int,
     """The tensor to fill ``name`` from, and which thirds of it."""
     if name in given:
         return name, None
-    for own, rows in {"qv": (0, 2), "v": (2,)}.items():
+    for own, rows in {"qv": (0, 2), "k": (1,), "v": (2,)}.items():
         packed = re.sub(rf"\.{own}\.(weight|bias)$", r".qkv.\1", name)
         if packed != name and packed in given:
             return packed, rows
@@ -169,7 +171,9 @@ def _same_heads(prefix: str, mixer: TokenMixer, given: Mapping[str, Any], model:
     for key in ("static_key", "prefix_key", "conv_key"):
         tensor = given.get(f"{prefix}.{key}")
         if tensor is not None:
-            return tuple(tensor.shape[::2][:2]) == (mixer.num_heads, mixer.head_dim)
+            own = len(mixer.static_heads) if isinstance(mixer, PartlyStaticAttention) else mixer.num_heads
+            shown = tuple(tensor.shape[::2][:2])
+            return shown in ((own, mixer.head_dim), (mixer.num_heads, mixer.head_dim))
         tensor = given.get(f"{prefix}.{key}.weight")
         if tensor is not None:
             return tuple(tensor.shape[:2]) == (mixer.num_heads, mixer.head_dim)

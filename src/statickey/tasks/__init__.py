@@ -14,6 +14,7 @@ from .loading import load_model
 from .predict import Predictions, predict
 from .recipe import Machine, Recipe, difference, identities
 from .registry import TASKS, task_named, task_of
+from .repair import Repair, RepairRecipe
 from .run import PREDICTIONS_FILE, Run, read_result
 from .segmentation import Segmentation, SegmentationRecipe
 from .start import RESULT_FILE
@@ -41,6 +42,8 @@ __all__ = [
     "ModelCard",
     "Predictions",
     "Recipe",
+    "Repair",
+    "RepairRecipe",
     "Run",
     "RunProgress",
     "RunsDisplay",

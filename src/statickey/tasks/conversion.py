@@ -22,6 +22,7 @@ from ..errors import DataError, OutputError, StaticKeyError
 from ..layers import LogitBias
 from ..models import WEIGHTS_FILE, Swap, build_model
 from ..viz import head_map, save_png
+from .classification import Classification
 from .display import Display
 from .engine import new_trainer
 from .evaluate import recipe_of
@@ -99,7 +100,7 @@ def convert_run(
         model, card = _published(source, img_size)
     card = card if img_size is None else replace(card, img_size=img_size)
     task = task_named(card.task)
-    if task.name != "classify":
+    if not isinstance(task, Classification):
         raise StaticKeyError(
             f"{source} is of task {task.name}; the command converts classifiers, from Python convert the backbone"
         )

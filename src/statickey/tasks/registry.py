@@ -5,10 +5,11 @@ from ..errors import StaticKeyError
 from .classification import Classification
 from .detection import Detection
 from .recipe import Recipe
+from .repair import Repair
 from .segmentation import Segmentation
 from .task import Task
 
-TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Detection(), Segmentation())}
+TASKS: dict[str, Task] = {task.name: task for task in (Classification(), Detection(), Segmentation(), Repair())}
 """Tasks by name. Add one of your own under a new name, and its recipes train and compare."""
 
 

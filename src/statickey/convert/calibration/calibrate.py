@@ -18,19 +18,17 @@ from ..wrappers import find_host
 from .choice import Head, largest_within, named_heads
 from .fits import HeadKeys, fit_heads
 from .measure import HeadErrors, head_errors
-from .reading import batches, change, layer_calls, outputs, read_images, self_attention, turned_back
+from .reading import MIN_IMAGES, batches, change, layer_calls, outputs, read_images, self_attention, turned_back
 from .report import CalibrationReport, HeadFigures, Stage
 from .settings import Calibration
 from .statistics import LayerStatistics
 
-_ALONE_IMAGES = 64
-"""On which a head converted alone is measured, of those kept back."""
 _SAME = 1e-2
 """Change of output by which self-attention of this package may differ from the host's: rounding in half precision."""
 
 
 class Calibrator:
-    """One calibration of one model, which stays as it is until ``finish``.
+    """One calibration of one model, which stays as it is until the end of ``run``.
 
     Args:
         model: The host.
@@ -124,7 +122,8 @@ class Calibrator:
         self.spread[name] = statistics.spread().cpu()
         self.keys[name] = self._turned_back(name, keys, heads, statistics.rope)
         if self.asked.criterion == "change":
-            part = self.measured_on[:_ALONE_IMAGES]
+            images = len(self.fitted_on) + len(self.measured_on)
+            part = self.measured_on[: max(images // len(heads), MIN_IMAGES)]  # all heads cost about what fitting does
             before = outputs(self.teacher, part)
             for head in heads:
                 with_one = self._converted([(name, head)])

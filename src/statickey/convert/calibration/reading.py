@@ -61,11 +61,16 @@ def self_attention(model: nn.Module, name: str) -> SelfAttention:
     mixer: TokenMixer = place if isinstance(place, TokenMixer) else next(iter(token_mixers(place).values()))
     if not isinstance(mixer, SelfAttention):
         raise UnsupportedHostError(f"{name} is a {type(mixer).__name__} already; name other layers, or build it anew")
-    if mixer.head_mix is not None:
-        raise UnsupportedHostError(
-            f"{name} mixes the logits of all heads (talking heads), so none has a map of its own to fit; convert it "
-            "without calibration"
-        )
+    reasons = {
+        "mixes the logits of all heads (talking heads), so none has a map of its own to fit": mixer.head_mix
+        is not None,
+        "adds a position bias that queries make": mixer.query_bias is not None,
+        "takes keys from fewer tokens": mixer.reduction is not None,
+        f"makes one query of {mixer.tokens_per_query} tokens": mixer.tokens_per_query > 1,
+    }
+    for reason, holds in reasons.items():
+        if holds:
+            raise UnsupportedHostError(f"{name} {reason}; convert it without calibration, or name other layers")
     return mixer
 
 

@@ -1,0 +1,189 @@
+"""Learning what a conversion lost: a network with static keys follows the one it was made of."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..convert import token_mixers
+from ..data import ImageDataModule
+from ..errors import StaticKeyError
+from ..layers import StaticKeyAttention
+from ..models import CONFIG_FILE, WEIGHTS_FILE, load_exactly
+from .classification import Classification, ClassificationRecipe, Data
+from .recipe import Recipe
+from .weights import ModelCard
+
+Match = Literal["layers", "features", "logits", "labels"]
+"""What of the network it was made of a repaired one is made to give, or the labels."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RepairRecipe(ClassificationRecipe):
+    """How to repair a converted classifier: as a classifier is trained, and what stands here.
+
+    One run matches one thing; the next may start from it (``student``), as layers, then features, then logits.
+
+    Args:
+        student: Folder of the converted network, of ``statickey convert`` or of an earlier repair.
+        teacher: Folder of the run that was converted.
+        match: ``layers`` trains the keys alone, each layer's output on the teacher's input matched to the teacher's;
+            the others train all weights: the last ``features`` or the ``logits`` matched to the teacher's, or the
+            ``labels`` given.
+        lr: Peak learning rate; default 1e-2 for keys, 1e-3 for all weights.
+    """
+
+    student: str = ""
+    teacher: str = ""
+    match: Match = "layers"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        defaults = Recipe.defaults()
+        for name in ("model", "model_args", "weights"):
+            if getattr(self, name) != defaults[name]:
+                raise StaticKeyError(
+                    f"{name}={getattr(self, name)!r}: a repair has the student's network and weights; leave it out"
+                )
+
+    def need(self) -> None:
+        """Refuse a recipe without its two networks.
+
+        Raises:
+            StaticKeyError: One is not named.
+        """
+        for name in ("student", "teacher"):
+            if not getattr(self, name):
+                raise StaticKeyError(f"a repair needs --{name}, the folder of a network; see statickey train --help")
+
+
+class Repair(Classification):
+    """A converted classifier follows the one it was made of; accuracy is its score."""
+
+    name: ClassVar[str] = "repair"
+    recipe_class: ClassVar[type[Recipe]] = RepairRecipe
+
+    def read_data(self, recipe: Any) -> Data:
+        """As a classifier's, brought to the student's size."""
+        recipe.need()
+        card = _card(recipe.student)
+        data = super().read_data(replace(recipe, img_size=card.img_size))
+        if len(data.class_names) != len(card.class_names) or data.in_chans != card.in_chans:
+            raise StaticKeyError(
+                f"{recipe.data} has {len(data.class_names)} classes and {data.in_chans} channels, the student "
+                f"{len(card.class_names)} and {card.in_chans}; give the data it is for"
+            )
+        return data
+
+    def data_module(self, recipe: Any, data: Data, seed: int, num_workers: int = 0) -> ImageDataModule:
+        """As a classifier's, normalised as the student's were."""
+        card = _card(recipe.student)
+        return super().data_module(replace(recipe, mean=card.mean, std=card.std), data, seed, num_workers)
+
+    def settled(self, recipe: Any, data: Data) -> Any:
+        """With the rate of keys or of all weights."""
+        lr = (1e-2 if recipe.match == "layers" else 1e-3) if recipe.lr is None else recipe.lr
+        return super().settled(replace(recipe, lr=lr), data)
+
+    def build(self, recipe: Any, data: Data, mixer: str | None, seed: int) -> nn.Module:
+        """The student, with what is not trained frozen."""
+        if mixer is not None:
+            raise StaticKeyError(f"mixer={mixer!r}: a repair has the student's mixers; leave it out")
+        recipe.need()
+        model = _network(recipe.student)
+        keys = _key_parameters(model)
+        if not keys:
+            raise StaticKeyError(f"student={recipe.student!r} has no static key; give a converted network")
+        if recipe.match == "layers":
+            model.requires_grad_(False)
+            for key in keys:
+                key.requires_grad_(True)
+        return model
+
+    def card(self, recipe: Any, data: Data, module: ImageDataModule, mixer: str | None) -> ModelCard:
+        """The student's."""
+        return _card(recipe.student)
+
+    def losses(self, model: nn.Module, batch: tuple[Tensor, Tensor], recipe: Any) -> dict[str, Tensor]:
+        """The one asked for."""
+        images, _ = batch
+        if recipe.match == "labels":
+            return super().losses(model, batch, recipe)
+        teacher = _teacher(recipe.teacher).to(images.device)
+        if recipe.match == "layers":
+            return {"layers": _layer_loss(model, teacher, images)}
+        student: Any = model
+        if recipe.match == "logits":
+            with torch.no_grad():
+                wanted = teacher(images).float().log_softmax(1)
+            said = student(images).float().log_softmax(1)
+            return {"logits": F.kl_div(said, wanted, reduction="batchmean", log_target=True)}
+        with torch.no_grad():
+            features = teacher.forward_features(images)
+        return {"features": _difference(student.forward_features(images), features)}
+
+
+def _layer_loss(student: nn.Module, teacher: nn.Module, images: Tensor) -> Tensor:
+    """Each static layer's output on the teacher's input, against the teacher's; a mean over layers."""
+    names = [name for name, mixer in token_mixers(student).items() if isinstance(mixer, StaticKeyAttention)]
+    losses = []
+    with _recorded(teacher, names) as calls:
+        with torch.no_grad():
+            teacher(images)
+        for name in names:
+            args, kwargs, wanted = calls[name]
+            losses.append(_difference(student.get_submodule(name)(*args, **kwargs), wanted))
+    return torch.stack(losses).mean()
+
+
+@contextmanager
+def _recorded(teacher: nn.Module, names: list[str]) -> Iterator[dict[str, tuple[Any, Any, Tensor]]]:
+    """What modules are called with, and what they give."""
+    calls: dict[str, tuple[Any, Any, Tensor]] = {}
+    handles = []
+    for name in names:
+
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
+            calls[name] = (args, kwargs, output)
+
+        handles.append(teacher.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
+    try:
+        yield calls
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _difference(said: Tensor, wanted: Tensor) -> Tensor:
+    """Mean square error, as a share of the mean square of what is wanted."""
+    wanted = wanted.float()
+    return F.mse_loss(said.float(), wanted) / wanted.square().mean().clamp_min(1e-12)
+
+
+def _key_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Keys, and what is added to their logits."""
+    found = [mixer for mixer in token_mixers(model).values() if isinstance(mixer, StaticKeyAttention)]
+    return [dict(mixer.named_parameters())[name] for mixer in found for name in sorted(mixer.no_weight_decay())]
+
+
+def _card(folder: str) -> ModelCard:
+    return ModelCard.read(Path(folder) / CONFIG_FILE)
+
+
+def _network(folder: str) -> nn.Module:
+    """A classifier with its weights; raises ``OutputError`` where there is none."""
+    model = _card(folder).build()
+    load_exactly(model, Path(folder) / WEIGHTS_FILE)
+    return model
+
+
+@lru_cache(maxsize=1)
+def _teacher(source: str) -> Any:
+    """The network that is followed, frozen; read once, as every step asks for it."""
+    return _network(source).eval().requires_grad_(False)

@@ -1,0 +1,119 @@
+"""A converted classifier follows the one it was made of."""
+
+import io
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from statickey.convert import token_mixers
+from statickey.data import load_images
+from statickey.errors import OutputError, StaticKeyError
+from statickey.tasks import (
+    ClassificationRecipe,
+    Machine,
+    RepairRecipe,
+    convert_run,
+    evaluate,
+    load_model,
+    task_named,
+    train,
+)
+from statickey.tasks.repair import _layer_loss
+from tolerances import assert_close
+
+CPU = Machine(accelerator="cpu")
+SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2}
+
+
+def silent():
+    return Console(file=io.StringIO(), width=100)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A run, and what became of it: all heads static but one, a bias among them."""
+    place = tmp_path_factory.mktemp("repair")
+    teacher, student = place / "teacher", place / "student"
+    recipe = ClassificationRecipe(limit=600, epochs=12, model_args=SMALL)
+    train(recipe, mixer="mhsa", out=str(teacher), machine=CPU, console=silent())
+    args = {"fit": "mean", "fraction": 0.75, "accelerator": "cpu", "num_images": 64}
+    convert_run(str(teacher), out=str(student), console=silent(), **args)
+    return str(teacher), str(student)
+
+
+def repaired(folders, out, **options):
+    teacher, student = folders
+    recipe = RepairRecipe(**{"limit": 600, "student": student, "teacher": teacher, "epochs": 4} | options)
+    return train(recipe, out=str(out), machine=CPU, console=silent())
+
+
+def test_layers_train_keys_alone(folders, tmp_path):
+    result = repaired(folders, tmp_path / "run")
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (folders[1], tmp_path / "run"))
+    changed = {name for name, tensor in after.items() if not torch.equal(before[name], tensor)}
+    assert changed == {name for name in before if name.endswith(".static_key")}
+    losses = [row["train_loss"] for row in result["curve"]]
+    assert losses[-1] < losses[0]
+    model, card = load_model(tmp_path / "run")
+    assert card.mixer == load_model(folders[1])[1].mixer
+    digits = load_images("digits").test.images[:64].float() / 255
+    images = (digits - card.mean[0]) / card.std[0]
+    teacher = load_model(folders[0])[0]
+    assert _layer_loss(model, teacher, images) < _layer_loss(load_model(folders[1])[0], teacher, images)
+    score = evaluate(str(tmp_path / "run"), console=silent(), accelerator="cpu")["top1"]
+    assert score == pytest.approx(result["accuracy"])
+
+
+@pytest.mark.parametrize("match", ["features", "logits", "labels"])
+def test_the_rest_trains_all_weights(folders, tmp_path, match):
+    result = repaired(folders, tmp_path / "run", match=match)
+    before, after = (load_file(f"{folder}/model.safetensors") for folder in (folders[1], tmp_path / "run"))
+    moved = {name for name, tensor in after.items() if not torch.equal(before[name], tensor)}
+    assert {"blocks.0.mlp.fc1.weight", "patch_embed.proj.weight"} <= moved
+    losses = [row["train_loss"] for row in result["curve"]]
+    assert losses[-1] < losses[0]
+    where = {"data": "digits", "out": str(tmp_path / "evaluation"), "accelerator": "cpu"}
+    assert result["accuracy"] >= evaluate(folders[1], console=silent(), **where)["top1"] - 1.0
+
+
+def test_one_repair_starts_from_another(folders, tmp_path):
+    repaired(folders, tmp_path / "keys", epochs=1)
+    result = repaired((folders[0], str(tmp_path / "keys")), tmp_path / "logits", match="logits", epochs=1)
+    assert result["config"]["student"] == str(tmp_path / "keys")
+
+
+def test_the_layer_loss_is_that_of_each_layer_on_the_teachers_input(folders):
+    teacher, student = (load_model(folder)[0] for folder in folders)
+    images = torch.randn(3, 1, 8, 8)
+    x = teacher.norm_pre(teacher.pos_drop(teacher._pos_embed(teacher.patch_embed(images))))
+    terms = []
+    for own, other in zip(teacher.blocks, student.blocks, strict=True):
+        wanted, said = own.attn(own.norm1(x)), other.attn(own.norm1(x))
+        terms.append((wanted - said).square().mean() / wanted.square().mean())
+        x = own(x)
+    static = [hasattr(mixer, "static_key") for mixer in token_mixers(student).values()]
+    assert_close("loss", _layer_loss(student, teacher, images), torch.stack(terms)[static].mean())
+    assert not any(module._forward_hooks for module in teacher.modules())
+
+
+def test_refusals(folders, tmp_path):
+    teacher, student = folders
+    out = str(tmp_path / "run")
+    with pytest.raises(StaticKeyError, match="match='heads' must be 'layers' or 'features'"):
+        RepairRecipe(student=student, teacher=teacher, match="heads")
+    with pytest.raises(StaticKeyError, match="model='vit_tiny_patch16_224': a repair has the student's network"):
+        RepairRecipe(student=student, teacher=teacher, model="vit_tiny_patch16_224")
+    with pytest.raises(StaticKeyError, match="a repair needs --teacher, the folder of a network"):
+        train(RepairRecipe(student=student), out=out, machine=CPU, console=silent())
+    with pytest.raises(StaticKeyError, match="mixer='ska': a repair has the student's mixers"):
+        train(RepairRecipe(student=student, teacher=teacher), mixer="ska", out=out, machine=CPU, console=silent())
+    with pytest.raises(StaticKeyError, match="has no static key; give a converted network"):
+        train(RepairRecipe(student=teacher, teacher=teacher), out=out, machine=CPU, console=silent())
+    with pytest.raises(OutputError, match="does not describe a network of this program"):
+        train(RepairRecipe(student=str(tmp_path), teacher=teacher), out=out, machine=CPU, console=silent())
+
+
+def test_a_repaired_network_is_a_classifier():
+    assert task_named("repair").metric == task_named("classify").metric
