@@ -57,7 +57,7 @@ def study(name: str, data: str, seeds: Sequence[int]) -> None:
         for model, recipe in recipes(name, data).items():
             root = OUT / name / model / f"seed{seed}"
             for mixer in ("mhsa", "ska"):
-                _once(root / mixer, lambda out, mixer=mixer: train(recipe, mixer=mixer, seed=seed, out=out))
+                _train(root / mixer, recipe, seed, mixer)
             for fit, bias in FITS:
                 for fraction in FRACTIONS:
                     folder = root / f"{fit}-{bias}-{fraction}"
@@ -76,13 +76,13 @@ def _repair(recipe: ClassificationRecipe, teacher: Path, student: Path, seed: in
         out = student.with_name(f"{student.name}-{match}")
         settings = {"data": recipe.data, "limit": recipe.limit, "batch_size": recipe.batch_size, "epochs": epochs}
         asked = RepairRecipe(**settings, student=str(student), teacher=str(teacher), match=match)
-        _once(out, lambda folder, asked=asked: train(asked, seed=seed, out=folder))
+        _train(out, asked, seed)
         student = out
 
 
-def _once(folder: Path, run: Any) -> None:
+def _train(folder: Path, recipe: ClassificationRecipe, seed: int, mixer: str | None = None) -> None:
     if not (folder / "run.json").exists():
-        run(str(folder))
+        train(recipe, mixer=mixer, seed=seed, out=str(folder))
 
 
 def report(name: str) -> None:

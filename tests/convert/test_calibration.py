@@ -165,9 +165,8 @@ def test_same_images_same_model():
 def test_each_layer_is_fitted_on_what_the_converted_ones_give():
     """The last layer's keys are those of a calibration of it alone, on the model whose first layer is converted."""
     calibrator = calibrate_module.Calibrator(vit(), "all", Calibration(images(), fit="lstsq", criterion="kl"))
-    for name in LAYERS:
-        calibrator._survey(name)
-    refitted = calibrator._refitted([(name, head) for name in LAYERS for head in range(NUM_HEADS)])
+    calibrator.survey()
+    refitted = calibrator.refitted([(name, head) for name in LAYERS for head in range(NUM_HEADS)])
     first, alone = vit(), vit()
     convert(first, "ska", layers=0, calibration=Calibration(images(), fit="lstsq", criterion="kl"))
     convert(alone, "ska", layers=1, calibration=Calibration(images(), fit="lstsq", criterion="kl"))

@@ -76,11 +76,10 @@ class Calibrator:
 
     def run(self) -> CalibrationReport:
         """Fit, choose, fit again on converted inputs, verify, and only then convert the model."""
-        for name in self.names:
-            self._survey(name)
-        chosen, note = self._choose()
-        surveyed = self._converted(chosen)
-        refitted = self._refitted(chosen)
+        self.survey()
+        chosen, note = self.choose()
+        surveyed = self.converted(chosen)
+        refitted = self.refitted(chosen)
         stages = [
             self.equal,
             self._stage("keys of the unconverted model", surveyed),
@@ -113,8 +112,12 @@ class Calibrator:
             images_per_second=speed,
         )
 
-    def _survey(self, name: str) -> None:
-        """Fit all heads of a layer on the unconverted model, and measure them."""
+    def survey(self) -> None:
+        """Fit all heads on the unconverted model, and measure them; the rest builds on it."""
+        for name in self.names:
+            self._survey_layer(name)
+
+    def _survey_layer(self, name: str) -> None:
         heads = list(range(self.heads[name]))
         statistics = self._statistics(self.teacher, name)
         self.fitted[name] = keys = fit_heads(statistics, self.asked.fit, self.asked.bias, heads)
@@ -126,7 +129,7 @@ class Calibrator:
             part = self.measured_on[: max(images // len(heads), MIN_IMAGES)]  # all heads cost about what fitting does
             before = outputs(self.teacher, part)
             for head in heads:
-                with_one = self._converted([(name, head)])
+                with_one = self.converted([(name, head)])
                 self.alone[name, head] = change(before, outputs(with_one, part))
 
     def _statistics(self, model: nn.Module, name: str) -> LayerStatistics:
@@ -140,7 +143,7 @@ class Calibrator:
         full[heads] = keys.key
         return replace(keys, key=turned_back(self_attention(self.teacher, name), full, rope)[heads])
 
-    def _choose(self) -> tuple[list[Head], str]:
+    def choose(self) -> tuple[list[Head], str]:
         """The heads that become static, by layer, and how they were chosen."""
         asked = self.asked
         everything = [(name, head) for name, count in self.heads.items() for head in range(count)]
@@ -163,14 +166,14 @@ class Calibrator:
         return self.alone[head] if self.asked.criterion == "change" else float(errors[self.asked.criterion][index])
 
     def _drop(self, heads: Sequence[Head]) -> float:
-        return self._cost(self._stage("", self._converted(heads)))
+        return self._cost(self._stage("", self.converted(heads)))
 
     def _cost(self, stage: Stage) -> float:
         if stage.metric is None or self.metric_before is None:
             return stage.change
         return self.metric_before - stage.metric
 
-    def _converted(self, heads: Iterable[Head]) -> nn.Module:
+    def converted(self, heads: Iterable[Head]) -> nn.Module:
         """A copy of the teacher in which these heads are static, with the surveyed keys."""
         by_layer = _by_layer(heads)
         student = deepcopy(self.teacher)
@@ -178,7 +181,7 @@ class Calibrator:
             self._install(student, name, own, self.keys[name].of(own))
         return student
 
-    def _refitted(self, heads: Iterable[Head]) -> nn.Module:
+    def refitted(self, heads: Iterable[Head]) -> nn.Module:
         """A copy of the teacher in which these heads are static, each layer fitted on what those before it give."""
         by_layer = _by_layer(heads)
         student = deepcopy(self.teacher)
