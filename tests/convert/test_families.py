@@ -442,3 +442,9 @@ def test_keys_are_fitted_in_other_families_too(host):
     report = convert(model, "ska", calibration=Calibration(x, fraction=0.5, bias="map", criterion="kl"))
     moved = change(before, outputs(model, x[3::4]))
     assert min(stage.change for stage in report.stages[1:]) == pytest.approx(moved, abs=1e-6)
+
+
+def test_a_key_size_where_a_host_mixes_in_a_map_of_positions():
+    model, images = made("convit")
+    convert(model, "ska", mixer_args={"key_size": (2, 2)})
+    assert model(images).isfinite().all()

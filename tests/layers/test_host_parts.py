@@ -100,7 +100,9 @@ def test_a_static_key_of_fewer_tokens_has_their_grid():
             change()
     with pytest.raises(StaticKeyError, match="leave out key_size and off_grid"):
         layer(key_size=(2, 2)).set_reduction(Halved())
-    with pytest.raises(StaticKeyError, match="SynthesizerAttention has no key to take from fewer tokens"):
+    with pytest.raises(
+        StaticKeyError, match="SynthesizerAttention has no key to take from fewer tokens; use mhsa or a static key"
+    ):
         layer("synthesizer").set_reduction(Halved())
 
 

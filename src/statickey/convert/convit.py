@@ -8,11 +8,12 @@ from timm.models.convit import GPSA, MHSA, ConVit
 from torch import Tensor, nn
 
 from .._typing import Size2
+from ..layers import HeadMix
 from .host import Site
 from .places import Place, register_placed_rule
 
 
-class PositionGate(nn.Module):
+class PositionGate(HeadMix):
     """Mixes each head's weights with a learned map of positions.
 
     Args:
@@ -21,10 +22,11 @@ class PositionGate(nn.Module):
         feat_size: The grid (H, W).
     """
 
+    of_tokens = True
     offsets: Tensor
 
     def __init__(self, pos_proj: nn.Module, gating_param: Tensor, feat_size: Size2) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.pos_proj = deepcopy(pos_proj)
         self.gating_param = nn.Parameter(gating_param.detach().clone())
         height, width = feat_size

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .._typing import InputFmt, Size2
 from ..errors import UnsupportedHostError
-from ..layers import AttentionMixer, Reduction, SelfAttention, StaticKeyAttention, TokenMixer
+from ..layers import AttentionMixer, HeadMix, Reduction, SelfAttention, StaticKeyAttention, TokenMixer
 from .keys import check_shapes, set_key, set_key_size, set_off_grid, token_mixers
 
 
@@ -91,7 +91,7 @@ class Site:
     q_norm: nn.Module | None = None
     k_norm: nn.Module | None = None
     out_norm: nn.Module | None = None
-    head_mix: nn.Module | None = None
+    head_mix: HeadMix | None = None
     gate: nn.Module | None = None
     rotate_half: bool | None = None
     query_bias: nn.Module | None = None

@@ -4,7 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ class AttentionMixer(TokenMixer):
         Raises:
             StaticKeyError: The mixer has no key of its own, or prefix tokens.
         """
-        raise StaticKeyError(f"{type(self).__name__} has no key to take from fewer tokens; use ska, cska or fcska")
+        raise StaticKeyError(f"{type(self).__name__} has no key to take from fewer tokens; use mhsa or a static key")
 
     def set_widths(self, value_dim: int, out_dim: int | None) -> None:
         """Give values and outputs widths of their own, as a host has them, behind fresh projections.
@@ -137,7 +137,8 @@ class AttentionMixer(TokenMixer):
         return self._attend(x, feat_size, op, self._rotation(rope))
 
     def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None, rope: Tensor | None = None) -> Tensor:
-        unmasked = attn_mask is None and self.query_bias is None
+        own_keys = self.query_bias is not None or (self.head_mix is not None and self.head_mix.of_tokens)
+        unmasked = attn_mask is None and not own_keys
         if not unmasked and self._tiles(feat_size):
             raise FeatSizeError(
                 f"a mask or position bias needs one map of all tokens, off_grid='window' tiles feat_size={feat_size}"
@@ -229,12 +230,13 @@ class AttentionMixer(TokenMixer):
 
     def _split_heads(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
         """(B, N, parts*h*d) to ``parts`` tensors (B, h, N, d), of which the last may have a width of its own."""
-        batch, tokens, _ = x.shape
+        batch, tokens, channels = x.shape
         if parts > 1 and self.value_dim != self.head_dim:
             keys = self.num_heads * self.head_dim
             split = x.split_with_sizes([*[keys] * (parts - 1), self.num_heads * self.value_dim], dim=-1)
-            return tuple(part.reshape(batch, tokens, self.num_heads, -1).transpose(1, 2) for part in split)
-        heads = x.reshape(batch, tokens, parts, self.num_heads, -1)
+            shape = (batch, tokens, self.num_heads)
+            return tuple(part.reshape(*shape, part.shape[-1] // self.num_heads).transpose(1, 2) for part in split)
+        heads = x.reshape(batch, tokens, parts, self.num_heads, channels // (parts * self.num_heads))
         return heads.permute(2, 0, 3, 1, 4).unbind(0)
 
 
@@ -255,8 +257,13 @@ def _linear_like(old: nn.Module, in_features: int, out_features: int) -> nn.Line
     return nn.Linear(in_features, out_features, bias=bias, device=weight.device, dtype=weight.dtype)
 
 
+def is_plain(linear: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a layer is its weight and bias and nothing else."""
+    return type(linear) is nn.Linear and not (linear._forward_pre_hooks or linear._forward_hooks)
+
+
 def linear_rows(linear: nn.Module, x: Tensor, rows: slice) -> Tensor:
     """Some outputs of a linear layer; of what stands in for one, or has hooks, all are made and these cut out."""
-    if type(linear) is not nn.Linear or linear._forward_pre_hooks or linear._forward_hooks:
+    if not is_plain(linear):
         return linear(x)[..., rows]  # type: ignore[no-any-return]
     return F.linear(x, linear.weight[rows], None if linear.bias is None else linear.bias[rows])

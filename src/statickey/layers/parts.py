@@ -1,7 +1,7 @@
 """Parts of mixers: what a host notes about its grids, heads that talk, projections with a norm, fewer keys."""
 
 from abc import ABC, abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ class HeadMix(nn.Module):
     Source:
         Shazeer et al., Talking-Heads Attention, arXiv 2003.02436.
     """
+
+    of_tokens: ClassVar[bool] = False
+    """Whether it needs the logits of each token's own key."""
 
     def __init__(self, before: nn.Linear, after: nn.Linear) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from .._checks import check_feat_size, check_key_options
 from .._typing import Key, OffGrid, Size2
 from ..errors import StaticKeyError
 from ..ops import cell_sizes, pool_cells, pooling_macs, repeat_cells
-from .attention import AttendOp, AttentionMixer, Rotate, linear_rows
+from .attention import AttendOp, AttentionMixer, Rotate, is_plain, linear_rows
 from .continuous import ContinuousKey
 from .mixer import GridState
 from .parts import Reduction
@@ -274,7 +274,7 @@ class StaticKeyAttention(GridState, AttentionMixer):
 
     def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
         if self.reduction is not None:
-            query, value = self._project(x, self.reduction(x, feat_size))
+            query, value = self._project(x, partial(self.reduction, feat_size=feat_size))
             rows_there = partial(self.key_rows, self._cells(feat_size))
             return attend(self._segments(query, feat_size, rows_there, turn), value, op)
         query, value = self._project(x)
@@ -301,25 +301,30 @@ class StaticKeyAttention(GridState, AttentionMixer):
         if self.reduction is not None or not self._pools(feat_size):
             return self._attend(x, feat_size, op, turn)
         cells, prefix = self._cells(feat_size), self.num_prefix_tokens
-        # a mean of projections is the projection of the mean, of fewer tokens
-        query, value = self._project(x, pool_cells(x, feat_size, cells, num_prefix_tokens=prefix))
+        pool = partial(pool_cells, feat_size=feat_size, key_size=cells, num_prefix_tokens=prefix)
+        query, value = self._project(x, pool)
         count = cell_sizes(feat_size, cells, num_prefix_tokens=prefix, device=x.device)
         segments = self._segments(query, feat_size, partial(self.key_rows, cells), turn)
         return attend(segments, value, partial(op, key_count=count))
 
-    def _project(self, x: Tensor, source: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Queries of all tokens, (B, h, N, d), and values, of the tokens themselves or of a fewer made of them."""
+    def _project(self, x: Tensor, pool: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Queries of all tokens, (B, h, N, d), and values, of what ``pool`` makes of the tokens."""
         inner = self.num_heads * self.head_dim
         if not self.query_proj:
-            (query,), (value,) = (
-                self._split_heads(x, 1),
-                self._split_heads(self.v(x if source is None else source), 1),
-            )
-        elif source is None:
+            (query,), (value,) = self._split_heads(x, 1), self._split_heads(self.v(x if pool is None else pool(x)), 1)
+        elif pool is None:
             query, value = self._split_heads(self.qv(x), 2)
         else:
-            (query,) = self._split_heads(linear_rows(self.qv, x, slice(inner)), 1)
-            (value,) = self._split_heads(linear_rows(self.qv, source, slice(inner, None)), 1)
+            if is_plain(self.qv) or self.reduction is not None:
+                # a mean of projections is the projection of the mean, of fewer tokens
+                query, value = (
+                    linear_rows(self.qv, x, slice(inner)),
+                    linear_rows(self.qv, pool(x), slice(inner, None)),
+                )
+            else:
+                query, value = self.qv(x).tensor_split([inner], dim=-1)
+                value = pool(value)
+            (query,), (value,) = self._split_heads(query, 1), self._split_heads(value, 1)
         return self.q_norm(query.to(value.dtype)).to(value.dtype), value  # under autocast norms answer in float32
 
     def _cells(self, feat_size: Size2) -> Size2:
