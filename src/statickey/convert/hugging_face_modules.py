@@ -94,6 +94,16 @@ class RotaryStandIn(StandIn):
         return super()._mix(x, feat_size, mask, kwargs, rope=torch.cat([sines, cosines], dim=-1))
 
 
+class MapStandIn(StandIn):
+    """A stand-in that is told height and width by its layer."""
+
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, height: int, width: int, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix tokens on a grid (height, width); see ``StandIn``."""
+        return self._mix(hidden_states, (height, width), attention_mask, kwargs)
+
+
 class WindowStandIn(StandIn):
     """A stand-in in a layer that sees windows of the image as if they were images."""
 

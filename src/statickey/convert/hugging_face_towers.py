@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from .._typing import Size2
 from ..errors import UnsupportedHostError
-from ..layers import TokenMixer
+from ..layers import Reduction, TokenMixer
 from .host import Site, attention_classes, converted_class
 from .hugging_face_modules import (
     JoinedStandIn,
+    MapStandIn,
     RotaryStandIn,
     StandIn,
     SwinStandIn,
@@ -24,6 +25,7 @@ from .hugging_face_modules import (
     pass_grids,
     windows_per_side,
 )
+from .pyramids import ConvReduction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +37,14 @@ class Place:
         num_prefix_tokens: Tokens before it.
         windows: How often the module runs per image.
         stand_in: What takes its place.
+        reduction: What the host makes of its tokens before it projects them to keys and values, if anything.
     """
 
     feat_size: Size2
     num_prefix_tokens: int = 0
     windows: int = 1
     stand_in: type[StandIn] = StandIn
+    reduction: Reduction | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +84,22 @@ def _swin_place(tower: Any, layer: Any) -> Place:
     window: Size2 = layer.attention.relative_position_bias.window_size
     rows, columns = (-(-extent // side) for extent, side in zip(layer.input_resolution, window, strict=True))
     return Place(feat_size=window, windows=rows * columns, stand_in=SwinStandIn)
+
+
+def _segformer_place(tower: Any, layer: Any) -> Place:
+    grid = pair(tower.config.image_size)
+    for stage in tower.stages:
+        conv = stage.patch_embeddings.proj
+        height, width = (
+            (extent + 2 * padding - kernel) // stride + 1
+            for extent, padding, kernel, stride in zip(grid, conv.padding, conv.kernel_size, conv.stride, strict=True)
+        )
+        grid = (height, width)
+        if any(block is layer for block in stage.blocks):
+            break
+    reduce = getattr(layer.attention, "sequence_reduction", None)
+    reduction = None if reduce is None else ConvReduction(reduce.sequence_reduction, reduce.layer_norm)
+    return Place(feat_size=grid, stand_in=MapStandIn, reduction=reduction)
 
 
 def _windowed_place(prefix: int, in_windows: Callable[[Any], bool]) -> Callable[[Any, Any], Place]:
@@ -128,6 +148,7 @@ FAMILIES: dict[str, Family] = {
     "PixioAttention": Family(towers=("PixioModel", "PixioBackbone"), place=_pixio_place),
     "BeitAttention": Family(towers=("BeitModel",), place=_whole(1), needs_map=True),
     "SwinAttention": Family(towers=("SwinModel",), place=_swin_place, pass_grid=None, needs_map=True),
+    "SegformerAttention": Family(towers=("SegformerModel",), place=_segformer_place, pass_grid=None),
     "RfDetrDinov2Attention": Family(
         towers=("RfDetrDinov2Backbone",), place=_windowed_place(1, lambda layer: not layer.global_attention)
     ),
@@ -193,6 +214,7 @@ def _site(module: Any, layer: Any, tower: Any, family: Family) -> Site:
         attn_drop=_first(module, "attention_dropout", "dropout"),
         mixer_args={} if scale == module.head_dim**-0.5 else {"scale": scale},
         init_weights=tower._init_weights,
+        reduction=place.reduction,
         **fields,
     )
 
