@@ -35,7 +35,7 @@ PATTERNS = ["mhsa", "sepconv", "ska", "cska", "fcska", "ska:key=continuous", "sk
 REPEATED = ["mhsa", "sepconv", "ska", "cska", "ska:key=continuous"]
 """Those with three seeds on bccd and camvid."""
 STAGE3 = ["sepconv", "sepconv", "X", "mhsa"]
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (5e-4, 1e-3, 2e-3)
 SIDES = (64, 80, 112, 160, 224)
 
 

@@ -421,9 +421,8 @@ def test_whole_detectors(small, tmp_path, monkeypatch):
         for each in suites.detectors(texts)
     ]
     assert [each.name for each in plan] == ["caformer_s18", *texts, "caformer_s18", texts[0]]
-    monkeypatch.setitem(suites.SUITES, "detectors", lambda mixers: plan)
+    monkeypatch.setitem(suites.SUITES, "detectors", lambda mixers: plan[:3])
     rows, _ = run(tmp_path, "detectors", mixers=texts, rounds=1)
-    found = {(row["group"], row["contender"], row["phase"]): row for row in rows}
-    assert len(found) == 2 * len(plan) and all(row["milliseconds"] > 0 for row in rows)
-    group = plan[0].group
-    assert found[group, "ska", "forward"]["gmacs"] < found[group, texts[1], "forward"]["gmacs"]
+    found = {(row["contender"], row["phase"]): row for row in rows}
+    assert len(found) == 2 * 3 and all(row["milliseconds"] > 0 for row in rows)
+    assert found["ska", "forward"]["gmacs"] < found[texts[1], "forward"]["gmacs"]

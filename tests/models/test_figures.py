@@ -58,7 +58,7 @@ def test_timms_models_join(name):
     ("name", "kwargs", "error", "message"),
     [
         ("skaformer_s1", {}, UnknownNameError, "did you mean skaformer_s18"),
-        ("levit_128", {}, UnsupportedHostError, "LevitDistilled is not a host"),
+        ("xcit_nano_12_p16_224", {}, UnsupportedHostError, "Xcit has no attention .* channels by channels"),
         ("vit_tiny_patch16_224", {"mixers": ("ska",) * 4}, StaticKeyError, "refuses .*mixers"),
         ("skaformer_nano", {"img_size": 2}, StaticKeyError, "img_size"),
     ],
