@@ -57,7 +57,7 @@ def recipe(name: str, data: str) -> Recipe:
             crop_size=160,
             epochs=8,
             batch_size=8,
-            lr=2e-3,
+            lr=1e-3,
             model_args={"mixers": STAGE3} if name.endswith("-stage3") else {},
         )
     arch = {"bccd": "faster_rcnn", "bccd-cascade": "cascade_rcnn", "pennfudan": "mask_rcnn"}[name]
