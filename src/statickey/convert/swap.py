@@ -119,9 +119,6 @@ def convert(
     become_converted(host, rule)
     if rule.finish is not None:
         rule.finish(host)
-    where = list(layers) if isinstance(layers, tuple) else layers
-    step = {"mixer": mixer, "layers": where, "mixer_args": args}
-    model.conversions = (*getattr(model, "conversions", ()), step)  # type: ignore[assignment]
     modules = tuple(
         ConvertedModule(
             name,

@@ -122,11 +122,9 @@ def convert_run(
         criterion=criterion,
         seed=seed,
     )
-    earlier: Any = getattr(model, "conversions", ())
     with display.busy("converting"):
         report = convert(model, "ska", layers=places, calibration=asked)
-    done: Any = model.conversions
-    texts = [str(Swap(step["mixer"], step["layers"], step["mixer_args"])) for step in done[len(earlier) :]]
+    texts = [str(Swap(**step)) for step in report.steps]
     own: Any = getattr(model, "mixer_text", None)
     model.mixer_text = ";".join([*([] if own is None else [own]), *texts])  # type: ignore[assignment]
     write_json(folder / REPORT_FILE, report.to_json())

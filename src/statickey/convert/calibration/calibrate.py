@@ -109,6 +109,7 @@ class Calibrator:
             stages=tuple(stages),
             controls=tuple(controls),
             note=note,
+            steps=tuple(steps),
             images_per_second=speed,
         )
 
@@ -225,7 +226,6 @@ class Calibrator:
         names = [name for step in steps for name in step["layers"]]
         host = find_host(model).model
         kind, kept = type(host), {name: model.get_submodule(name) for name in names}
-        conversions = getattr(model, "conversions", ())
         try:
             reports = [swap(model, **step) for step in steps]
             for name in names:
@@ -238,7 +238,6 @@ class Calibrator:
                 parent, _, attribute = name.rpartition(".")
                 setattr(model.get_submodule(parent), attribute, module)
             host.__class__ = kind
-            model.conversions = conversions  # type: ignore[assignment]
             raise
         return reports
 

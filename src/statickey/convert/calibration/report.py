@@ -59,6 +59,7 @@ class CalibrationReport(ConversionReport):
         controls: The converted model with other keys in the static heads, which its own must beat: each one's mean
             over positions, and those of shuffled positions.
         note: How the heads were chosen.
+        steps: Arguments of ``convert`` that make the same layers of the host, with fresh keys.
         images_per_second: Before and after, on this machine.
     """
 
@@ -70,6 +71,7 @@ class CalibrationReport(ConversionReport):
     stages: tuple[Stage, ...]
     controls: tuple[Stage, ...]
     note: str
+    steps: tuple[dict[str, Any], ...]
     images_per_second: tuple[float, float] = field(compare=False)
 
     def __str__(self) -> str:
