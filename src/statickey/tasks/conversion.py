@@ -187,6 +187,7 @@ def _from_run(
         raise DataError(f"{source} does not say what it was trained on; give --data, a folder of images")
     result = read_result(place)
     recipe = recipe_of(task, source, card, result, None, data_dir, "holdout")
+    recipe = replace(recipe, img_size=card.img_size)
     if recipe.stream:
         raise DataError(f"{source} streamed its images; give --data, a folder of images")
     module: Any = task.data_module(recipe, task.read_data(recipe), result["seed"])
