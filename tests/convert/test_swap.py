@@ -9,6 +9,7 @@ from torch import nn
 
 from statickey import MIXERS, convert
 from statickey.convert import HostRule, Site, register_host_rule, token_mixers
+from statickey.convert import swap as swap_module
 from statickey.errors import StaticKeyError, UnknownNameError, UnsupportedHostError
 from statickey.models import checkpoint_filter_fn
 from tolerances import assert_close
@@ -315,6 +316,23 @@ def test_converted_hosts_load_across_sizes(name, sizes):
         saved.set_input_size((sizes[1], sizes[1]))
     images = torch.randn(1, 3, sizes[1], sizes[1])
     assert_close("logits", other(images), saved(images))
+
+
+def test_an_interruption_between_two_places_leaves_the_model_as_it_was(monkeypatch):
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, dynamic_img_size=True)
+    before = [type(module) for module in model.modules()]
+    real, installed = swap_module._install, []
+
+    def interrupted(*args):
+        installed.append(args)
+        if len(installed) == 2:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(swap_module, "_install", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, "ska")
+    assert [type(module) for module in model.modules()] == before
 
 
 def test_nothing_is_loaded_when_a_grid_is_wrong():

@@ -1,7 +1,8 @@
 """The one swap path: places of a model are filled by mixers, all of those asked for or none."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,7 +29,7 @@ from ..layers import (
 from .again import carry_between
 from .host import Site, become_converted
 from .keys import forked_random
-from .wrappers import find_host
+from .wrappers import Host, find_host
 
 Layers = str | int | Sequence[int] | Sequence[str]
 
@@ -91,7 +92,8 @@ def convert(
 ) -> ConversionReport:
     """Replace the attention of a model by a mixer with fresh keys, in place; see ``statickey.convert``."""
     check_name("mixer", mixer, MIXERS)
-    host, rule, sites = find_host(model)
+    found = find_host(model)
+    host, rule, sites = found
     chosen = select_sites(sites, layers)
     before = _num_params(model)
     like = next(host.parameters())
@@ -111,14 +113,14 @@ def convert(
                 if keep_weights and old_mixer is not None and carry_between(name, old_mixer, new[name]):
                     carried.add(name)
     old = {name: _num_params(model.get_submodule(name)) for name in new}
-    for name, built in new.items():
-        site = sites[name]
-        parent, _, attribute = name.rpartition(".")
-        installed = built if site.wrap is None else site.wrap(built)
-        setattr(model.get_submodule(parent), attribute, installed.train(site.module.training))
-    become_converted(host, rule)
-    if rule.finish is not None:
-        rule.finish(host)
+    with all_or_nothing(model, found, new):
+        for name, built in new.items():
+            site = sites[name]
+            installed = built if site.wrap is None else site.wrap(built)
+            _install(model, name, installed.train(site.module.training))
+        become_converted(host, rule)
+        if rule.finish is not None:
+            rule.finish(host)
     modules = tuple(
         ConvertedModule(
             name,
@@ -133,6 +135,29 @@ def convert(
         for name, built in new.items()
     )
     return ConversionReport(mixer, modules, before, _num_params(model))
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module, found: Host, names: Iterable[str]) -> Iterator[None]:
+    """On an error or interruption inside, put back the modules of these names, and all classes."""
+    host, rule, _ = found
+    kept = {name: model.get_submodule(name) for name in names}
+    kinds = {module: type(module) for module in host.modules()}
+    try:
+        yield
+    except BaseException:
+        for name, module in kept.items():
+            _install(model, name, module)
+        for module, kind in kinds.items():
+            module.__class__ = kind
+        if rule.finish is not None:
+            rule.finish(host)  # it tells of what stands there
+        raise
+
+
+def _install(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
 
 
 def select_sites(sites: Mapping[str, Site], layers: Layers) -> set[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...errors import StaticKeyError, UnsupportedHostError
 from ...layers import PartlyStaticAttention, StaticKeyAttention
 from ..keys import token_mixers
-from ..swap import ConversionReport, Layers, select_sites
+from ..swap import ConversionReport, Layers, all_or_nothing, select_sites
 from ..swap import convert as swap
 from ..wrappers import find_host
 from .choice import Head, largest_within, named_heads
@@ -224,21 +224,13 @@ class Calibrator:
     ) -> list[ConversionReport]:
         """Convert a model and give it the student's keys; on any error or interruption it is as it was."""
         names = [name for step in steps for name in step["layers"]]
-        host = find_host(model).model
-        kind, kept = type(host), {name: model.get_submodule(name) for name in names}
-        try:
+        with all_or_nothing(model, find_host(model), names):
             reports = [swap(model, **step) for step in steps]
             for name in names:
                 layer, source = _static_layer(model, name), _static_layer(student, name)
                 with torch.no_grad():
                     for key in layer.grid_parameters:
                         getattr(layer, key).copy_(getattr(source, key))
-        except BaseException:
-            for name, module in kept.items():
-                parent, _, attribute = name.rpartition(".")
-                setattr(model.get_submodule(parent), attribute, module)
-            host.__class__ = kind
-            raise
         return reports
 
     def _controls(self, student: nn.Module) -> list[Stage]:
