@@ -18,7 +18,17 @@ from ..wrappers import find_host
 from .choice import Head, largest_within, named_heads
 from .fits import HeadKeys, fit_heads
 from .measure import HeadErrors, head_errors
-from .reading import MIN_IMAGES, batches, change, layer_calls, outputs, read_images, self_attention, turned_back
+from .reading import (
+    MIN_IMAGES,
+    batches,
+    change,
+    check_runs,
+    layer_calls,
+    outputs,
+    read_images,
+    self_attention,
+    turned_back,
+)
 from .report import CalibrationReport, HeadFigures, Stage
 from .settings import Calibration
 from .statistics import LayerStatistics
@@ -61,6 +71,9 @@ class Calibrator:
             )
         swap(self.teacher, "mhsa", layers=self.names)
         self.heads = {name: self_attention(self.teacher, name).num_heads for name in self.names}
+        if calibration.heads is not None:
+            named_heads(calibration.heads, self.heads)  # refuses before anything is fitted
+        check_runs(self.teacher, self.names, self.measured_on[:1])
         self.metric_before = calibration.value_of(self.teacher)
         self.equal = Stage("self-attention of this package", self._change(self.teacher), self.metric_before)
         if self.equal.change > _SAME:
@@ -149,7 +162,7 @@ class Calibrator:
         asked = self.asked
         everything = [(name, head) for name, count in self.heads.items() for head in range(count)]
         if asked.heads is not None:
-            return named_heads({name: list(heads) for name, heads in asked.heads.items()}, self.heads), "as named"
+            return named_heads(asked.heads, self.heads), "as named"
         ranked = sorted(everything, key=self._rank)
         if asked.fraction is not None:
             count = max(round(asked.fraction * len(ranked)), 1)
