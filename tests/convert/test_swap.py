@@ -262,6 +262,22 @@ def test_a_frozen_host_trains_its_keys_only():
     assert trainable == ["blocks.0.attn.static_key", "blocks.1.attn.static_key"]
 
 
+MAPS = {"levit": "levit_128s", "sam": "samvit_base_patch16_224"}
+
+
+@pytest.mark.parametrize("name", [*HOSTS, *MAPS])
+@pytest.mark.parametrize("graded", [True, False])
+def test_what_is_frozen_stays_frozen_tensor_by_tensor(name, graded):
+    """As where biases alone are tuned; position biases and norms too, and whether gradients are on or not."""
+    model = HOSTS[name]() if name in HOSTS else timm.create_model(MAPS[name])
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name.endswith("bias"))
+    with torch.set_grad_enabled(graded):
+        convert(model, "mhsa")
+    parameters = dict(model.named_parameters())
+    assert {n for n, p in parameters.items() if p.requires_grad} == {n for n in parameters if n.endswith("bias")}
+
+
 def test_a_bias_the_host_does_not_have_starts_at_zero():
     model = host(qkv_bias=False).eval()
     images = torch.randn(1, 3, 32, 32)
