@@ -351,6 +351,16 @@ def test_an_interruption_between_two_places_leaves_the_model_as_it_was(monkeypat
     assert [type(module) for module in model.modules()] == before
 
 
+def test_keys_of_other_heads_are_refused_by_name():
+    model, other = host(), host()
+    convert(model, "partly_static", mixer_args={"dynamic_heads": [0]})
+    convert(other, "ska")
+    with pytest.raises(
+        StaticKeyError, match=r"static_key: .* build the mixer with the num_heads and dynamic_heads it"
+    ):
+        other.load_state_dict(model.state_dict())
+
+
 def test_nothing_is_loaded_when_a_grid_is_wrong():
     wide, tall = host(img_size=(32, 48)), host(seed=1, img_size=(48, 32))
     for model in (wide, tall):
