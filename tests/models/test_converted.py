@@ -133,6 +133,18 @@ def test_what_wraps_a_converted_model_is_saved_as_the_model_is(tmp_path, whole):
         assert torch.equal(body(x), model["body"](x))
 
 
+def test_what_runs_a_model_leaves_no_trace_in_the_file(tmp_path):
+    model, back = nn.DataParallel(host()), nn.DataParallel(host())
+    convert(model, "ska")
+    save_converted(model, tmp_path / "static.safetensors")
+    alone = host()
+    for reader in (back, alone):
+        load_converted(reader, tmp_path / "static.safetensors")
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(back(x), model(x))
+    assert torch.equal(alone(x), model(x))
+
+
 def test_refusals(tmp_path):
     path = tmp_path / "static.safetensors"
     with pytest.raises(StaticKeyError, match="VisionTransformer was not converted; call"):

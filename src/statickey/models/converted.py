@@ -7,6 +7,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+from timm.utils import unwrap_model
 from torch import nn
 
 from .._files import one_line, regular, write_atomic
@@ -33,6 +34,7 @@ def save_converted(model: nn.Module, path: str | Path, report: CalibrationReport
     """
     if Path(path).suffix != ".safetensors":
         raise OutputError(f"{str(path)!r} must end in .safetensors, by which it is read; choose another name")
+    model = unwrap_model(model)  # readers strip the names that DataParallel and torch.compile add
     mixers = describe_mixers(model)
     if not mixers:
         raise StaticKeyError(f"{type(model).__name__} was not converted; call statickey.convert first")
@@ -57,6 +59,7 @@ def load_converted(host: nn.Module, path: str | Path) -> dict[str, Any] | None:
     Raises:
         OutputError: The file cannot be read, was not written by ``save_converted``, or is of another host.
     """
+    host = unwrap_model(host)
     remedy = "give a file that statickey.save_converted wrote"
     try:
         with safetensors.safe_open(str(regular(Path(path))), framework="pt") as file:
