@@ -237,6 +237,36 @@ def test_a_budget_of_a_metric():
     assert "metric" in str(report)
 
 
+def test_a_metric_may_change_the_model_it_is_given():
+    def changes(model):
+        model.train().reset_classifier(0)
+        return 1.0
+
+    reports = [convert(vit(), "ska", calibration=Calibration(images(), metric=m)) for m in (changes, None)]
+    assert [stage.change for stage in reports[0].stages] == [stage.change for stage in reports[1].stages]
+
+
+def test_wrong_heads_are_refused_before_anything_is_fitted(monkeypatch):
+    monkeypatch.setattr(calibrate_module.Calibrator, "survey", lambda _: pytest.fail("fitted"))
+    for heads, text in (
+        ({"blocks.0.attn": 0}, r"heads\['blocks.0.attn'\]=0 must be a list"),
+        ({"blocks.9.attn": [0]}, "heads names 'blocks.9.attn', the chosen layers are blocks.0.attn, blocks.1.attn"),
+    ):
+        with pytest.raises(StaticKeyError, match=text):
+            convert(vit(), "ska", calibration=Calibration(images(), heads=heads))
+
+
+def test_a_layer_that_runs_twice_is_refused():
+    class Twice(torch.nn.Sequential):
+        def forward(self, x):
+            return super().forward(super().forward(x))
+
+    model = vit()
+    model.blocks = Twice(*model.blocks)
+    with pytest.raises(UnsupportedHostError, match=r"blocks.0.attn runs 2 times per pass; convert it without"):
+        convert(model, "ska", calibration=images())
+
+
 def test_bisection_finds_the_largest_set():
     ranked = [("a", head) for head in range(20)]
     for wanted in range(1, 21):
@@ -346,6 +376,7 @@ def with_nan():
 REFUSED = {
     "empty": (vit, lambda: Calibration([]), "calibration got 0 images; give at least 8, better 300 to 4,000"),
     "tiny": (vit, lambda: Calibration(images(count=7)), "calibration got 7 images; give at least 8"),
+    "few asked for": (vit, lambda: Calibration(images(), num_images=7), "num_images=7 must be at least 8"),
     "no loader": (vit, lambda: Calibration(7), "calibration images must be a loader of batches, got int"),
     "no images": (vit, lambda: Calibration([torch.zeros(4, 3)]), r"a calibration batch is \(4, 3\) of torch.float32"),
     "bytes": (vit, lambda: Calibration([images().byte()]), r"of torch.uint8; give floats \(B, C, H, W\)"),

@@ -1,6 +1,7 @@
 """Keys of heads from images: sums against two passes, closed forms and the convex fit against brute force."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -51,6 +52,20 @@ def whole(parts):
         mask = torch.cat([part.mask for part in parts])
     query, key, value = (torch.cat([getattr(part, n) for part in parts]) for n in ("query", "key", "value"))
     return LayerCall(query, key, value, mask, len(query))
+
+
+def test_half_precision_is_fitted_as_finely_as_float32():
+    """The queries that the divergence's fit holds are not in half, whose logits would be too coarse for it."""
+    half, single = (
+        LayerStatistics.of((replace(c, **as_type(c, torch.bfloat16, dtype)) for c in calls()), IMAGES)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    made, wanted = (fit_heads(found, "kl", None, [0, 1]) for found in (half, single))
+    assert torch.equal(made.key, wanted.key)
+
+
+def as_type(call, rounded, dtype):
+    return {name: getattr(call, name).to(rounded).to(dtype) for name in ("query", "key", "value")}
 
 
 @pytest.mark.parametrize("mask", [None, "shared", "each"])

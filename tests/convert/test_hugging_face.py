@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from statickey import convert
+from statickey import Calibration, convert
 from statickey.convert import token_mixers
+from statickey.convert.calibration import calibrate as calibrate_module
 from statickey.errors import StaticKeyError, UnsupportedHostError
 from tolerances import assert_close
 
@@ -219,6 +220,22 @@ def test_recomputed_blocks_see_the_grid_of_their_own_input():
         loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for p in twin.parameters() if p.grad is not None]))
     assert_close("gradients", gradients[1], gradients[0])
+
+
+def test_a_conversion_that_fails_is_not_in_the_config(monkeypatch):
+    model = build("vit")
+    kind, real = type(model), calibrate_module.swap
+
+    def interrupted(target, *args, **kwargs):
+        real(target, *args, **kwargs)
+        if target is model:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate_module, "swap", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, "ska", calibration=Calibration(images().repeat(8, 1, 1, 1), criterion="kl"))
+    assert type(model) is kind
+    assert not getattr(model.config, "statickey", None)
 
 
 def test_masked_tokens():

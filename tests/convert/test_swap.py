@@ -9,6 +9,7 @@ from torch import nn
 
 from statickey import MIXERS, convert
 from statickey.convert import HostRule, Site, register_host_rule, token_mixers
+from statickey.convert import swap as swap_module
 from statickey.errors import StaticKeyError, UnknownNameError, UnsupportedHostError
 from statickey.models import checkpoint_filter_fn
 from tolerances import assert_close
@@ -261,6 +262,22 @@ def test_a_frozen_host_trains_its_keys_only():
     assert trainable == ["blocks.0.attn.static_key", "blocks.1.attn.static_key"]
 
 
+MAPS = {"levit": "levit_128s", "sam": "samvit_base_patch16_224"}
+
+
+@pytest.mark.parametrize("name", [*HOSTS, *MAPS])
+@pytest.mark.parametrize("graded", [True, False])
+def test_what_is_frozen_stays_frozen_tensor_by_tensor(name, graded):
+    """As where biases alone are tuned; position biases and norms too, and whether gradients are on or not."""
+    model = HOSTS[name]() if name in HOSTS else timm.create_model(MAPS[name])
+    for parameter_name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter_name.endswith("bias"))
+    with torch.set_grad_enabled(graded):
+        convert(model, "mhsa")
+    parameters = dict(model.named_parameters())
+    assert {n for n, p in parameters.items() if p.requires_grad} == {n for n in parameters if n.endswith("bias")}
+
+
 def test_a_bias_the_host_does_not_have_starts_at_zero():
     model = host(qkv_bias=False).eval()
     images = torch.randn(1, 3, 32, 32)
@@ -315,6 +332,33 @@ def test_converted_hosts_load_across_sizes(name, sizes):
         saved.set_input_size((sizes[1], sizes[1]))
     images = torch.randn(1, 3, sizes[1], sizes[1])
     assert_close("logits", other(images), saved(images))
+
+
+def test_an_interruption_between_two_places_leaves_the_model_as_it_was(monkeypatch):
+    model = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=32, dynamic_img_size=True)
+    before = [type(module) for module in model.modules()]
+    real, installed = swap_module._install, []
+
+    def interrupted(*args):
+        installed.append(args)
+        if len(installed) == 2:
+            raise KeyboardInterrupt
+        real(*args)
+
+    monkeypatch.setattr(swap_module, "_install", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        convert(model, "ska")
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_keys_of_other_heads_are_refused_by_name():
+    model, other = host(), host()
+    convert(model, "partly_static", mixer_args={"dynamic_heads": [0]})
+    convert(other, "ska")
+    with pytest.raises(
+        StaticKeyError, match=r"static_key: .* build the mixer with the num_heads and dynamic_heads it"
+    ):
+        other.load_state_dict(model.state_dict())
 
 
 def test_nothing_is_loaded_when_a_grid_is_wrong():

@@ -1,12 +1,15 @@
 """A converted classifier follows the one it was made of."""
 
+import copy
 import io
 
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from timm.models import create_model
 
+from statickey import convert
 from statickey.convert import token_mixers
 from statickey.data import load_images
 from statickey.errors import OutputError, StaticKeyError
@@ -20,7 +23,7 @@ from statickey.tasks import (
     task_named,
     train,
 )
-from statickey.tasks.repair import _layer_loss
+from statickey.tasks.repair import _as_mixers, _layer_loss
 from tolerances import assert_close
 
 CPU = Machine(accelerator="cpu")
@@ -96,6 +99,38 @@ def test_the_layer_loss_is_that_of_each_layer_on_the_teachers_input(folders):
     static = [hasattr(mixer, "static_key") for mixer in token_mixers(student).values()]
     assert_close("loss", _layer_loss(student, teacher, images), torch.stack(terms)[static].mean())
     assert not any(module._forward_hooks for module in teacher.modules())
+
+
+ROW = {"depths": (1,), "num_heads": (2,), "embed_dim": 16, "window_size": 4}
+HOSTS = {
+    "vit_small_patch16_dinov3": {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 8},
+    "beit_base_patch16_224": {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 8},
+    "swin_tiny_patch4_window7_224": ROW,
+    "caformer_s18": {},
+}
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_the_layer_loss_knows_every_host(name):
+    """The host itself loses nothing, whatever its attention is called and called with."""
+    size = {} if name == "caformer_s18" else {"img_size": 64}
+    teacher = create_model(name, num_classes=3, **size, **HOSTS[name]).eval()
+    student, images = copy.deepcopy(teacher), torch.randn(2, 3, 64, 64)
+    before = teacher(images)
+    convert(student, "ska", layers=-1)
+    followed = _as_mixers(teacher)
+    assert_close("teacher", followed(images), before)
+    loss = _layer_loss(student, followed, images)
+    loss.backward()
+    assert loss > 0
+    assert token_mixers(student).popitem()[1].static_key.grad.abs().sum() > 0
+
+
+def test_images_and_both_networks_are_brought_to_one_size(folders, tmp_path):
+    args = {"fit": "mean", "accelerator": "cpu", "num_images": 16, "img_size": 12}
+    convert_run(folders[0], out=str(tmp_path / "larger"), console=silent(), **args)
+    result = repaired((folders[0], str(tmp_path / "larger")), tmp_path / "run", epochs=1, limit=64)
+    assert result["curve"][0]["train_loss"] > 0
 
 
 def test_refusals(folders, tmp_path):

@@ -28,7 +28,7 @@ class PositionGate(HeadMix):
     def __init__(self, pos_proj: nn.Module, gating_param: Tensor, feat_size: Size2) -> None:
         nn.Module.__init__(self)
         self.pos_proj = deepcopy(pos_proj)
-        self.gating_param = nn.Parameter(gating_param.detach().clone())
+        self.gating_param = nn.Parameter(gating_param.detach().clone(), requires_grad=gating_param.requires_grad)
         height, width = feat_size
         rows, cols = (torch.arange(extent, device=gating_param.device) for extent in feat_size)
         y, x = (axis.to(gating_param.dtype) for axis in (rows.repeat_interleave(width), cols.repeat(height)))

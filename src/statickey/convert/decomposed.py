@@ -24,8 +24,8 @@ class DecomposedBias(nn.Module):
 
     def __init__(self, rows: Tensor, cols: Tensor, feat_size: Size2) -> None:
         super().__init__()
-        self.rel_pos_h = nn.Parameter(rows.detach().clone())
-        self.rel_pos_w = nn.Parameter(cols.detach().clone())
+        self.rel_pos_h = nn.Parameter(rows.detach().clone(), requires_grad=rows.requires_grad)
+        self.rel_pos_w = nn.Parameter(cols.detach().clone(), requires_grad=cols.requires_grad)
         self.feat_size = feat_size
 
     def forward(self, query: Tensor) -> Tensor:

@@ -212,15 +212,13 @@ def _logit_args(mixer: AttentionMixer) -> dict[str, Any]:
 class StaticKeyHost(nn.Module):
     """Mixin of converted models: what the host's own class does not know about mixers.
 
-    Attributes: ``state_dict_filter``, applied to every state dict before it is loaded, or None; ``conversions``, the
-    arguments of each ``convert``, which make the same mixers of the same host again.
+    Attributes: ``state_dict_filter``, applied to every state dict before it is loaded, or None.
     """
 
     class_prefix: ClassVar[str] = "StaticKey"
     """What the name of a converted class has before the host's."""
 
     state_dict_filter: Callable[[Mapping[str, Any], nn.Module], Mapping[str, Any]] | None = None
-    conversions: tuple[dict[str, Any], ...] = ()
 
     def no_weight_decay(self) -> set[str]:
         """The host's names, every mixer's keys, and the position bias of windows."""

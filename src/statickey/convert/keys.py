@@ -41,7 +41,9 @@ def check_shapes(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
             continue
         if own.shape == other.shape:
             continue
-        if name in tied or name.endswith(("pos_embed", "relative_position_bias_table")):
+        if name in tied and own.shape[:1] != other.shape[:1]:
+            remedy = "build the mixer with the num_heads and dynamic_heads it was saved with"
+        elif name in tied or name.endswith(("pos_embed", "relative_position_bias_table")):
             remedy = (
                 "build the model with the img_size, key_size, class_token and reg_tokens it was saved with; another "
                 "size is resampled by statickey.models.checkpoint_filter_fn(state_dict, model)"

@@ -40,7 +40,7 @@ class OffsetBias(nn.Module):
     def __init__(self, table: Tensor, window_size: Size2) -> None:
         super().__init__()
         self.window_size = window_size
-        self.attention_biases = nn.Parameter(table.detach().clone())
+        self.attention_biases = nn.Parameter(table.detach().clone(), requires_grad=table.requires_grad)
         self.register_buffer("index", self._index(), persistent=False)
 
     def _index(self) -> Tensor:

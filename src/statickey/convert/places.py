@@ -168,8 +168,9 @@ def selected_norm(norm: Any, select: Callable[[Tensor], Tensor]) -> nn.Module:
     for name, tensor in norm.state_dict().items():
         if tensor.ndim:
             chosen = select(tensor.clone())
-            kept = isinstance(getattr(copied, name), nn.Parameter)
-            setattr(copied, name, nn.Parameter(chosen) if kept else chosen)
+            old = getattr(copied, name)
+            kept = isinstance(old, nn.Parameter)
+            setattr(copied, name, nn.Parameter(chosen, requires_grad=old.requires_grad) if kept else chosen)
     return copied  # type: ignore[no-any-return]
 
 

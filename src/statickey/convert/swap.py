@@ -1,7 +1,8 @@
 """The one swap path: places of a model are filled by mixers, all of those asked for or none."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -28,7 +29,7 @@ from ..layers import (
 from .again import carry_between
 from .host import Site, become_converted
 from .keys import forked_random
-from .wrappers import find_host
+from .wrappers import Host, find_host
 
 Layers = str | int | Sequence[int] | Sequence[str]
 
@@ -91,7 +92,9 @@ def convert(
 ) -> ConversionReport:
     """Replace the attention of a model by a mixer with fresh keys, in place; see ``statickey.convert``."""
     check_name("mixer", mixer, MIXERS)
-    host, rule, sites = find_host(model)
+    with torch.enable_grad():  # so that packed weights tell whether they are frozen
+        found = find_host(model)
+    host, rule, sites = found
     chosen = select_sites(sites, layers)
     before = _num_params(model)
     like = next(host.parameters())
@@ -111,17 +114,14 @@ def convert(
                 if keep_weights and old_mixer is not None and carry_between(name, old_mixer, new[name]):
                     carried.add(name)
     old = {name: _num_params(model.get_submodule(name)) for name in new}
-    for name, built in new.items():
-        site = sites[name]
-        parent, _, attribute = name.rpartition(".")
-        installed = built if site.wrap is None else site.wrap(built)
-        setattr(model.get_submodule(parent), attribute, installed.train(site.module.training))
-    become_converted(host, rule)
-    if rule.finish is not None:
-        rule.finish(host)
-    where = list(layers) if isinstance(layers, tuple) else layers
-    step = {"mixer": mixer, "layers": where, "mixer_args": args}
-    model.conversions = (*getattr(model, "conversions", ()), step)  # type: ignore[assignment]
+    with all_or_nothing(model, found, new):
+        for name, built in new.items():
+            site = sites[name]
+            installed = built if site.wrap is None else site.wrap(built)
+            _install(model, name, installed.train(site.module.training))
+        become_converted(host, rule)
+        if rule.finish is not None:
+            rule.finish(host)
     modules = tuple(
         ConvertedModule(
             name,
@@ -136,6 +136,29 @@ def convert(
         for name, built in new.items()
     )
     return ConversionReport(mixer, modules, before, _num_params(model))
+
+
+@contextmanager
+def all_or_nothing(model: nn.Module, found: Host, names: Iterable[str]) -> Iterator[None]:
+    """On an error or interruption inside, put back the modules of these names, and all classes."""
+    host, rule, _ = found
+    kept = {name: model.get_submodule(name) for name in names}
+    kinds = {module: type(module) for module in host.modules()}
+    try:
+        yield
+    except BaseException:
+        for name, module in kept.items():
+            _install(model, name, module)
+        for module, kind in kinds.items():
+            module.__class__ = kind
+        if rule.finish is not None:
+            rule.finish(host)  # it tells of what stands there
+        raise
+
+
+def _install(model: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, attribute = name.rpartition(".")
+    setattr(model.get_submodule(parent), attribute, module)
 
 
 def select_sites(sites: Mapping[str, Site], layers: Layers) -> set[str]:
@@ -318,12 +341,14 @@ def _keep_parts(name: str, site: Site, mixer: str, new: TokenMixer) -> None:
     if isinstance(new, SelfAttention | PartlyStaticAttention) and site.k_norm is not None:
         new.k_norm = deepcopy(site.k_norm)
     if isinstance(new, AttentionMixer) and new.log_temperature is not None and site.log_temperature is not None:
-        new.log_temperature = nn.Parameter(site.log_temperature.detach().clone())
+        new.log_temperature = nn.Parameter(
+            site.log_temperature.detach().clone(), requires_grad=site.log_temperature.requires_grad
+        )
 
 
 @torch.no_grad()
 def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
-    """Copy the rows of the host's qkv that the mixer has too, and the output projection."""
+    """Copy the rows of the host's qkv that the mixer has too, and the output projection; what is frozen stays so."""
     heads = (mixer.num_heads, mixer.head_dim)
     if heads != (site.num_heads, site.head_dim):
         raise StaticKeyError(
@@ -332,7 +357,6 @@ def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
         )
     values = site.num_heads * (site.head_dim if site.value_dim is None else site.value_dim)
     inner = site.num_heads * site.head_dim
-    trainable = any(parameter.requires_grad for parameter in site.module.parameters())  # a frozen host stays frozen
     for target_name, parts in {"qkv": (0, 1, 2), "qv": (0, 2), "k": (1,), "v": (2,)}.items():
         target = getattr(mixer, target_name, None)
         if target is None:
@@ -345,10 +369,11 @@ def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
                 rows = torch.cat([source.split_with_sizes([inner, inner, values])[part] for part in parts])
                 if target_name == "k" and isinstance(mixer, PartlyStaticAttention):
                     rows = rows[mixer.key_channels()]
-                _copy(f"{name}.{target_name}.{tensor}", rows, getattr(target, tensor), trainable)
+                _copy(f"{name}.{target_name}.{tensor}", rows, getattr(target, tensor), source.requires_grad)
         if site.qkv_norm is not None and isinstance(target, NormedLinear):
             for tensor, own in target.norm.state_dict(keep_vars=True).items():
                 source = getattr(site.qkv_norm, tensor)
+                trainable = source.requires_grad
                 if source.ndim:
                     source = torch.cat([source.split_with_sizes([inner, inner, values])[part] for part in parts])
                     if target_name == "k" and isinstance(mixer, PartlyStaticAttention):
@@ -357,11 +382,13 @@ def _carry_over(name: str, site: Site, mixer: TokenMixer) -> None:
     proj: Any = getattr(mixer, "proj", None)
     if isinstance(proj, NormedLinear) and site.proj_norm is not None:
         for tensor, own in proj.norm.state_dict(keep_vars=True).items():
-            _copy(f"{name}.proj.norm.{tensor}", getattr(site.proj_norm, tensor), own, trainable)
+            source = getattr(site.proj_norm, tensor)
+            _copy(f"{name}.proj.norm.{tensor}", source, own, source.requires_grad)
     if proj is not None and site.proj is not None:
         for tensor in ("weight", "bias"):
             if getattr(site.proj, tensor) is not None:
                 source = getattr(site.proj, tensor)
+                trainable = source.requires_grad
                 source = source.flatten(1) if tensor == "weight" else source
                 _copy(f"{name}.proj.{tensor}", source, getattr(proj, tensor), trainable)
             elif getattr(proj, tensor) is not None:

@@ -67,15 +67,6 @@ class GridHost(StaticKeyHost):
         return super()._pos_embed(x)  # type: ignore[misc]
 
 
-def _keeppatch_grid(grids: TokenGrids, block: nn.Module, args: tuple[Any, ...]) -> None:
-    """Tie a block's input to its grid: recomputed later, it must not see that of another input of equal length."""
-    x = args[0]
-    if hasattr(x, "feat_size"):
-        grids.note(x.shape[1], x.feat_size)
-    else:
-        x.feat_size = grids.find(x.shape[1])
-
-
 class CaitHost(StaticKeyHost):
     """A CaiT, which timm gives no ``set_input_size``."""
 

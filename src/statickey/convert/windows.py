@@ -67,7 +67,7 @@ class CosineQuery(nn.Module):
 
     def __init__(self, logit_scale: Tensor) -> None:
         super().__init__()
-        self.logit_scale = nn.Parameter(logit_scale.detach().clone())
+        self.logit_scale = nn.Parameter(logit_scale.detach().clone(), requires_grad=logit_scale.requires_grad)
 
     def forward(self, query: Tensor) -> Tensor:
         """(B, h, N, d) to the same."""
@@ -139,7 +139,7 @@ def bias_table(attn: Any, num_prefix_tokens: int = 0) -> RelPosBias:
         rel_pos = RelPosBias(
             tuple(attn.window_size), attn.num_heads, num_prefix_tokens, device=table.device, dtype=table.dtype
         )
-    rel_pos.relative_position_bias_table.copy_(table)
+    rel_pos.relative_position_bias_table.copy_(table).requires_grad_(table.requires_grad)
     return rel_pos
 
 
@@ -157,8 +157,10 @@ def bias_mlp(attn: Any) -> RelPosMlp:
             dtype=first.weight.dtype,
         )
     rel_pos.mlp.drop1.p = 0.0  # the host's has none
-    rel_pos.mlp.fc1.load_state_dict(first.state_dict())
-    rel_pos.mlp.fc2.load_state_dict(last.state_dict())
+    for new, own in ((rel_pos.mlp.fc1, first), (rel_pos.mlp.fc2, last)):
+        new.load_state_dict(own.state_dict())
+        for name, parameter in own.named_parameters():
+            new.get_parameter(name).requires_grad_(parameter.requires_grad)
     return rel_pos
 
 

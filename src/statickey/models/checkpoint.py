@@ -203,9 +203,10 @@ def _num_distances(grid: Size2) -> int:
 def _fit_patches(state: dict[str, Any], model: Any, patch_grid: Size2 | None) -> None:
     weight = state.get("patch_embed.proj.weight")
     pos_embed = state.get("pos_embed")
-    if pos_embed is not None and getattr(model, "pos_embed", None) is not None:
+    num_patches = getattr(getattr(model, "patch_embed", None), "num_patches", None)
+    if pos_embed is not None and getattr(model, "pos_embed", None) is not None and num_patches is not None:
         # the difference to the patches is the prefix, wherever a host keeps its class token
-        num_prefix = model.pos_embed.shape[1] - model.patch_embed.num_patches
+        num_prefix = model.pos_embed.shape[1] - num_patches
         if patch_grid is None:
             kernel = weight if weight is not None and weight.ndim == 4 else torch.empty(model.patch_embed.patch_size)
             kernel = kernel.reshape(-1, 1, *kernel.shape[-2:])  # only its extent is read

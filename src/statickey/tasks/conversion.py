@@ -122,11 +122,9 @@ def convert_run(
         criterion=criterion,
         seed=seed,
     )
-    earlier: Any = getattr(model, "conversions", ())
     with display.busy("converting"):
         report = convert(model, "ska", layers=places, calibration=asked)
-    done: Any = model.conversions
-    texts = [str(Swap(step["mixer"], step["layers"], step["mixer_args"])) for step in done[len(earlier) :]]
+    texts = [str(Swap(**step)) for step in report.steps]
     own: Any = getattr(model, "mixer_text", None)
     model.mixer_text = ";".join([*([] if own is None else [own]), *texts])  # type: ignore[assignment]
     write_json(folder / REPORT_FILE, report.to_json())
@@ -189,6 +187,7 @@ def _from_run(
         raise DataError(f"{source} does not say what it was trained on; give --data, a folder of images")
     result = read_result(place)
     recipe = recipe_of(task, source, card, result, None, data_dir, "holdout")
+    recipe = replace(recipe, img_size=card.img_size)
     if recipe.stream:
         raise DataError(f"{source} streamed its images; give --data, a folder of images")
     module: Any = task.data_module(recipe, task.read_data(recipe), result["seed"])

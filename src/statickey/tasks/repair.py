@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..convert import token_mixers
+from ..convert import convert, token_mixers
+from ..convert.wrappers import find_host
 from ..data import ImageDataModule
 from ..errors import StaticKeyError
-from ..layers import StaticKeyAttention
+from ..layers import StaticKeyAttention, TokenMixer
 from ..models import CONFIG_FILE, WEIGHTS_FILE, load_exactly
 from .classification import Classification, ClassificationRecipe, Data
 from .recipe import Recipe
@@ -115,7 +116,7 @@ class Repair(Classification):
         images, _ = batch
         if recipe.match == "labels":
             return super().losses(model, batch, recipe)
-        teacher = _teacher(recipe.teacher).to(images.device)
+        teacher = _teacher(recipe.teacher, images.shape[-1]).to(images.device)
         if recipe.match == "layers":
             return {"layers": _layer_loss(model, teacher, images)}
         student: Any = model
@@ -176,14 +177,23 @@ def _card(folder: str) -> ModelCard:
     return ModelCard.read(Path(folder) / CONFIG_FILE)
 
 
-def _network(folder: str) -> nn.Module:
-    """A classifier with its weights; raises ``OutputError`` where there is none."""
-    model = _card(folder).build()
+def _network(folder: str, img_size: int | None = None) -> nn.Module:
+    """A classifier with its weights, for images of its size or another; ``OutputError`` where there is none."""
+    model = _card(folder).build(img_size)
     load_exactly(model, Path(folder) / WEIGHTS_FILE)
     return model
 
 
 @lru_cache(maxsize=1)
-def _teacher(source: str) -> Any:
+def _teacher(source: str, img_size: int) -> Any:
     """The network that is followed, frozen; read once, as every step asks for it."""
-    return _network(source).eval().requires_grad_(False)
+    return _as_mixers(_network(source, img_size)).eval().requires_grad_(False)
+
+
+def _as_mixers(model: nn.Module) -> nn.Module:
+    """The same function with self-attention of this package, whose modules are named and called as a student's."""
+    sites = find_host(model).sites
+    own = [name for name, site in sites.items() if site.is_attention and not isinstance(site.module, TokenMixer)]
+    if own:
+        convert(model, "mhsa", layers=own)
+    return model

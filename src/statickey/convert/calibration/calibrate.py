@@ -12,13 +12,23 @@ from torch import Tensor, nn
 from ...errors import StaticKeyError, UnsupportedHostError
 from ...layers import PartlyStaticAttention, StaticKeyAttention
 from ..keys import token_mixers
-from ..swap import ConversionReport, Layers, select_sites
+from ..swap import ConversionReport, Layers, all_or_nothing, select_sites
 from ..swap import convert as swap
 from ..wrappers import find_host
 from .choice import Head, largest_within, named_heads
 from .fits import HeadKeys, fit_heads
 from .measure import HeadErrors, head_errors
-from .reading import MIN_IMAGES, batches, change, layer_calls, outputs, read_images, self_attention, turned_back
+from .reading import (
+    MIN_IMAGES,
+    batches,
+    change,
+    check_runs,
+    layer_calls,
+    outputs,
+    read_images,
+    self_attention,
+    turned_back,
+)
 from .report import CalibrationReport, HeadFigures, Stage
 from .settings import Calibration
 from .statistics import LayerStatistics
@@ -61,6 +71,9 @@ class Calibrator:
             )
         swap(self.teacher, "mhsa", layers=self.names)
         self.heads = {name: self_attention(self.teacher, name).num_heads for name in self.names}
+        if calibration.heads is not None:
+            named_heads(calibration.heads, self.heads)  # refuses before anything is fitted
+        check_runs(self.teacher, self.names, self.measured_on[:1])
         self.metric_before = calibration.value_of(self.teacher)
         self.equal = Stage("self-attention of this package", self._change(self.teacher), self.metric_before)
         if self.equal.change > _SAME:
@@ -109,6 +122,7 @@ class Calibrator:
             stages=tuple(stages),
             controls=tuple(controls),
             note=note,
+            steps=tuple(steps),
             images_per_second=speed,
         )
 
@@ -148,7 +162,7 @@ class Calibrator:
         asked = self.asked
         everything = [(name, head) for name, count in self.heads.items() for head in range(count)]
         if asked.heads is not None:
-            return named_heads({name: list(heads) for name, heads in asked.heads.items()}, self.heads), "as named"
+            return named_heads(asked.heads, self.heads), "as named"
         ranked = sorted(everything, key=self._rank)
         if asked.fraction is not None:
             count = max(round(asked.fraction * len(ranked)), 1)
@@ -223,23 +237,13 @@ class Calibrator:
     ) -> list[ConversionReport]:
         """Convert a model and give it the student's keys; on any error or interruption it is as it was."""
         names = [name for step in steps for name in step["layers"]]
-        host = find_host(model).model
-        kind, kept = type(host), {name: model.get_submodule(name) for name in names}
-        conversions = getattr(model, "conversions", ())
-        try:
+        with all_or_nothing(model, find_host(model), names):
             reports = [swap(model, **step) for step in steps]
             for name in names:
                 layer, source = _static_layer(model, name), _static_layer(student, name)
                 with torch.no_grad():
                     for key in layer.grid_parameters:
                         getattr(layer, key).copy_(getattr(source, key))
-        except BaseException:
-            for name, module in kept.items():
-                parent, _, attribute = name.rpartition(".")
-                setattr(model.get_submodule(parent), attribute, module)
-            host.__class__ = kind
-            model.conversions = conversions  # type: ignore[assignment]
-            raise
         return reports
 
     def _controls(self, student: nn.Module) -> list[Stage]:

@@ -1,6 +1,6 @@
 """Which heads become static."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from ...errors import StaticKeyError
 
@@ -8,7 +8,7 @@ Head = tuple[str, int]
 """Name of a layer, index of a head."""
 
 
-def named_heads(heads: dict[str, list[int]], available: dict[str, int]) -> list[Head]:
+def named_heads(heads: Mapping[str, Sequence[int]], available: Mapping[str, int]) -> list[Head]:
     """Heads as given by layer.
 
     Raises:
@@ -17,6 +17,8 @@ def named_heads(heads: dict[str, list[int]], available: dict[str, int]) -> list[
     for name, indices in heads.items():
         if name not in available:
             raise StaticKeyError(f"heads names {name!r}, the chosen layers are {', '.join(available)}")
+        if not isinstance(indices, Sequence):
+            raise StaticKeyError(f"heads[{name!r}]={indices!r} must be a list of heads, such as [0, 2]")
         for head in indices:
             if not isinstance(head, int) or isinstance(head, bool) or not 0 <= head < available[name]:
                 raise StaticKeyError(f"heads[{name!r}] has {head!r}; it has heads 0 to {available[name] - 1}")

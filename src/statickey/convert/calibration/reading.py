@@ -1,7 +1,9 @@
 """Reading a layer's queries, keys and values while a model runs on images, and no further than needed."""
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -87,7 +89,7 @@ def layer_calls(model: nn.Module, name: str, images: Tensor) -> Iterator[LayerCa
 
     Raises:
         StaticKeyError: Queries, keys or values are not finite, or the layer does not run on these images.
-        UnsupportedHostError: As in ``self_attention``; or the layer runs more than once per pass.
+        UnsupportedHostError: As in ``self_attention``.
     """
     mixer = self_attention(model, name)
     for batch in batches(images, mixer):
@@ -116,6 +118,30 @@ def layer_calls(model: nn.Module, name: str, images: Tensor) -> Iterator[LayerCa
             if not tensor.isfinite().all():
                 raise StaticKeyError(f"{part} of {name} are not finite on the calibration images; check the weights")
         yield found[0]
+
+
+def check_runs(model: nn.Module, names: Iterable[str], batch: Tensor) -> None:
+    """Refuse layers that run more than once per pass, for whose runs one key would have to do.
+
+    Raises:
+        UnsupportedHostError: A layer does.
+    """
+    counts: Counter[str] = Counter()
+
+    def count(name: str, *_: Any) -> None:
+        counts[name] += 1
+
+    handles = [self_attention(model, name).register_forward_pre_hook(partial(count, name)) for name in names]
+    try:
+        run(model, batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, number in counts.items():
+        if number > 1:
+            raise UnsupportedHostError(
+                f"{name} runs {number} times per pass; convert it without calibration, or name other layers"
+            )
 
 
 @torch.no_grad()

@@ -54,11 +54,12 @@ class CalibrationReport(ConversionReport):
         num_images: Images that keys were fitted on.
         num_measured: Others, that everything here was measured on.
         heads: All heads of the chosen layers.
-        stages: The model before, with the keys of the unconverted model, and as it is: fitted layer by layer on what
-            the converted layers before it give.
+        stages: The model before, with keys fitted on the unconverted model, and with keys fitted layer by layer on
+            what the converted layers before give; it has the last, unless ``note`` says that the others do better.
         controls: The converted model with other keys in the static heads, which its own must beat: each one's mean
             over positions, and those of shuffled positions.
         note: How the heads were chosen.
+        steps: Arguments of ``convert`` that make the same layers of the host, with fresh keys.
         images_per_second: Before and after, on this machine.
     """
 
@@ -70,6 +71,7 @@ class CalibrationReport(ConversionReport):
     stages: tuple[Stage, ...]
     controls: tuple[Stage, ...]
     note: str
+    steps: tuple[dict[str, Any], ...]
     images_per_second: tuple[float, float] = field(compare=False)
 
     def __str__(self) -> str:

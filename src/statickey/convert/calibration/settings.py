@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -11,6 +12,7 @@ from ..._checks import check_not_negative, check_positive
 from ...errors import StaticKeyError
 from ...layers import LogitBias
 from .fits import Fit
+from .reading import MIN_IMAGES
 
 Criterion = Literal["change", "kl", "output"]
 """By which heads are ranked: change of the model's output when a head is converted alone, or an error of its own."""
@@ -56,6 +58,8 @@ class Calibration:
 
     def __post_init__(self) -> None:
         check_positive(num_images=self.num_images)
+        if self.num_images < MIN_IMAGES:
+            raise StaticKeyError(f"num_images={self.num_images} must be at least {MIN_IMAGES}, better 300 to 4,000")
         choices = {"fit": Fit, "criterion": Criterion}
         for name, kinds in choices.items():
             if getattr(self, name) not in get_args(kinds):
@@ -81,14 +85,14 @@ class Calibration:
         return "map" if self.fit == "constant" else self.bias
 
     def value_of(self, model: nn.Module) -> float | None:
-        """The metric of a model, if there is one.
+        """The metric of a model, if there is one, on a copy that it may change.
 
         Raises:
             StaticKeyError: It is no finite number.
         """
         if self.metric is None:
             return None
-        value = float(self.metric(model))
+        value = float(self.metric(deepcopy(model)))
         if not math.isfinite(value):
             raise StaticKeyError(f"metric gives {value}; it must be a finite number, the higher the better")
         return value

@@ -104,7 +104,7 @@ class LayerStatistics:
 
     def _chosen(self, call: LayerCall) -> Tensor:
         """Which of these images are sampled: evenly spread over all that come, as many as the bound allows."""
-        size = call.query[0].nbytes
+        size = call.query[0].numel() * max(call.query.element_size(), 4)
         if call.mask is not None and len(call.mask) > 1:
             size += call.mask[0].nbytes
         wanted = max(min(SAMPLE_BYTES // size, self.num_samples), 1)
@@ -114,6 +114,7 @@ class LayerStatistics:
 
     def _sample(self, call: LayerCall, chosen: Tensor, maps: Tensor, log_maps: Tensor) -> None:
         query, maps, log_maps = call.query[chosen], maps[chosen], log_maps[chosen]
+        query = query.to(torch.promote_types(query.dtype, torch.float32))  # half is too coarse for a fit
         self._queries.append(query)
         if call.mask is not None:
             one = len(call.mask) == 1
