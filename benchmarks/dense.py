@@ -3,13 +3,14 @@
     python benchmarks/dense.py classifiers PATH_TO_CIFAR10_PARQUET   # what the detectors and segmenters start from
     python benchmarks/dense.py tune SET PATH                         # on held-out images, for sepconv and mhsa
     python benchmarks/dense.py SET PATH                              # the comparison
-    python benchmarks/dense.py sizes RUN                             # a run's score at other sizes of image
+    python benchmarks/dense.py sizes RUN [SIDE ...]                  # a run's score at other sizes of image
 
 SET is ``bccd``, ``bccd-cascade``, ``pennfudan``, ``camvid``, ``camvid-scratch`` or ``camvid-stage3``. Each may be run
 by several processes at once, and again: finished runs are reused. Results: ``runs/dense/SET`` with its report.
 """
 
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -91,14 +92,14 @@ def tune(name: str, data: str) -> None:
         )
 
 
-def sizes(run: str) -> None:
+def sizes(run: str, sides: Sequence[int]) -> None:
     """The score on test images of other sizes than in training, by what static keys do there."""
     result = read_result(Path(run))
     task = task_named(result["task"])
-    print("| shorter side |", " | ".join(map(str, SIDES)), "|")
+    print("| shorter side |", " | ".join(map(str, sides)), "|")
     for off_grid in get_args(OffGrid):
         found = []
-        for side in SIDES:
+        for side in sides:
             model, _ = load_model(run, img_size=side)
             set_off_grid(model, off_grid)
             settings = task.recipe_class(data=result["data"], img_size=side)
@@ -114,8 +115,8 @@ if __name__ == "__main__":
             compare(classifier(data), mixers=PATTERNS, seeds=(0,), out=str(CLASSIFIERS))
         case ["tune", name, data]:
             tune(name, data)
-        case ["sizes", run]:
-            sizes(run)
+        case ["sizes", run, *sides]:
+            sizes(run, [int(side) for side in sides] or SIDES)
         case [name, data]:
             main(name, data)
         case _:
