@@ -1,27 +1,42 @@
 """Is attention with a static key the better second stage on dense tasks, too?
 
-    python benchmarks/dense.py classifiers PATH_TO_CIFAR10_PARQUET   # what the detectors and segmenters start from
-    python benchmarks/dense.py tune SET PATH                         # on held-out images, for sepconv and mhsa
-    python benchmarks/dense.py SET PATH                              # the comparison
-    python benchmarks/dense.py sizes RUN [SIDE ...]                  # a run's score at other sizes of image
+    python benchmarks/dense.py FOLDER                        # everything, from FOLDER/{cifar10,bccd,pennfudan,camvid}
+    python benchmarks/dense.py FOLDER --steps classifiers    # what the detectors and segmenters start from
+    python benchmarks/dense.py FOLDER --steps tune compare --sets camvid camvid-stage3
+    python benchmarks/dense.py FOLDER --steps sizes --sets camvid      # scores at other sizes than in training
+    python benchmarks/dense.py FOLDER --steps cost                     # time and memory; wants a machine to itself
 
-SET is ``bccd``, ``bccd-cascade``, ``pennfudan``, ``camvid``, ``camvid-scratch`` or ``camvid-stage3``. Each may be run
-by several processes at once, and again: finished runs are reused. Results: ``runs/dense/SET`` with its report.
+One run a process, ``--processes`` at a time; finished runs are reused. Results: ``runs/dense/SET`` with its report.
+Tables are in docs/results/dense.md.
 """
 
-import sys
-from collections.abc import Sequence
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from rich.console import Console
+from torch import Tensor, nn
 
 from statickey import set_off_grid
 from statickey._typing import OffGrid
+from statickey.bench.contender import mask_rcnn
+from statickey.bench.measure import Phase, Setting, interleaved, peak_memory
 from statickey.compare import compare
+from statickey.compare.config import run_name
+from statickey.models import build_segmenter
 from statickey.tasks import (
     ClassificationRecipe,
     DetectionRecipe,
     Recipe,
+    ScoreOn,
     SegmentationRecipe,
     load_model,
     read_result,
@@ -31,93 +46,185 @@ from statickey.tasks.scoring import score
 
 OUT = Path("runs/dense")
 CLASSIFIERS = OUT / "classifiers"
+RATES_FILE = OUT / "rates.json"
 PATTERNS = ["mhsa", "sepconv", "ska", "cska", "fcska", "ska:key=continuous", "ska:key_size=[7,7]"]
 """What stands in the second of four stages; the first has convolutions, the last two self-attention."""
 REPEATED = ["mhsa", "sepconv", "ska", "cska", "ska:key=continuous"]
 """Those with three seeds on bccd and camvid."""
 STAGE3 = ["sepconv", "sepconv", "X", "mhsa"]
+SETS = ("bccd-cascade", "bccd", "pennfudan", "camvid", "camvid-stage3", "camvid-scratch")
+TUNED = {"bccd": ("bccd", "bccd-cascade", "pennfudan"), "camvid": ("camvid", "camvid-stage3", "camvid-scratch")}
+"""What is tuned, and the comparisons that take its learning rate."""
 RATES = (5e-4, 1e-3, 2e-3)
-SIDES = (64, 80, 112, 160, 224)
+EPOCHS = {"bccd": 8, "pennfudan": 8, "camvid": 8}
+SIDES = {"bccd": (96, 144, 192, 240), "camvid": (120, 180, 240, 360)}
+"""Shorter sides of test images in pixels; trained at the second."""
 
 
-def classifier(data: str) -> ClassificationRecipe:
-    """CIFAR-10 at 64 pixels: a second stage of 8x8 tokens."""
-    return ClassificationRecipe(
-        data=data, limit=20_000, model="skaformer_nano", img_size=64, epochs=4, batch_size=64, lr=0.002
-    )
+def family_of(name: str) -> str:
+    """The data set of a comparison."""
+    return name.partition("-")[0]
 
 
-def recipe(name: str, data: str) -> Recipe:
-    """What is trained on a set; its learning rate and length were tuned on held-out images, see ``tune``."""
-    weights = None if name.endswith(("-scratch", "-stage3")) else str(CLASSIFIERS)
-    if name.startswith("camvid"):
-        return SegmentationRecipe(
-            data=data,
-            weights=weights,
-            img_size=180,
-            crop_size=160,
-            epochs=8,
-            batch_size=8,
-            lr=1e-3,
-            model_args={"mixers": STAGE3} if name.endswith("-stage3") else {},
+def recipe(name: str, folder: Path) -> Recipe:
+    """What is trained on a set; its learning rate is the tuned one."""
+    if name == "classifiers":  # CIFAR-10 at 64 pixels: a second stage of 8x8 tokens
+        data = str(folder / "cifar10")
+        return ClassificationRecipe(
+            data=data, limit=20_000, model="skaformer_nano", img_size=64, epochs=4, batch_size=64, lr=0.002
         )
+    family = family_of(name)
+    rates = json.loads(RATES_FILE.read_text()) if RATES_FILE.exists() else {}
+    settings: dict[str, Any] = {
+        "data": str(folder / family),
+        "weights": None if name.endswith(("-scratch", "-stage3")) else str(CLASSIFIERS),
+        "epochs": EPOCHS[family],
+        "batch_size": 8,
+        "lr": next(rates.get(tuned, {}).get("rate", RATES[1]) for tuned, takers in TUNED.items() if name in takers),
+        "precision": "32-true",
+    }
+    if family == "camvid":
+        args = {"mixers": STAGE3} if name.endswith("-stage3") else {}
+        return SegmentationRecipe(**settings, img_size=180, crop_size=160, model_args=args)
     arch = {"bccd": "faster_rcnn", "bccd-cascade": "cascade_rcnn", "pennfudan": "mask_rcnn"}[name]
-    return DetectionRecipe(
-        data=data,
-        weights=weights,
-        arch=arch,
-        img_size=144,
-        max_size=240,
-        epochs=8,
-        batch_size=8,
-        lr=2e-3,
-    )
+    return DetectionRecipe(**settings, arch=arch, img_size=144, max_size=240)
 
 
-def main(name: str, data: str) -> None:
-    """The comparison of a set: every pattern at seed 0, some of them at two more."""
-    out = str(OUT / name)
-    of_set = recipe(name, data)
-    if name in ("bccd", "camvid"):
-        compare(of_set, mixers=REPEATED, seeds=(0, 1, 2), out=out)
-    compare(of_set, mixers=["mhsa", "sepconv"] if name.endswith("-scratch") else PATTERNS, seeds=(0,), out=out)
+def runs_of(name: str) -> list[tuple[str, int]]:
+    """Mixers and seeds of a comparison."""
+    if name.endswith("-scratch"):
+        return [("mhsa", 0), ("sepconv", 0)]
+    again = [(mixer, seed) for seed in (1, 2) for mixer in REPEATED] if name in ("bccd", "camvid") else []
+    return [(mixer, 0) for mixer in PATTERNS] + again
 
 
-def tune(name: str, data: str) -> None:
-    """Learning rates, on held-out images of the training part."""
-    for rate in RATES:
-        of_set = replace(recipe(name, data), lr=rate)
-        compare(
-            of_set, mixers=["mhsa", "sepconv"], seeds=(0,), out=str(OUT / f"tune-{name}-{rate:g}"), score_on="holdout"
-        )
+def train(epochs: int | None, name: str, folder: Path, mixer: str, seed: int, rate: float | None = None) -> str:
+    """One run of a comparison, or of its tuning at a rate; says how it went."""
+    asked, out = recipe(name, folder), OUT / name
+    score_on: ScoreOn = "test"
+    if epochs is not None and name != "classifiers":
+        asked = replace(asked, epochs=epochs)
+    if rate is not None:
+        asked, out, score_on = replace(asked, lr=rate, holdout=0.2), OUT / f"tune-{name}-{rate:g}", "holdout"
+    with (OUT / "log.txt").open("a") as log:
+        compare(asked, mixers=[mixer], seeds=(seed,), out=str(out), score_on=score_on, console=Console(file=log))
+    result = read_result(out / "runs" / run_name(mixer, seed))
+    value = result[task_named(result["task"]).metric.name]
+    return f"{out.name} {mixer} seed {seed}: {value:.2f}, {result['train_seconds']:.0f} s"
 
 
-def sizes(run: str, sides: Sequence[int]) -> None:
+def choose_rates(sets: Iterable[str]) -> None:
+    """Keep the learning rate whose mean over ``mhsa`` and ``sepconv`` is the best on held-out images."""
+    rates = json.loads(RATES_FILE.read_text()) if RATES_FILE.exists() else {}
+    for name in sets:
+        scores: dict[float, list[float]] = {}
+        for rate in RATES:
+            for mixer in ("mhsa", "sepconv"):
+                result = read_result(OUT / f"tune-{name}-{rate:g}" / "runs" / run_name(mixer, 0))
+                scores.setdefault(rate, []).append(result[task_named(result["task"]).metric.name])
+        best = max(scores, key=lambda rate: float(np.mean(scores[rate])))
+        rates[name] = {"rate": best, "scores of mhsa and sepconv": {f"{rate:g}": s for rate, s in scores.items()}}
+        print(name, rates[name], flush=True)
+    RATES_FILE.write_text(json.dumps(rates))
+
+
+def sizes(name: str, folder: Path, mixer: str, seed: int) -> str:
     """The score on test images of other sizes than in training, by what static keys do there."""
-    result = read_result(Path(run))
-    task = task_named(result["task"])
-    print("| shorter side |", " | ".join(map(str, sides)), "|")
-    for off_grid in get_args(OffGrid):
-        found = []
-        for side in sides:
-            model, _ = load_model(run, img_size=side)
-            set_off_grid(model, off_grid)
-            settings = task.recipe_class(data=result["data"], img_size=side)
+    run = OUT / name / "runs" / run_name(mixer, seed)
+    task = task_named(read_result(run)["task"])
+    found: dict[str, dict[int, float]] = {}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for off_grid in get_args(OffGrid) if mixer != "mhsa" else ("-",):
+        for side in SIDES[name]:
+            model, _ = load_model(str(run), img_size=side)
+            if off_grid != "-":
+                set_off_grid(model, off_grid)
+            settings: Any = task.recipe_class(data=str(folder / name), img_size=side)  # type: ignore[call-arg]
             module = task.data_module(settings, task.read_data(settings), 0)
-            evidence = score(task, model, module, module.scoring_dataloader("test"), "32-true")
-            found.append(f"{evidence.value():.1f}")
-        print(f"| {off_grid} |", " | ".join(found), "|", flush=True)
+            evidence = score(task, model.to(device), module, module.scoring_dataloader("test"), "32-true")
+            found.setdefault(off_grid, {})[side] = evidence.value()
+    (OUT / f"sizes-{name}-{run.name}.json").write_text(json.dumps(found))
+    return f"sizes of {name} {run.name}: {found}"
+
+
+def segmenter(mixer: str) -> tuple[nn.Module, Tensor]:
+    """The network of camvid, and eight images."""
+    torch.manual_seed(0)
+    made = build_segmenter("skaformer_nano", mixer, img_size=160, num_classes=11, decoder_channels=64)
+    return made, torch.randn(8, 3, 160, 160)
+
+
+def cost() -> None:
+    """Milliseconds an image, and peak megabytes, of the networks of camvid (batch 8) and bccd (one image)."""
+    setting = Setting("cuda" if torch.cuda.is_available() else "cpu")
+    makes: dict[str, Callable[[str], tuple[nn.Module, Tensor]]] = {
+        "camvid": segmenter,
+        "bccd": partial(mask_rcnn, "skaformer_nano", size=(144, 192), arch="faster_rcnn", img_size=144),
+        "bccd-cascade": partial(mask_rcnn, "skaformer_nano", size=(144, 192), arch="cascade_rcnn", img_size=144),
+    }
+    phases: tuple[Phase, ...] = ("forward", "training")
+    for name, make in makes.items():
+        peaks = {mixer: peak_memory(partial(make, mixer), phases, setting) for mixer in PATTERNS}
+        for phase in phases:
+            made = {mixer: make(mixer) for mixer in PATTERNS}
+            batch = len(made[PATTERNS[0]][1])
+            calls = {mixer: setting.prepare(each, phase) for mixer, each in made.items()}
+            rounds = list(interleaved(calls, 9, setting))
+            for mixer in PATTERNS:
+                times = [1e3 * each[mixer] / batch for each in rounds]
+                ratio = np.median([each[mixer] / each["mhsa"] for each in rounds])
+                megabytes = (peaks[mixer][phase] or 0) / 1e6
+                row = f"{np.median(times):.2f} | {ratio:.2f} | {megabytes:.0f}"
+                print(f"| {name} | {phase} | {mixer} | {row} |", flush=True)
+
+
+def work(jobs: "Iterable[partial[str]]", processes: int, until: float) -> None:
+    """Do jobs in so many processes, which stop taking new ones at a time."""
+    with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
+        for line in pool.imap_unordered(partial(_done, until), list(jobs)):
+            print(f"{time.strftime('%X')} {line}", flush=True)
+
+
+def _done(until: float, job: "partial[str]") -> str:
+    what = " ".join(str(each) for each in job.args if not isinstance(each, Path))
+    if time.time() > until:
+        return f"{what}: left out for lack of time"
+    try:
+        return job()
+    except Exception as error:  # the others go on
+        return f"{what}: {type(error).__name__}: {error}"
+
+
+def main() -> None:
+    """What the command line asks for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    steps = ("classifiers", "tune", "compare", "sizes", "cost")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", nargs="+", choices=steps, default=steps[:-1])
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--epochs", type=int, help="of the dense tasks, other than the published ones")
+    parser.add_argument("--minutes", type=float, default=1e6, help="start nothing after so long")
+    given = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    until = time.time() + 60 * given.minutes
+    tuned = [name for name in TUNED if name in given.sets]
+    todo = partial(work, processes=given.processes, until=until)
+    run = partial(train, given.epochs)
+    if "classifiers" in given.steps:
+        todo(partial(run, "classifiers", given.folder, mixer, 0) for mixer in PATTERNS)
+    if "tune" in given.steps:
+        pairs = [(rate, mixer) for rate in RATES for mixer in ("mhsa", "sepconv")]
+        todo(partial(run, name, given.folder, mixer, 0, rate) for name in tuned for rate, mixer in pairs)
+        choose_rates(tuned)
+    if "compare" in given.steps:
+        todo(partial(run, name, given.folder, *each) for name in given.sets for each in runs_of(name))
+    if "sizes" in given.steps:
+        runs = [(mixer, seed) for mixer in ("mhsa", "ska", "cska") for seed in range(3)]
+        todo(partial(sizes, name, given.folder, *each) for name in SIDES if name in given.sets for each in runs)
+    if "cost" in given.steps:
+        cost()
 
 
 if __name__ == "__main__":
-    match sys.argv[1:]:
-        case ["classifiers", data]:
-            compare(classifier(data), mixers=PATTERNS, seeds=(0,), out=str(CLASSIFIERS))
-        case ["tune", name, data]:
-            tune(name, data)
-        case ["sizes", run, *sides]:
-            sizes(run, [int(side) for side in sides] or SIDES)
-        case [name, data]:
-            main(name, data)
-        case _:
-            sys.exit(__doc__)
+    main()

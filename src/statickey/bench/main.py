@@ -20,7 +20,7 @@ from ..models import Swap
 from ..ops.kernel import INSTALLED
 from .contender import Contender, Targets, least_bytes, macs, twin
 from .measure import KINDS, Phase, Setting, differences, interleaved, peak_memory, roofline, time_in
-from .suites import KERNEL, SUITES
+from .suites import BATCHED, KERNEL, SUITES
 from .table import WIDE, markdown, reading, tables
 
 PHASES: dict[str, tuple[Phase, ...]] = {
@@ -53,6 +53,7 @@ def bench(
     kernel: bool = False,
     rounds: int | None = None,
     memory: bool = True,
+    batch: int | None = None,
     compared: Path | None = None,
     out: str = "statickey-bench",
     console: Console | None = None,
@@ -74,6 +75,8 @@ def bench(
             compiled, which would leave the kernel out.
         rounds: Samples of each contender and phase; default 5 to 25, by the suite's cost.
         memory: Measure peak memory too, each contender in a process of its own on the CPU.
+        batch: Images of a contender of ``layers``, ``models`` (default 8) or ``training`` (64, or as compared);
+            a GPU needs more to be busy.
         compared: A folder of ``compare``: the training suite measures its network, and a figure sets the measured
             cost against the accuracy found there.
         out: Folder of the results: ``bench.json``, ``.csv`` and ``.md``, and figures. They are written as soon
@@ -111,6 +114,12 @@ def bench(
     setting = Setting(device, getattr(torch, dtype), compile)
     accuracy = {} if compared is None else _accuracy(Path(compared))
     options: dict[str, dict[str, Any]] = {"layers": {"kernel": kernel}, "training": {"compared": compared}}
+    if batch is not None:
+        check_positive(batch=batch)
+        if not BATCHED & set(suites):
+            raise StaticKeyError(f"batch={batch} is for {', '.join(sorted(BATCHED))}; the other suites fix their own")
+        for suite in BATCHED:
+            options.setdefault(suite, {})["batch"] = batch
     plans = {suite: SUITES[suite](mixers, **options.get(suite, {})) for suite in dict.fromkeys(suites)}
     if kernel and not any(each.name.endswith(KERNEL) for each in plans["layers"]):
         raise StaticKeyError(f"kernel=True is for static keys, mixers={list(mixers)} has none; name ska or cska")

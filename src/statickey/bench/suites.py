@@ -1,6 +1,7 @@
 """The suites: which contenders are measured, against what, and what the ratios are to be at most."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -54,17 +55,21 @@ DETECTOR = LayerShape((100, 136), 128, 8, batch=1)
 DETECTOR_IMAGES = ((168, 224), (384, 512), (600, 800), (800, 1066), (1000, 1333))
 LONGEST_RESAMPLED = 1066
 """Pixels along an image up to which keys for all tokens are measured."""
+BATCHED = {"layers", "models", "training"}
+"""Suites whose number of images may be chosen."""
 
 
-def layers(mixers: Sequence[str], kernel: bool = False) -> list[Contender]:
+def layers(mixers: Sequence[str], kernel: bool = False, batch: int | None = None) -> list[Contender]:
     """Attention layers at the shapes of ViT-S and of the stages of a MetaFormer.
 
     Args:
         mixers: Names of token mixers.
         kernel: Measure static keys with the op's Triton kernel too, against themselves without.
+        batch: Images; default 8.
     """
     rows = []
-    for shape in LAYERS:
+    for built in LAYERS:
+        shape = built if batch is None else replace(built, batch=batch)
 
         def row(name: str, against: str | None, shape: LayerShape = shape, **options: Any) -> Contender:
             return Contender(str(shape), name, partial(layer, shape, name), against, **options)
@@ -179,12 +184,14 @@ def detectors(mixers: Sequence[str]) -> list[Contender]:
     return rows
 
 
-def training(mixers: Sequence[str], compared: Path | None = None, batch: int = 64) -> list[Contender]:
+def training(mixers: Sequence[str], compared: Path | None = None, batch: int | None = None) -> list[Contender]:
     """The network of a comparison, or the built-in one at 32 pixels, against itself with self-attention."""
     name = "small_vit"
     args: dict[str, Any] = {"img_size": 32, "num_classes": 10, "in_chans": 3, "model_args": {}}
     if compared is not None:
-        name, args, batch = _compared(Path(compared))
+        name, args, as_compared = _compared(Path(compared))
+        batch = as_compared if batch is None else batch
+    batch = 64 if batch is None else batch
     group = f"{name}, {args['img_size']} pixels, batch {batch}"
     return [
         Contender(

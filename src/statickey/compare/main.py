@@ -95,12 +95,12 @@ def compare(
         read_runs(config.task, root, ids)  # refuses runs from other data before hours are spent beside them
         merged.write(root)
         write_text(root / "README.txt", README)
-    waited, diverged = _train_missing(config, runs, display)
+    beside, diverged = _train_missing(config, runs, display)
     if diverged and not any(run.finished for run in runs):
         raise DivergedError("; ".join(diverged))
     with display.busy("writing the results"), locked(root, wait=-1):  # another process may be at it
         merged = config.joined(root)
-        summary = _summary_of_another(root, runs) if waited and not diverged else None
+        summary = _summary_of_another(root, runs) if beside and not diverged else None
         if summary is None:
             finished = read_runs(config.task, root, ids)
             summary = summarize(merged, data, finished)
@@ -143,7 +143,8 @@ def _train_missing(config: CompareConfig, runs: Sequence[Run], display: Display)
     diverges does not keep the others from their turn.
 
     Returns:
-        Whether a process other than this one may have finished last, and what is to be said of runs that diverged.
+        Whether there was anything to do, so that a process beside this one may have written the results since, and
+        what is to be said of runs that diverged.
     """
     diverged: list[str] = []
     missing = [run for run in runs if not run.finished]
@@ -151,7 +152,6 @@ def _train_missing(config: CompareConfig, runs: Sequence[Run], display: Display)
         display.say(f"{len(runs) - len(missing)} of {len(runs)} runs are finished already: reused")
     if not missing:
         return False, diverged
-    waited = False
     with display.runs(len(missing)) as bars:
         while missing:
             for run in list(missing):
@@ -167,13 +167,12 @@ def _train_missing(config: CompareConfig, runs: Sequence[Run], display: Display)
                             trained = True
                 if run.finished:
                     missing.remove(run)
-                    waited = not trained
                     if not trained:
                         bars.finish(f"{run.mixer} seed {run.seed}: by another process")
             if missing:
                 bars.wait(f"other processes train the last {counted(len(missing), 'run')}")
                 time.sleep(_POLL)
-    return waited, diverged
+    return True, diverged
 
 
 def _train(config: CompareConfig, run: Run, bars: RunsDisplay) -> None:
