@@ -69,6 +69,15 @@ def test_rows_files_and_tables(small, tmp_path):
     assert (tmp_path / "bench.md").read_text().count("| fcska : ska |") == 4
 
 
+def test_a_batch_of_another_size(small, tmp_path):
+    rows, _ = run(tmp_path, "layers", mixers=["ska"], batch=3)
+    assert {row["group"] for row in rows} == {str(replace(shape, batch=3)) for shape in SMALL}
+    with pytest.raises(StaticKeyError, match="batch=3 is for layers, models, training"):
+        run(tmp_path, "shapes", batch=3)
+    with pytest.raises(StaticKeyError, match="batch=0 must be a positive integer"):
+        run(tmp_path, "layers", batch=0)
+
+
 def test_suites_join_and_replace_their_own_rows(small, tmp_path):
     run(tmp_path, "layers", mixers=["ska"])
     rows, _ = run(tmp_path, "resolution", mixers=["ska", "cska"])
@@ -122,6 +131,8 @@ def test_the_training_suite_measures_a_compared_network(small, tmp_path):
     assert [row["contender"] for row in rows] == ["mhsa", "ska"] * 2
     assert "training step with AdamW" in text
     assert (tmp_path / "out" / "accuracy.png").stat().st_size > 5_000
+    rows, _ = run(tmp_path / "out", "training", mixers=["ska"], compared=compared, batch=1)
+    assert {row["group"] for row in rows} == {"small_vit, 8 pixels, batch 1"}
     run(tmp_path / "other", "resolution", mixers=["ska"], compared=compared)  # no step was measured: no figure
     assert not (tmp_path / "other" / "accuracy.png").exists()
 

@@ -90,7 +90,7 @@ def printed(words, capsys):
 
 
 RIGHT = {
-    "": {"mixers": ["mhsa", "ska", "cska", "fcska"], "plugin": []},
+    "": {"mixers": None, "plugin": []},
     "mixers: ska": {"mixers": ["ska"]},
     "seeds: 4": {"seeds": [4]},
     "lr:": {"lr": None},

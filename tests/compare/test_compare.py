@@ -17,14 +17,21 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from statickey import MIXERS, ConvStaticKeyAttention
-from statickey.compare import compare
+from statickey.compare import compare, main
 from statickey.compare.config import CONFIG_FILE
 from statickey.compare.main import _summary_of_another
 from statickey.compare.table import results_table
 from statickey.convert import token_mixers
 from statickey.data import ImageData, LabelledImages
 from statickey.errors import DivergedError, OutputError, StaticKeyError
-from statickey.tasks import Classification, ClassificationRecipe, Machine, TrainingModule, load_model
+from statickey.tasks import (
+    Classification,
+    ClassificationRecipe,
+    Machine,
+    SegmentationRecipe,
+    TrainingModule,
+    load_model,
+)
 
 TINY = {
     "limit": 120,
@@ -407,6 +414,45 @@ def test_a_run_that_diverges_does_not_keep_the_others_from_their_turn(tmp_path, 
     rows = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [row["mixer"] for row in rows] == ["mhsa", "ska"]
     assert (tmp_path / "report.html").is_file()
+
+
+def test_default_runs(monkeypatch):
+    asked = []
+
+    def of(recipe, machine, mixers, seeds, *rest):
+        asked.append((list(mixers), list(seeds)))
+        raise StaticKeyError("enough")
+
+    monkeypatch.setattr(main.CompareConfig, "of", of)
+    for recipe in (None, SegmentationRecipe(), SegmentationRecipe(data="elsewhere")):
+        with pytest.raises(StaticKeyError, match="enough"):
+            compare(recipe)
+    whole = ["mhsa", "ska", "cska", "fcska"], [0, 1, 2]
+    assert asked == [whole, (["mhsa", "ska"], [0]), whole]
+
+
+def test_results_that_another_process_wrote_since_are_not_written_again(tmp_path, monkeypatch):
+    train_missing, written = main._train_missing, []
+
+    def train_and_be_overtaken(*args):
+        trained = train_missing(*args)
+        if not written:
+            written.append("outer")  # the other process is not overtaken in turn
+            run(tmp_path, mixers=("ska",), seeds=(0,), epochs=1)
+        return trained
+
+    def write(*args):
+        written.append("report")
+        return write_report(*args)
+
+    write_report = main.write_report
+    monkeypatch.setattr(main, "_train_missing", train_and_be_overtaken)
+    monkeypatch.setattr(main, "write_report", write)
+    summary, _ = run(tmp_path, mixers=("mhsa",), seeds=(0,), epochs=1)
+    assert [row["mixer"] for row in summary["mixers"]] == ["mhsa", "ska"]
+    assert written == ["outer", "report"]
+    run(tmp_path, mixers=("mhsa",), seeds=(0,), epochs=1)  # nothing was missing: written anew
+    assert written == ["outer", "report", "report"]
 
 
 def test_what_another_process_wrote_is_taken_only_if_it_tells_of_all_runs(finished):

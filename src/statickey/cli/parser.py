@@ -57,7 +57,9 @@ def run(command: str, args: Sequence[str]) -> int:
         raise StaticKeyError(_explained(str(error), command, actions, places)) from error
     options = {name: value for name, value in namespace.as_dict().items() if name in actions}
     for name, action in actions.items():
-        if action.nargs == "+" and not options[name]:  # as of --mixers=--, which argparse lets pass
+        if (
+            action.nargs == "+" and options[name] is not None and not options[name]
+        ):  # as of --mixers=--, which argparse lets pass
             place = f"{places[name]}: " if name in places else ""
             raise StaticKeyError(f"{place}{name} is given nothing; it must be {_takes(action)}")
     return import_module(f"{__package__}.{command}").run(options) or 0

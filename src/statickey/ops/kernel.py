@@ -1,4 +1,4 @@
-"""Attention on a static key in one Triton kernel, for CUDA. One shape of it has been measured, so no default uses it."""
+"""Attention on a static key in one Triton kernel, for CUDA. One shape has been measured, so no default uses it."""
 
 from __future__ import annotations  # annotations name triton's types, which may be missing
 

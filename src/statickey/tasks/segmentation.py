@@ -39,7 +39,7 @@ class SegmentationRecipe(DenseRecipe):
         loss: What is minimised, the sum of some of ``cross_entropy``, ``dice`` and ``focal``.
     """
 
-    epochs: int = 30
+    epochs: int = 24
     batch_size: int = 8
     crop_size: int | None = None
     window: int | None = None
