@@ -91,7 +91,7 @@ def test_a_published_model_and_a_folder_of_images(tmp_path, monkeypatch):
         assert (name, mixer, img_size, model_args) == ("vit_tiny_patch16_224", None, 32, {"pretrained": True})
         return timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **args)
 
-    monkeypatch.setattr("statickey.tasks.conversion.build_model", build)
+    monkeypatch.setattr("statickey.tasks.published.build_model", build)
     images = tmp_path / "images"
     images.mkdir()
     for i in range(9):

@@ -2,6 +2,8 @@
 
 import copy
 import io
+import os
+import shutil
 
 import pytest
 import torch
@@ -23,7 +25,7 @@ from statickey.tasks import (
     task_named,
     train,
 )
-from statickey.tasks.repair import _as_mixers, _layer_loss
+from statickey.tasks.repair import _as_mixers, _layer_loss, _teacher
 from tolerances import assert_close
 
 CPU = Machine(accelerator="cpu")
@@ -124,6 +126,32 @@ def test_the_layer_loss_knows_every_host(name):
     loss.backward()
     assert loss > 0
     assert token_mixers(student).popitem()[1].static_key.grad.abs().sum() > 0
+
+
+def test_the_teacher_may_be_a_published_model(monkeypatch):
+    built = []
+
+    def build(name, mixer, *, img_size, num_classes, in_chans, model_args):
+        built.append((name, mixer, img_size, num_classes, model_args))
+        return create_model(name, img_size=img_size, num_classes=num_classes, depth=1, embed_dim=24, num_heads=3)
+
+    monkeypatch.setattr("statickey.tasks.published.build_model", build)
+    teachers = [_teacher("vit_tiny_patch16_224", 32) for _ in range(2)]
+    assert teachers[0] is teachers[1]
+    assert built == [("vit_tiny_patch16_224", None, 32, 1000, {"pretrained": True})]
+    assert list(token_mixers(teachers[0])) == ["blocks.0.attn"]
+    assert not teachers[0].training
+    assert not any(p.requires_grad for p in teachers[0].parameters())
+    with pytest.raises(OutputError, match="'nowhere' is neither the folder of a run nor a model's name"):
+        _teacher("nowhere", 32)
+
+
+def test_the_teacher_is_read_again_when_its_file_changed(folders, tmp_path):
+    shutil.copytree(folders[0], tmp_path / "run")
+    before = _teacher(str(tmp_path / "run"), 8)
+    assert _teacher(str(tmp_path / "run"), 8) is before
+    os.utime(tmp_path / "run" / "model.safetensors", ns=(0, 0))
+    assert _teacher(str(tmp_path / "run"), 8) is not before
 
 
 def test_images_and_both_networks_are_brought_to_one_size(folders, tmp_path):

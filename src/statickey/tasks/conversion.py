@@ -6,12 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from rich.console import Console
 from rich.markup import escape
-from timm.data import infer_imagenet_subset
-from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor, nn
 
 from .._checks import check_arguments, check_folder
@@ -20,13 +17,14 @@ from ..convert import Calibration, CalibrationReport, convert
 from ..data import image_files
 from ..errors import DataError, OutputError, StaticKeyError
 from ..layers import LogitBias
-from ..models import WEIGHTS_FILE, Swap, build_model
+from ..models import WEIGHTS_FILE, Swap
 from ..viz import head_map, save_png
 from .classification import Classification
 from .display import Display
 from .engine import new_trainer
 from .evaluate import recipe_of
 from .loading import load_model
+from .published import published_model
 from .recipe import Machine, Recipe
 from .registry import task_named
 from .run import read_result
@@ -97,7 +95,7 @@ def convert_run(
     if Path(source).exists():
         model, card = load_model(source, img_size=img_size, ema=ema)
     else:
-        model, card = _published(source, img_size)
+        model, card = published_model(source, img_size)
     card = card if img_size is None else replace(card, img_size=img_size)
     task = task_named(card.task)
     if not isinstance(task, Classification):
@@ -135,34 +133,6 @@ def convert_run(
     display.console.print(str(report), markup=False, highlight=False)
     display.say(f"results: {escape(str(folder))}")
     return report
-
-
-def _published(name: str, img_size: int | None) -> tuple[nn.Module, ModelCard]:
-    """A pretrained model by name, and how its images are prepared."""
-    if not timm.is_model(name):
-        raise OutputError(f"{name!r} is neither the folder of a run nor a model's name; see statickey summary")
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is None or not cfg.num_classes:
-        raise StaticKeyError(f"{name!r} has no classes; from Python: statickey.convert, then save_converted")
-    side = cfg.input_size[-1] if img_size is None else img_size
-    chans = cfg.input_size[0]
-    sizes: dict[str, Any] = {"img_size": side, "num_classes": cfg.num_classes, "in_chans": chans}
-    model = build_model(name, None, **sizes, model_args={"pretrained": True})
-    subset = infer_imagenet_subset(cfg.to_dict())
-    labels = range(cfg.num_classes)
-    names = map(str, labels) if subset is None else map(ImageNetInfo(subset).index_to_description, labels)
-    card = ModelCard(
-        architecture=name,
-        mixer=None,
-        model_args={},
-        img_size=side,
-        in_chans=chans,
-        class_names=tuple(names),
-        mean=tuple(cfg.mean),
-        std=tuple(cfg.std),
-        streamed=True,
-    )
-    return model.eval(), card
 
 
 def _from_files(task: Task, model: nn.Module, card: ModelCard, folder: Path, num_images: int, seed: int) -> Tensor:

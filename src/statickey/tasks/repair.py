@@ -18,6 +18,7 @@ from ..errors import StaticKeyError
 from ..layers import StaticKeyAttention, TokenMixer
 from ..models import CONFIG_FILE, WEIGHTS_FILE, load_exactly
 from .classification import Classification, ClassificationRecipe, Data
+from .published import published_model
 from .recipe import Recipe
 from .weights import ModelCard
 
@@ -33,7 +34,7 @@ class RepairRecipe(ClassificationRecipe):
 
     Args:
         student: Folder of the converted network, of ``statickey convert`` or of an earlier repair.
-        teacher: Folder of the run that was converted.
+        teacher: What was converted: the folder of a run, or a pretrained model's name, as timm has it.
         match: ``layers`` trains the keys alone, each layer's output on the teacher's input matched to the teacher's;
             the others train all weights: the last ``features`` or the ``logits`` matched to the teacher's, or the
             ``labels`` given.
@@ -184,10 +185,16 @@ def _network(folder: str, img_size: int | None = None) -> nn.Module:
     return model
 
 
-@lru_cache(maxsize=1)
 def _teacher(source: str, img_size: int) -> Any:
-    """The network that is followed, frozen; read once, as every step asks for it."""
-    return _as_mixers(_network(source, img_size)).eval().requires_grad_(False)
+    """The network that is followed, frozen. Every step asks for it; it is read once, and when its file changed."""
+    weights = Path(source) / WEIGHTS_FILE
+    return _read_teacher(source, img_size, weights.stat().st_mtime_ns if weights.is_file() else None)
+
+
+@lru_cache(maxsize=1)
+def _read_teacher(source: str, img_size: int, changed: int | None) -> Any:
+    model = _network(source, img_size) if Path(source).exists() else published_model(source, img_size)[0]
+    return _as_mixers(model).eval().requires_grad_(False)
 
 
 def _as_mixers(model: nn.Module) -> nn.Module:
