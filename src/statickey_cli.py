@@ -23,6 +23,7 @@ COMMANDS = {
     "convert": "Give a trained classifier static keys, without training.",
     "bench": "Measure speed and memory against timm and against the machine's limits.",
     "summary": "Parameters, multiply-accumulates and activations of models, beside the published figures.",
+    "checks": "Show versions, devices and kernels, and test that all compute what they should here.",
 }
 """What each command does; each is a module of ``statickey.cli``."""
 
@@ -40,6 +41,7 @@ _SIGNATURES = {
     "convert": ("tasks.convert_run",),
     "bench": ("bench.bench",),
     "summary": ("summary.summary",),
+    "checks": ("checks.checks",),
 }
 """The functions and dataclasses whose parameters and fields are a command's options."""
 TRAINING = ("compare", "train")

@@ -18,8 +18,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; default those of the process.
 
     Returns:
-        0, 1 where ``predict`` skipped a file, 2 after a refusal (one line on standard error; ``--debug`` shows
-        where it arose), or 130 after Ctrl-C.
+        0, 1 where ``predict`` skipped a file or ``checks`` found a fault, 2 after a refusal (one line on standard
+        error; ``--debug`` shows where it arose), or 130 after Ctrl-C.
     """
     args = sys.argv[1:] if argv is None else list(argv)
     return to_the_end(lambda: _run(args))
