@@ -40,6 +40,25 @@ def test_parquet_of_no_library(tmp_path, monkeypatch, form, mapped):
     assert sources.train.describe(1) == f"{root} train row 1" + (" (2.png)" if form == "struct" else "")
 
 
+def test_cells_that_name_files_of_the_folder(tmp_path):
+    root = tmp_path / "data"
+    (root / "pictures").mkdir(parents=True)
+    (root / "pictures/0.png").write_bytes(png(70))
+    cells = [{"bytes": None, "path": "pictures/0.png"}, *FORMS["struct"]()[1:]]
+    sources = open_sources(str(write(root, [0, 1, 1, 0], images=cells)))
+    assert np.asarray(sources.train.open(0))[0, 0, 0] == 70
+
+
+@pytest.mark.parametrize("written", ["../secret.png", "{tmp}/secret.png"])
+def test_cells_that_name_files_elsewhere_are_not_opened(tmp_path, written):
+    root = tmp_path / "data"
+    root.mkdir()
+    (tmp_path / "secret.png").write_bytes(png(70))
+    cells = [{"bytes": None, "path": written.format(tmp=tmp_path)}, *FORMS["struct"]()[1:]]
+    with pytest.raises(DataError, match=r"train row 0 .*: the cell names the file .*secret.png', which is outside"):
+        load_images(str(write(root, [0, 1, 1, 0], images=cells)))
+
+
 INTEGERS = {
     "from 0": ([2, 0, 1, 1], ("0", "1", "2"), [2, 0, 1, 1]),
     "from 1 with a gap": ([1, 4, 2, 1], ("1", "2", "4"), [0, 2, 1, 0]),

@@ -9,6 +9,7 @@ from PIL import Image
 
 from .._files import one_line
 from ..errors import DataError
+from .layout import inside
 from .source import Source, Sources, check_numbered, data_files
 
 HUB = "hf:"
@@ -29,12 +30,13 @@ class _TableSource(Source):
     """Images in a ``datasets.Dataset``, with the file name or the bytes of each in a column.
 
     ``class_names`` is None where the table does not name its classes; its labels are then values of any type.
+    Cells that name a file in place of holding one are read from ``folder``, where it is given, and nowhere else.
     """
 
-    def __init__(self, place: str, table: Any) -> None:
+    def __init__(self, place: str, table: Any, folder: Path | None = None) -> None:
         import datasets
 
-        self.place = place
+        self.place, self.folder = place, folder
         features = table.features
         images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
@@ -61,7 +63,10 @@ class _TableSource(Source):
         cell = self.table[i][self.column]
         if cell is None or (cell["bytes"] is None and cell["path"] is None):
             raise ValueError("the cell is empty")
-        return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else cell["path"])
+        return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else self._within(cell["path"]))
+
+    def _within(self, path: str) -> Path:
+        return Path(path) if self.folder is None else inside(self.folder, path, "the cell")
 
     def describe(self, i: int) -> str:
         cell = self.table[i][self.column]
@@ -152,7 +157,7 @@ def parquet_files(root: Path, stem: str) -> list[Path]:
 def parquet_sources(root: Path, data_dir: Path | None) -> Sources:
     """The parquet files ``train*`` and ``test*``, or else ``val*``."""
     train, test = (
-        _TableSource(f"{root} {split}", _parquet_table(root, stems, data_dir))
+        _TableSource(f"{root} {split}", _parquet_table(root, stems, data_dir), root)
         for split, stems in (("train", ("train",)), ("test", _TEST_STEMS))
     )
     return _paired(str(root), train, test)
