@@ -111,7 +111,7 @@ def test_refusals(trained, tmp_path):
         convert_run("vit_tiny", out=out, console=silent(), **QUIET)
     with pytest.raises(StaticKeyError, match="'vit_small_patch14_dinov2' has no classes; from Python"):
         convert_run("vit_small_patch14_dinov2", out=out, console=silent(), **QUIET)
-    with pytest.raises(DataError, match="is no folder; give one with images"):
+    with pytest.raises(DataError, match="none' is neither a folder nor one of digits"):
         convert_run(str(trained), out=out, data=str(tmp_path / "none"), console=silent(), **QUIET)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match="holds no image; give a folder with images"):

@@ -9,6 +9,7 @@ from .display import Display, RunProgress, RunsDisplay, counted, facts_table
 from .diverged import replay
 from .engine import new_trainer, train_run
 from .evaluate import evaluate
+from .export import Artefact, export_run
 from .folder import free, locked
 from .loading import load_model
 from .predict import Predictions, predict
@@ -30,6 +31,7 @@ __all__ = [
     "WEIGHTS_FILES",
     "Accuracy",
     "Answer",
+    "Artefact",
     "AtomicCheckpointIO",
     "Classification",
     "ClassificationRecipe",
@@ -56,6 +58,7 @@ __all__ = [
     "counted",
     "difference",
     "evaluate",
+    "export_run",
     "facts_table",
     "free",
     "identities",

@@ -1,37 +1,28 @@
 """``convert``: static keys for a trained classifier, fitted on images, in a folder like a run's."""
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.markup import escape
-from torch import Tensor, nn
 
 from .._checks import check_arguments, check_folder
 from .._files import check_writable, write_csv, write_json
 from ..convert import Calibration, CalibrationReport, convert
-from ..data import image_files
-from ..errors import DataError, OutputError, StaticKeyError
+from ..errors import OutputError, StaticKeyError
 from ..layers import LogitBias
 from ..models import WEIGHTS_FILE, Swap
 from ..viz import head_map, save_png
 from .classification import Classification
 from .display import Display
 from .engine import new_trainer
-from .evaluate import recipe_of
 from .loading import load_model
 from .published import published_model
 from .recipe import Machine, Recipe
 from .registry import task_named
-from .run import read_result
-from .scoring import score
-from .start import RESULT_FILE
-from .task import Task
-from .weights import ModelCard, write_model
+from .samples import images_for
+from .weights import write_model
 
 REPORT_FILE = "calibration.json"
 
@@ -60,7 +51,7 @@ def convert_run(
     Args:
         source: Folder of a run, or a pretrained model's name, as timm has it.
         out: Folder of the converted network, which all commands that take a run's take too.
-        data: A folder of images to fit on; default the training images of the run.
+        data: Images to fit on, a folder or what ``train`` takes; default the training images of the run.
         data_dir: Where torchvision keeps its downloads.
         img_size: Bring images and network to this size.
         layers: Which layers: all, or indices or names with commas between them, as 6,7 or blocks.1*.
@@ -103,12 +94,9 @@ def convert_run(
             f"{source} is of task {task.name}; the command converts classifiers, from Python convert the backbone"
         )
     model.to(new_trainer(Recipe(), Machine(accelerator=accelerator)).strategy.root_device)
-    metric: Callable[[nn.Module], float] | None = None
+    where: dict[str, Any] = {"data": data, "data_dir": data_dir, "num_images": num_images, "seed": seed}
     with display.busy("reading images"):
-        if data is not None:
-            images = _from_files(task, model, card, Path(data), num_images, seed)
-        else:
-            images, metric = _from_run(task, source, card, data_dir, num_images, seed)
+        images, metric = images_for(task, model, card, source, **where)
     asked = Calibration(
         [images],
         num_images=num_images,
@@ -133,43 +121,3 @@ def convert_run(
     display.console.print(str(report), markup=False, highlight=False)
     display.say(f"results: {escape(str(folder))}")
     return report
-
-
-def _from_files(task: Task, model: nn.Module, card: ModelCard, folder: Path, num_images: int, seed: int) -> Tensor:
-    """Images of a folder, as the network takes them."""
-    if not folder.is_dir():
-        raise DataError(f"data={str(folder)!r} is no folder; give one with images")
-    files = image_files(folder)
-    predictor = task.predictor(model, card, img_size=None, top_k=1)
-    taken = [files[index] for index in _drawn(len(files), num_images, seed)]
-    if not taken:
-        raise DataError(f"{folder} holds no image; give a folder with images of the kind the network is for")
-    images: Tensor = predictor.prepare([predictor.read(path) for path in taken])
-    return images
-
-
-def _from_run(
-    task: Task, source: str, card: ModelCard, data_dir: str | None, num_images: int, seed: int
-) -> tuple[Tensor, Callable[[nn.Module], float]]:
-    """Training images of a run, and its score on those it held out."""
-    place = Path(source) if Path(source).is_dir() else Path(source).parent
-    if not (place / RESULT_FILE).is_file():
-        raise DataError(f"{source} does not say what it was trained on; give --data, a folder of images")
-    result = read_result(place)
-    recipe = recipe_of(task, source, card, result, None, data_dir, "holdout")
-    recipe = replace(recipe, img_size=card.img_size)
-    if recipe.stream:
-        raise DataError(f"{source} streamed its images; give --data, a folder of images")
-    module: Any = task.data_module(recipe, task.read_data(recipe), result["seed"])
-    part = module.train_part.images
-    images = module.normalize(part[_drawn(len(part), num_images, seed)])
-    return images, partial(_score, task, module)
-
-
-def _score(task: Task, module: Any, model: nn.Module) -> float:
-    return score(task, model, module, module.scoring_dataloader("holdout")).value()
-
-
-def _drawn(total: int, wanted: int, seed: int) -> list[int]:
-    order = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
-    return sorted(order[:wanted].tolist())
