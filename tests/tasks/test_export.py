@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -53,7 +54,7 @@ def digits(batch, card):
     return (images - card.mean[0]) / card.std[0]
 
 
-@pytest.mark.parametrize(("mixer", "opset"), [("mhsa", 23), ("cska", 23), ("cska", 20)])
+@pytest.mark.parametrize(("mixer", "opset"), [("mhsa", 23), ("cska", 20)])
 def test_onnx_is_the_network_at_any_batch(runs, tmp_path, mixer, opset):
     (made,) = export(runs / mixer, tmp_path / "out", opset=opset, num_images=5)
     assert (made.format, made.file) == ("onnx", "model.onnx")
@@ -62,7 +63,7 @@ def test_onnx_is_the_network_at_any_batch(runs, tmp_path, mixer, opset):
     graph = onnx.load(str(tmp_path / "out" / "model.onnx"))
     assert [each.version for each in graph.opset_import if each.domain == ""] == [opset]
     fused = sum(node.op_type == "Attention" for node in graph.graph.node)
-    assert fused == 2 if mixer == "mhsa" else fused == 0  # CSKA's key is wider than its value
+    assert fused == (2 if opset == 23 else 0)
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
     model, card = load_model(runs / mixer)
     for batch in (1, 2, 7):
@@ -153,9 +154,8 @@ def test_refusals(runs, tmp_path, monkeypatch):
     assert not out.exists()
 
 
-def test_segmenters_are_refused(tmp_path):
-    run = tmp_path / "run"
-    recipe = SegmentationRecipe(limit=16, epochs=1, img_size=32, crop_size=32, decoder="segformer")
-    train(recipe, mixer="ska", out=str(run), machine=CPU, console=silent())
+def test_segmenters_are_refused(runs, tmp_path, monkeypatch):
+    model, card = load_model(runs / "mhsa")
+    monkeypatch.setattr(module, "load_model", lambda *args, **options: (model, replace(card, task="segment")))
     with pytest.raises(StaticKeyError, match="is of task segment; classifiers are exported, as yet nothing else"):
-        export(run, tmp_path / "out")
+        export(runs / "mhsa", tmp_path / "out")
