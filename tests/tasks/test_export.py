@@ -19,7 +19,6 @@ from statickey.errors import DataError, OutputError, StaticKeyError
 from statickey.tasks import (
     ClassificationRecipe,
     Machine,
-    SegmentationRecipe,
     convert_run,
     export_run,
     load_model,
