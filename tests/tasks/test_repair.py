@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from timm.models import create_model
 
 from statickey import convert
-from statickey.convert import token_mixers
+from statickey.convert import as_mixers, token_mixers
 from statickey.data import load_images
 from statickey.errors import OutputError, StaticKeyError
 from statickey.tasks import (
@@ -25,7 +25,7 @@ from statickey.tasks import (
     task_named,
     train,
 )
-from statickey.tasks.repair import _as_mixers, _layer_loss, _teacher
+from statickey.tasks.repair import _layer_loss, _teacher
 from tolerances import assert_close
 
 CPU = Machine(accelerator="cpu")
@@ -120,7 +120,7 @@ def test_the_layer_loss_knows_every_host(name):
     student, images = copy.deepcopy(teacher), torch.randn(2, 3, 64, 64)
     before = teacher(images)
     convert(student, "ska", layers=-1)
-    followed = _as_mixers(teacher)
+    followed = as_mixers(teacher)
     assert_close("teacher", followed(images), before)
     loss = _layer_loss(student, followed, images)
     loss.backward()

@@ -104,11 +104,81 @@ def test_what_has_no_map_is_refused():
             capture_attention(former, images, layers)
     with pytest.raises(StaticKeyError, match=r"layers='last' must be a list of names, such as \['last'\]"):
         capture_attention(former, images, "last")
-    plain = timm.create_model("vit_tiny_patch16_224", img_size=16, depth=1)
-    with pytest.raises(
-        UnsupportedHostError, match=r"VisionTransformer has no mixer .*statickey.convert\(model, 'mhsa'\) first"
-    ):
-        capture_attention(plain, torch.randn(1, 3, 16, 16))
+    with pytest.raises(UnsupportedHostError, match="ResNet"):
+        capture_attention(timm.create_model("resnet18"), torch.randn(1, 3, 32, 32))
+
+
+def host_maps(model, images):
+    """The maps of timm's plain attention, by its own code."""
+    maps = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "attn_drop"):
+            module.fused_attn = False
+            module.attn_drop.register_forward_hook(lambda m, a, out, n=name: maps.update({n: out.detach()}))
+    with torch.no_grad():
+        model(images)
+    return maps
+
+
+@pytest.mark.parametrize("host", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", *BIASED])
+def test_maps_of_a_host_as_it_is(host):
+    small = {"embed_dim": 48, "depth": 2, "num_heads": 4, "img_size": 32, "patch_size": 8}
+    model = timm.create_model(host, num_classes=2, **BIASED.get(host, small)).train()
+    model.blocks[0].eval() if hasattr(model, "blocks") else None
+    modes = [module.training for module in model.modules()]
+    kinds, state = [type(module) for module in model.modules()], {k: v.clone() for k, v in model.state_dict().items()}
+    images = torch.randn(2, 3, *[BIASED.get(host, small)["img_size"]] * 2)
+    maps = capture_attention(model, images)
+    assert [type(module) for module in model.modules()] == kinds
+    assert [module.training for module in model.modules()] == modes
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    wanted = host_maps(model.eval(), images)
+    assert list(maps) == list(wanted)
+    for name, own in maps.items():
+        assert_close(name, own, wanted[name])
+    last = list(maps)[-1]
+    assert list(capture_attention(model, images, [last])) == [last]
+    with pytest.raises(UnknownNameError, match=r"unknown layer with an attention map 'blocks\.9\.attn'"):
+        capture_attention(model, images, ["blocks.9.attn"])
+
+
+def test_maps_of_a_transformers_model_as_it_is():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32, "patch_size": 8}
+    model = transformers.ViTForImageClassification(transformers.ViTConfig(num_hidden_layers=2, **sizes)).eval()
+    images = torch.randn(2, 3, 32, 32)
+    maps = capture_attention(model, images)
+    model.set_attn_implementation("eager")
+    wanted = model(images, output_attentions=True).attentions
+    assert len(maps) == len(wanted) == 2
+    for (name, own), other in zip(maps.items(), wanted, strict=True):
+        assert_close(name, own, other.detach())
+
+
+def test_a_partly_converted_model_shows_both_kinds():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2, num_classes=2).eval()
+    convert(model, "ska", layers=-1)
+    images = torch.randn(1, 3, 32, 32)
+    maps = capture_attention(model, images)
+    assert sorted(maps) == ["blocks.0.attn", "blocks.1.attn"]
+    assert_close(
+        "static", maps["blocks.1.attn"], capture_attention(model, images, ["blocks.1.attn"])["blocks.1.attn"]
+    )
+    assert_close("host's", maps["blocks.0.attn"], host_maps(model, images)["blocks.0.attn"])
+
+
+def test_maps_of_a_copy_that_computes_otherwise_are_refused():
+    class Random(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, num_classes=2)
+
+        def forward(self, x):
+            return self.model(x + torch.randn_like(x))
+
+    with pytest.raises(StaticKeyError, match=r"output differs by .* from that of the copy whose maps are read"):
+        capture_attention(Random(), torch.randn(1, 3, 32, 32))
 
 
 def test_capture_leaves_frozen_modules_as_they_were():

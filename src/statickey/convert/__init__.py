@@ -34,6 +34,7 @@ from .keys import check_shapes, forked_random, set_key, set_key_size, set_off_gr
 from .metaformers import stage_grids
 from .slots import MapSlot, MixerSlot, TokenSlot
 from .swap import ConversionReport, ConvertedModule
+from .twins import as_mixers, host_attention
 
 __all__ = [
     "Calibration",
@@ -47,6 +48,7 @@ __all__ = [
     "Site",
     "StaticKeyHost",
     "TokenSlot",
+    "as_mixers",
     "attention_classes",
     "byobnet",
     "cascade",
@@ -64,6 +66,7 @@ __all__ = [
     "parts_of_maps",
     "pyramids",
     "refusals",
+    "host_attention",
     "register_host_rule",
     "relpos",
     "rotary",

@@ -11,11 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..convert import convert, token_mixers
-from ..convert.wrappers import find_host
+from ..convert import as_mixers, token_mixers
 from ..data import ImageDataModule
 from ..errors import StaticKeyError
-from ..layers import StaticKeyAttention, TokenMixer
+from ..layers import StaticKeyAttention
 from ..models import CONFIG_FILE, WEIGHTS_FILE, load_exactly
 from .classification import Classification, ClassificationRecipe, Data
 from .published import published_model
@@ -194,13 +193,4 @@ def _teacher(source: str, img_size: int) -> Any:
 @lru_cache(maxsize=1)
 def _read_teacher(source: str, img_size: int, changed: int | None) -> Any:
     model = _network(source, img_size) if Path(source).exists() else published_model(source, img_size)[0]
-    return _as_mixers(model).eval().requires_grad_(False)
-
-
-def _as_mixers(model: nn.Module) -> nn.Module:
-    """The same function with self-attention of this package, whose modules are named and called as a student's."""
-    sites = find_host(model).sites
-    own = [name for name, site in sites.items() if site.is_attention and not isinstance(site.module, TokenMixer)]
-    if own:
-        convert(model, "mhsa", layers=own)
-    return model
+    return as_mixers(model).eval().requires_grad_(False)

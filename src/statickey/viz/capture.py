@@ -1,61 +1,101 @@
 """Reading attention maps and keys out of a model, without changing it."""
 
+import copy
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .._checks import check_feat_size, check_name
-from ..convert import token_mixers
+from ..convert import as_mixers, host_attention, token_mixers
 from ..errors import StaticKeyError, UnsupportedHostError
+
+_SAME = 1e-3
+"""The largest relative difference of outputs at which a twin's maps are a model's own."""
 
 
 @torch.no_grad()
 def capture_attention(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
-    """The attention maps that a model's mixers use on some images, position bias and masks included.
+    """The attention maps that a model uses on some images, position bias and masks included.
+
+    Mixers of this package are read as they run. For a host's own attention, a timm or transformers model as it is, a
+    copy of the model is read, with self-attention of this package in its place, after its output was found the same.
+    The model is not changed.
 
     Args:
-        model: A model with mixers of this package.
+        model: A model with mixers of this package, or one that ``convert`` takes.
         images: (B, C, H, W), normalised.
-        layers: Names of the mixers to read, such as ``["blocks.3.attn"]``; no map of another is computed. Default:
-            all that have a map.
+        layers: Names of the attention modules to read, such as ``["blocks.3.attn"]``; no map of another is computed.
+            Default: all that have a map.
 
     Returns:
-        For each mixer that has a map, its module name and the map, (B, heads, tokens, tokens); for attention in
-        windows, (B * windows, heads, tokens, tokens), the windows of an image one after another.
+        For each, its module name and the map, (B, heads, queries, keys); for attention in windows, (B * windows,
+        heads, queries, keys), the windows of an image one after another.
 
     Raises:
-        UnsupportedHostError: The model has no mixer of this package.
-        UnknownNameError: A layer is not a mixer with a map.
+        UnsupportedHostError: The model has no mixer of this package, and its own attention cannot be read.
+        UnknownNameError: A layer is not attention with a map.
+        StaticKeyError: The copy's output is not the model's.
     """
-    mixers = token_mixers(model)
-    if not mixers:
-        raise UnsupportedHostError(
-            f"{type(model).__name__} has no mixer of this package to read; call statickey.convert(model, 'mhsa') "
-            "first, which keeps its weights and its function"
-        )
-    readable = [name for name, mixer in mixers.items() if hasattr(mixer, "attention_weights")]
     if isinstance(layers, str):
         raise StaticKeyError(f"layers={layers!r} must be a list of names, such as [{layers!r}]")
-    wanted = readable if layers is None else list(layers)
+    mixers: dict[str, Any] = dict(token_mixers(model))
+    own = _own_attention(model, needed=not mixers)
+    read, names = model, {name: name for name in mixers if hasattr(mixers[name], "attention_weights")}
+    if own and (layers is None or not names.keys() >= set(layers)):
+        read = as_mixers(copy.deepcopy(model))
+        mixers = dict(token_mixers(read))
+        # a mixer may stand inside a module that fits it into the host
+        names |= {name: next(each for each in mixers if each == name or each.startswith(f"{name}.")) for name in own}
+    wanted = list(names) if layers is None else list(layers)
     for name in wanted:
-        check_name("layer with an attention map", name, readable)
+        check_name("layer with an attention map", name, list(names))
     maps: dict[str, Tensor] = {}
     handles = [
-        mixers[name].register_forward_hook(partial(_record, maps, name), with_kwargs=True)
+        mixers[names[name]].register_forward_hook(partial(_record, maps, name), with_kwargs=True)
         for name in dict.fromkeys(wanted)
     ]
+    try:
+        said = _run(read, images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if read is not model:
+        _check_same(said, _run(model, images))
+    return maps
+
+
+def _own_attention(model: nn.Module, needed: bool) -> list[str]:
+    """Attention that is not of this package; an error where there must be some and none can be read."""
+    try:
+        return host_attention(model)
+    except UnsupportedHostError:
+        if needed:
+            raise
+        return []
+
+
+def _run(model: nn.Module, images: Tensor) -> Any:
+    """The output in evaluation mode, which is put back."""
     modes = {module: module.training for module in model.modules()}
     try:
-        model.eval()(images)
+        return model.eval()(images)
     finally:
         for module, training in modes.items():
             module.training = training
-        for handle in handles:
-            handle.remove()
-    return maps
+
+
+def _check_same(said: Any, wanted: Any) -> None:
+    pairs = [pair for pair in zip(tree_leaves(said), tree_leaves(wanted), strict=True) if isinstance(pair[0], Tensor)]
+    apart = [float((a - b).abs().max() / b.abs().max().clamp_min(1e-9)) for a, b in pairs if b.is_floating_point()]
+    if not apart or not max(apart) <= _SAME:
+        raise StaticKeyError(
+            f"the model's output differs by {max(apart, default=float('nan')):.1e} from that of the copy whose maps "
+            "are read; give inputs that it computes the same for twice"
+        )
 
 
 def _record(
