@@ -34,7 +34,7 @@ from .table import results_table
 
 MIXERS, SEEDS = ("mhsa", "ska", "cska", "fcska"), (0, 1, 2)
 """What is compared where nothing is said."""
-_POLL, _PATIENCE = 2.0, 60.0
+_POLL, _PATIENCE = 2.0, 600.0
 """Seconds between looks at what other processes have finished, and to wait for one that writes results."""
 README = """Results of `statickey compare`.
 config.yaml   reruns or continues it: statickey compare --config config.yaml
