@@ -160,7 +160,6 @@ def cost() -> None:
     makes: dict[str, Callable[[str], tuple[nn.Module, Tensor]]] = {
         "camvid": segmenter,
         "bccd": partial(mask_rcnn, "skaformer_nano", size=(144, 192), arch="faster_rcnn", img_size=144),
-        "bccd-cascade": partial(mask_rcnn, "skaformer_nano", size=(144, 192), arch="cascade_rcnn", img_size=144),
     }
     phases: tuple[Phase, ...] = ("forward", "training")
     for name, make in makes.items():
@@ -169,7 +168,7 @@ def cost() -> None:
             made = {mixer: make(mixer) for mixer in PATTERNS}
             batch = len(made[PATTERNS[0]][1])
             calls = {mixer: setting.prepare(each, phase) for mixer, each in made.items()}
-            rounds = list(interleaved(calls, 9, setting))
+            rounds = list(interleaved(calls, 5, setting))
             for mixer in PATTERNS:
                 times = [1e3 * each[mixer] / batch for each in rounds]
                 ratio = np.median([each[mixer] / each["mhsa"] for each in rounds])
