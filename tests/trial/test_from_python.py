@@ -78,7 +78,7 @@ def test_train_of_wrong_types(name, tmp_path, monkeypatch):
 def test_compare_of_wrong_types(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for value in VALUES:
-        if value is None and name in ("recipe", "machine"):
+        if value is None and name in ("mixers", "seeds", "recipe", "machine"):
             continue
         if (name == "out" and isinstance(value, str | Path) and str(value)) or (
             name == "seeds" and value == range(3)
