@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from statickey import set_off_grid
 from statickey._typing import OffGrid
-from statickey.bench.contender import mask_rcnn
 from statickey.bench.measure import Phase, Setting, interleaved, peak_memory
 from statickey.compare import compare
 from statickey.compare.config import run_name
@@ -155,26 +154,20 @@ def segmenter(mixer: str) -> tuple[nn.Module, Tensor]:
 
 
 def cost() -> None:
-    """Milliseconds an image, and peak megabytes, of the networks of camvid (batch 8) and bccd (one image)."""
+    """Milliseconds an image in batches of eight, and peak megabytes, of the networks of camvid."""
     setting = Setting("cuda" if torch.cuda.is_available() else "cpu")
-    makes: dict[str, Callable[[str], tuple[nn.Module, Tensor]]] = {
-        "camvid": segmenter,
-        "bccd": partial(mask_rcnn, "skaformer_nano", size=(144, 192), arch="faster_rcnn", img_size=144),
-    }
     phases: tuple[Phase, ...] = ("forward", "training")
-    for name, make in makes.items():
-        peaks = {mixer: peak_memory(partial(make, mixer), phases, setting) for mixer in PATTERNS}
-        for phase in phases:
-            made = {mixer: make(mixer) for mixer in PATTERNS}
-            batch = len(made[PATTERNS[0]][1])
-            calls = {mixer: setting.prepare(each, phase) for mixer, each in made.items()}
-            rounds = list(interleaved(calls, 5, setting))
-            for mixer in PATTERNS:
-                times = [1e3 * each[mixer] / batch for each in rounds]
-                ratio = np.median([each[mixer] / each["mhsa"] for each in rounds])
-                megabytes = (peaks[mixer][phase] or 0) / 1e6
-                row = f"{np.median(times):.2f} | {ratio:.2f} | {megabytes:.0f}"
-                print(f"| {name} | {phase} | {mixer} | {row} |", flush=True)
+    peaks = {mixer: peak_memory(partial(segmenter, mixer), phases, setting) for mixer in PATTERNS}
+    for phase in phases:
+        made = {mixer: segmenter(mixer) for mixer in PATTERNS}
+        batch = len(made[PATTERNS[0]][1])
+        calls = {mixer: setting.prepare(each, phase) for mixer, each in made.items()}
+        rounds = list(interleaved(calls, 5, setting))
+        for mixer in PATTERNS:
+            times = [1e3 * each[mixer] / batch for each in rounds]
+            ratio = np.median([each[mixer] / each["mhsa"] for each in rounds])
+            megabytes = (peaks[mixer][phase] or 0) / 1e6
+            print(f"| {phase} | {mixer} | {np.median(times):.1f} | {ratio:.2f} | {megabytes:.0f} |", flush=True)
 
 
 def work(jobs: "Iterable[partial[str]]", processes: int, until: float) -> None:
