@@ -60,10 +60,10 @@ def static_key_attention(
             given and the map is small (see ``ops.convolution``); neither stores a large N x M map (except with
             dropout on the CPU). ``"math"`` always stores it. ``"triton"``, on CUDA in float32, bfloat16
             or float16, runs a kernel that stores neither the map nor the unfolded query; backward recomputes both,
-            whole, as ``"math"`` does. On an H200 it wins for unfolded queries wider than the 256 channels of
-            torch's fused attention and loses elsewhere. It takes no dynamic key, no ``attn_mask`` and no dropout, and
-            does not run under ``torch.compile``, ``torch.export`` or ``torch.func``. All have second derivatives
-            except torch's fused attention, which raises where it has none.
+            whole, as ``"math"`` does. In the one shape measured, on an H200, it wins for CSKA, whose unfolded
+            queries are too wide for torch's fused attention, and loses elsewhere. It takes no dynamic key, no
+            ``attn_mask`` and no dropout, and does not run under ``torch.compile``, ``torch.export`` or
+            ``torch.func``. All have second derivatives except torch's fused attention, which raises where it has none.
 
     Returns:
         (B, h, N, dv), in the dtype of the inputs.

@@ -3,9 +3,7 @@
 import contextlib
 import io
 import json
-import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from .._checks import check_arguments, check_count, check_folder, check_positive
 from .._files import check_writable, explained_write, write_json, write_text
@@ -41,7 +40,8 @@ OPSETS = (18, 23)
 """The oldest that torch's exporter writes, and the first with one operator for attention."""
 AT_MOST = 1e-3
 """The largest difference of a logit, as a share of the largest logit, that still counts as the same network."""
-_ROUNDS, _WARM_UP = 15, 3
+_SECONDS = 0.2
+"""To time a network for, at least."""
 _REPORT = "export.json"
 Run = Callable[[Tensor], Tensor]
 
@@ -58,7 +58,7 @@ class Artefact:
     milliseconds: float
     """For one image, alone in its batch; median."""
     network_milliseconds: float
-    """The network's, in turns with it."""
+    """The network's."""
 
 
 def export_run(
@@ -159,22 +159,12 @@ def _made(
                 f"{first.name} is {difference:.1e} from the network on {len(images)} images (at most {AT_MOST:g}) "
                 "and was not kept"
             )
-        theirs, ours = _milliseconds([_call(run, images[:1]), _call(model, images[:1])])
+        theirs, ours = (_milliseconds(each, images[:1]) for each in (run, model))
         megabytes = first.stat().st_size / 1e6
         with explained_write(folder / first.name):
             for name in FILES[format]:
                 (place / name).replace(folder / name)
     return Artefact(format, first.name, megabytes, difference, theirs, ours)
-
-
-def _call(run: Run, image: Tensor) -> Callable[[], Any]:
-    """A call without arguments and gradients."""
-
-    def call() -> Any:
-        with torch.no_grad():
-            return run(image)
-
-    return call
 
 
 @torch.no_grad()
@@ -185,16 +175,12 @@ def _difference(model: nn.Module, run: Run, images: Tensor) -> float:
     return float((said - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9))
 
 
-def _milliseconds(calls: Sequence[Callable[[], Any]]) -> list[float]:
-    """Median time of each, in turns."""
-    times: list[list[float]] = [[] for _ in calls]
-    for turn in range(_WARM_UP + _ROUNDS):
-        for own, call in zip(times, calls, strict=True):
-            start = time.perf_counter()
-            call()
-            if turn >= _WARM_UP:
-                own.append(1e3 * (time.perf_counter() - start))
-    return [statistics.median(own) for own in times]
+def _milliseconds(run: Run, image: Tensor) -> float:
+    """Median time of a call without gradients."""
+    timer = Timer(
+        "run(image)", globals={"run": torch.no_grad()(run), "image": image}, num_threads=torch.get_num_threads()
+    )
+    return 1e3 * float(timer.blocked_autorange(min_run_time=_SECONDS).median)
 
 
 def _example(images: Tensor) -> tuple[Tensor, Any]:
@@ -302,7 +288,7 @@ def _model_card(source: str, card: ModelCard) -> str:
 def _table(made: Sequence[Artefact], num_images: int) -> Table:
     caption = (
         f"difference: largest of a logit, as a share of the largest, on {num_images} images; ms: one image on the "
-        f"CPU ({torch.get_num_threads()} threads), median, in turns with the network"
+        f"CPU ({torch.get_num_threads()} threads), median"
     )
     table = Table("file", "MB", "difference", "ms", "network's ms", caption=caption)
     for each in made:
