@@ -63,7 +63,8 @@ def static_key_attention(
             whole, as ``"math"`` does. In the one shape measured, on an H200, it wins for CSKA, whose unfolded
             queries are too wide for torch's fused attention, and loses elsewhere. It takes no dynamic key, no
             ``attn_mask`` and no dropout, and does not run under ``torch.compile``, ``torch.export`` or
-            ``torch.func``. All have second derivatives except torch's fused attention, which raises where it has none.
+            ``torch.func``. All have second derivatives except torch's fused attention, which raises where it has
+            none.
 
     Returns:
         (B, h, N, dv), in the dtype of the inputs.
