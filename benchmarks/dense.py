@@ -30,7 +30,6 @@ from statickey._typing import OffGrid
 from statickey.bench.measure import Phase, Setting, interleaved, peak_memory
 from statickey.compare import compare
 from statickey.compare.config import run_name
-from statickey.models import build_segmenter
 from statickey.tasks import (
     ClassificationRecipe,
     DetectionRecipe,
@@ -146,28 +145,48 @@ def sizes(name: str, folder: Path, mixer: str, seed: int) -> str:
     return f"sizes of {name} {run.name}: {found}"
 
 
-def segmenter(mixer: str) -> tuple[nn.Module, Tensor]:
-    """The network of camvid, and eight images."""
-    torch.manual_seed(0)
-    made = build_segmenter("skaformer_nano", mixer, img_size=160, num_classes=11, decoder_channels=64)
-    return made, torch.randn(8, 3, 160, 160)
+class Pass(nn.Module):
+    """A fresh network of a comparison with batches of its own: what it says of test images, or its training loss."""
+
+    def __init__(self, name: str, folder: Path, mixer: str) -> None:
+        super().__init__()
+        asked = recipe(name, folder)
+        self.task: Any = task_named("segment" if isinstance(asked, SegmentationRecipe) else "detect")
+        data = self.task.read_data(asked)
+        self.recipe = self.task.settled(asked, data)
+        module = self.task.data_module(self.recipe, data, 0)
+        loaders = {"training": module.train_dataloader(), "forward": module.scoring_dataloader("test")}
+        self.batches = {phase: module.on_after_batch_transfer(next(iter(each)), 0) for phase, each in loaders.items()}
+        self.network = self.task.build(self.recipe, data, mixer, 0)
+
+    def forward(self, x: Tensor) -> Any:
+        if not self.training:
+            return self.task.outputs(self.network, self.batches["forward"])
+        return torch.stack(list(self.task.losses(self.network, self.batches["training"], self.recipe).values())).sum()
 
 
-def cost() -> None:
-    """Milliseconds an image in batches of eight, and peak megabytes, of the networks of camvid."""
-    setting = Setting("cuda" if torch.cuda.is_available() else "cpu")
+def work_of(name: str, folder: Path, mixer: str) -> tuple[nn.Module, Tensor]:
+    """A network at work on what it holds; the tensor is there for the clock's sake."""
+    return Pass(name, folder, mixer), torch.zeros(1)
+
+
+def cost(name: str, folder: Path) -> None:
+    """Milliseconds an image, in test and in training, and peak megabytes of a batch of eight; one core."""
+    setting = Setting()
     phases: tuple[Phase, ...] = ("forward", "training")
-    peaks = {mixer: peak_memory(partial(segmenter, mixer), phases, setting) for mixer in PATTERNS}
+    torch.set_num_threads(1)
+    peaks = {mixer: peak_memory(partial(work_of, name, folder, mixer), phases, setting) for mixer in PATTERNS}
+    made = {mixer: work_of(name, folder, mixer) for mixer in PATTERNS}
     for phase in phases:
-        made = {mixer: segmenter(mixer) for mixer in PATTERNS}
-        batch = len(made[PATTERNS[0]][1])
         calls = {mixer: setting.prepare(each, phase) for mixer, each in made.items()}
         rounds = list(interleaved(calls, 5, setting))
         for mixer in PATTERNS:
-            times = [1e3 * each[mixer] / batch for each in rounds]
+            times = [1e3 * each[mixer] / 8 for each in rounds]
             ratio = np.median([each[mixer] / each["mhsa"] for each in rounds])
             megabytes = (peaks[mixer][phase] or 0) / 1e6
-            print(f"| {phase} | {mixer} | {np.median(times):.1f} | {ratio:.2f} | {megabytes:.0f} |", flush=True)
+            print(
+                f"| {name} | {phase} | {mixer} | {np.median(times):.1f} | {ratio:.2f} | {megabytes:.0f} |", flush=True
+            )
 
 
 def work(jobs: "Iterable[partial[str]]", processes: int, until: float) -> None:
@@ -215,7 +234,8 @@ def main() -> None:
         runs = [(mixer, seed) for mixer in ("mhsa", "ska", "cska") for seed in range(3)]
         todo(partial(sizes, name, given.folder, *each) for name in SIDES if name in given.sets for each in runs)
     if "cost" in given.steps:
-        cost()
+        for name in given.sets:
+            cost(name, given.folder)
 
 
 if __name__ == "__main__":

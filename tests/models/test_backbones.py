@@ -1,4 +1,7 @@
-"""What every named model must do as a timm backbone; each name runs at its own width and few blocks."""
+"""What every named model must do as a timm backbone; each name runs at its own width and few blocks.
+
+The suite runs one name for each mixer and host, and traces four of them; ``-m slow`` runs the rest.
+"""
 
 import copy
 import functools
@@ -20,7 +23,7 @@ from tolerances import assert_close
 NAMES = [name for name in timm.list_models() if name.startswith(("ska", "cska", "fcska", "lsa", "small"))]
 FORMERS = [name for name in NAMES if "former" in name]
 FAMILIES = [name for name in NAMES if name.endswith(("nano", "vit_tiny_patch16_224", "patch4_32", "small_vit"))]
-"""One name per mixer and host: what does not depend on the size is run on these."""
+"""One name per mixer and host."""
 
 
 def small(name):
@@ -49,13 +52,27 @@ def _shared(name):
     return create(name).eval()
 
 
-@pytest.fixture(params=NAMES, scope="module")  # so that a name's tests follow one another
+TRACED = [name for name in FAMILIES if name.startswith(("skaformer_nano", "cska_vit", "fcska_lsa", "ska_continuous"))]
+"""One name per way to make keys, of all hosts: each tracing takes seconds."""
+
+
+def first(names, rest):
+    """Parameters of a test: some names in the suite, the rest marked slow."""
+    return names + [pytest.param(name, marks=pytest.mark.slow) for name in rest if name not in names]
+
+
+@pytest.fixture(params=first(FAMILIES, NAMES), scope="module")  # so that a name's tests follow one another
 def name(request):
     return request.param
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
 def family(request):
+    return request.param
+
+
+@pytest.fixture(params=first(TRACED, FAMILIES), scope="module")
+def traced(request):
     return request.param
 
 
@@ -277,10 +294,10 @@ class TestEveryFamily:
         saving.set_grad_checkpointing(False)
         assert_close("off again", saving(crops[2]), plain(crops[2]))
 
-    def test_dynamic_size_compiles_and_exports(self, family):
+    def test_dynamic_size_compiles_and_exports(self, traced):
         """At a size the model was not built for and has not seen."""
-        model = create(family, **({} if family in FORMERS else {"dynamic_img_size": True})).eval()
-        x = images(family, size=other_size(family))
+        model = create(traced, **({} if traced in FORMERS else {"dynamic_img_size": True})).eval()
+        x = images(traced, size=other_size(traced))
         program = torch.export.export(model, (x,))
         with torch.no_grad():
             expected = model(x)
@@ -291,19 +308,19 @@ class TestEveryFamily:
         torch.compiler.reset()
 
     @pytest.mark.capability("torch.compile, no break")
-    def test_compile_without_breaks(self, family):
-        model = create(family).eval()
+    def test_compile_without_breaks(self, traced):
+        model = create(traced).eval()
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         with torch.no_grad():
-            assert_close("compiled", compiled(images(family)), model(images(family)))
+            assert_close("compiled", compiled(images(traced)), model(images(traced)))
         torch.compiler.reset()
 
     @pytest.mark.capability("torch.export")
-    def test_export(self, family):
-        model = create(family).eval()
-        program = torch.export.export(model, (images(family),))
+    def test_export(self, traced):
+        model = create(traced).eval()
+        program = torch.export.export(model, (images(traced),))
         with torch.no_grad():
-            assert_close("exported", program.module()(images(family)), model(images(family)))
+            assert_close("exported", program.module()(images(traced)), model(images(traced)))
 
     @pytest.mark.capability("fx (timm)")
     def test_feature_extractors(self, family):
