@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from timm.models import create_model
 
 from statickey import convert
-from statickey.convert import as_mixers, token_mixers
+from statickey.convert import as_mixers, layer_loss, token_mixers
 from statickey.data import load_images
 from statickey.errors import OutputError, StaticKeyError
 from statickey.tasks import (
@@ -25,7 +25,7 @@ from statickey.tasks import (
     task_named,
     train,
 )
-from statickey.tasks.repair import _layer_loss, _teacher
+from statickey.tasks.repair import _teacher
 from tolerances import assert_close
 
 CPU = Machine(accelerator="cpu")
@@ -66,7 +66,7 @@ def test_layers_train_keys_alone(folders, tmp_path):
     digits = load_images("digits").test.images[:64].float() / 255
     images = (digits - card.mean[0]) / card.std[0]
     teacher = load_model(folders[0])[0]
-    assert _layer_loss(model, teacher, images) < _layer_loss(load_model(folders[1])[0], teacher, images)
+    assert layer_loss(model, teacher, images) < layer_loss(load_model(folders[1])[0], teacher, images)
     score = evaluate(str(tmp_path / "run"), console=silent(), accelerator="cpu")["top1"]
     assert score == pytest.approx(result["accuracy"])
 
@@ -99,7 +99,7 @@ def test_the_layer_loss_is_that_of_each_layer_on_the_teachers_input(folders):
         terms.append((wanted - said).square().mean() / wanted.square().mean())
         x = own(x)
     static = [hasattr(mixer, "static_key") for mixer in token_mixers(student).values()]
-    assert_close("loss", _layer_loss(student, teacher, images), torch.stack(terms)[static].mean())
+    assert_close("loss", layer_loss(student, teacher, images), torch.stack(terms)[static].mean())
     assert not any(module._forward_hooks for module in teacher.modules())
 
 
@@ -122,7 +122,7 @@ def test_the_layer_loss_knows_every_host(name):
     convert(student, "ska", layers=-1)
     followed = as_mixers(teacher)
     assert_close("teacher", followed(images), before)
-    loss = _layer_loss(student, followed, images)
+    loss = layer_loss(student, followed, images)
     loss.backward()
     assert loss > 0
     assert token_mixers(student).popitem()[1].static_key.grad.abs().sum() > 0
