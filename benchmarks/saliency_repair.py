@@ -1,7 +1,8 @@
 """A DINOv2 whose heads are all static, repaired for some minutes; ``convert.py saliency --repair MINUTES`` runs it.
 
-First the keys alone, each layer's output matched to the teacher's, then all weights, the last tokens matched; on
-images without labels. What takes long is kept: run again, it goes on where it was, its time counted.
+First the keys alone, each layer's output matched to the teacher's, then all weights, the tokens behind each block and
+the last ones matched; on images without labels. What takes long is kept: run again, it goes on where it was, its
+time counted.
 """
 
 import math
@@ -20,7 +21,7 @@ from torchvision.transforms import v2
 import saliency  # needs onnx
 import statickey
 from statickey._files import write_atomic
-from statickey.convert import as_mixers, feature_loss, key_parameters, layer_loss
+from statickey.convert import as_mixers, key_parameters, layer_loss, relative_error
 from statickey.convert.calibration.reading import change
 from statickey.data import mix_seed
 
@@ -134,7 +135,7 @@ class Matching:
             self.student.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.elapsed = state["step"], state["elapsed"]
-        loss_of = layer_loss if self.stage.name == "keys" else feature_loss
+        loss_of = layer_loss if self.stage.name == "keys" else _token_loss
         saved, losses = self.elapsed, list[float]()
         while self.elapsed < self.budget:
             start = time.perf_counter()
@@ -163,6 +164,19 @@ class Matching:
         state = {"model": self.student.state_dict(), "optimizer": self.optimizer.state_dict()}
         state |= {"step": self.step, "elapsed": self.elapsed}
         write_atomic(self.file, lambda file: torch.save(state, file))
+
+
+def _token_loss(student: Any, teacher: Any, images: Tensor) -> Tensor:
+    """Error of the last tokens, and the mean error of those behind the blocks, normed as the last are."""
+
+    def tokens(model: Any) -> list[Tensor]:
+        last, behind = model.forward_intermediates(images, output_fmt="NLC", norm=True)
+        return [last, *behind]
+
+    with torch.no_grad():
+        wanted = tokens(teacher)
+    last, *behind = map(relative_error, tokens(student), wanted)
+    return last + torch.stack(behind).mean()
 
 
 def _rate(progress: float) -> float:

@@ -210,8 +210,8 @@ def test_heads_that_were_left_dynamic_can_follow(host):
     """Heads of a layer do not see each other: two calibrations, one after the other, give the keys of one."""
     build, size = HOSTS[host]
     twice, once, options = build(), build(), {"fit": "lstsq", "bias": "key"}
-    name = convert(build(), "mhsa").modules[0].name
-    convert(twice, "ska", calibration=Calibration(images(size), heads={name: [1]}, **options))
+    name = convert(build(), "mhsa").modules[-1].name
+    convert(twice, "ska", layers=name, calibration=Calibration(images(size), heads={name: [1]}, **options))
     report = convert(twice, "ska", layers=name, calibration=Calibration(images(size), **options))
     assert 1 not in {figures.head for figures in report.heads}
     convert(once, "ska", layers=name, calibration=Calibration(images(size), **options))
@@ -232,16 +232,15 @@ def test_a_share_counts_the_heads_that_are_static_already():
             for place, head in enumerate(static_heads(mixer))
         }
 
-    convert(model, "ska", calibration=Calibration(batch, fraction=0.5, criterion="kl"))
+    convert(model, "ska", calibration=Calibration(batch, heads={LAYERS[0]: [1, 2], LAYERS[1]: [0]}))
     before = static()
     assert len(before) == 3
     with pytest.raises(
         StaticKeyError, match=r"fraction=0\.4 of 6 heads, 3 of which are static already; ask for more"
     ):
         convert(model, "ska", calibration=Calibration(batch, fraction=0.4, criterion="kl"))
-    (name, head) = next(iter(before))
-    with pytest.raises(StaticKeyError, match=rf"heads\['{name}'\] has {head}; its heads that are not static are \d"):
-        convert(model, "ska", layers=[0, 1], calibration=Calibration(batch, heads={name: [head]}))
+    with pytest.raises(StaticKeyError, match=r"heads\['blocks.0.attn'\] has 2; its heads that are not static are 0$"):
+        convert(model, "ska", calibration=Calibration(batch, heads={LAYERS[0]: [2]}))
     with pytest.raises(
         StaticKeyError, match="has static heads with bias=None, as all its heads must; this fit has 'map'"
     ):
@@ -266,7 +265,7 @@ def test_a_share_counts_the_heads_that_are_static_already():
 def test_what_is_made_under_inference_mode_can_be_trained():
     model, batch = vit(), images()
     with torch.inference_mode():
-        convert(model, "ska", calibration=Calibration([batch * 1.0], fraction=0.5))
+        convert(model, "ska", calibration=Calibration([batch * 1.0]))
     assert not any(parameter.is_inference() for parameter in model.parameters())
     model.train()(batch).square().sum().backward()
     assert model.blocks[0].attn.qv.weight.grad.abs().sum() > 0

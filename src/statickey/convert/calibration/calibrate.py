@@ -87,6 +87,8 @@ class Calibrator:
         self.num_static = sum(len(static_heads(mixer)) for mixer in static)
         if calibration.heads is not None:
             named_heads(calibration.heads, self.heads)  # refuses before anything is fitted
+        if calibration.fraction is not None:
+            self._count(calibration.fraction)  # likewise
         check_runs(self.teacher, self.names, self.measured_on[:1])
         self.metric_before = calibration.value_of(self.teacher)
         self.equal = Stage("self-attention of this package", self._change(self.teacher), self.metric_before)
@@ -201,12 +203,12 @@ class Calibrator:
         everything = [(name, head) for name, heads in self.heads.items() for head in heads]
         if asked.heads is not None:
             return named_heads(asked.heads, self.heads), "as named"
-        if not asked.ranks:
-            return everything, "all"
-        ranked = sorted(everything, key=self._rank)
+        ranked = sorted(everything, key=self._rank) if asked.ranks else everything
         if asked.fraction is not None:
-            count = self._count(asked.fraction)
-            return sorted(ranked[:count], key=everything.index), f"the smallest by {asked.criterion}"
+            taken = ranked[: self._count(asked.fraction)]
+            return sorted(taken, key=everything.index), f"the smallest by {asked.criterion}"
+        if asked.max_drop is None:
+            return everything, "all"
         unit = "of output change" if asked.metric is None else "of the metric"
         chosen, cost = largest_within(ranked, asked.max_drop, self._drop, unit)
         note = f"the most within max_drop={asked.max_drop}, at {cost:.4g} {unit}, by {asked.criterion}"

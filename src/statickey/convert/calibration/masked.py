@@ -48,7 +48,7 @@ class MaskedSums:
         logits = (logits - logits.sum(-1, keepdim=True) / counted.sum(-1, keepdim=True)) * counted
         target = torch.cat([torch.einsum("bhij,bhid->hjd", logits, query), logits.sum(0).mT], dim=-1)
         self.target = target if self.target is None else self.target + target
-        sets, which = counts.flatten(0, 1).unique(dim=0, return_inverse=True)
+        sets, which = torch.unique(counts.flatten(0, 1), dim=0, return_inverse=True)
         for index, own in enumerate(sets):
             rows = (which == index).view(len(counts), 1, -1, 1).expand(len(query), -1, -1, -1).double()
             gram = _gram(query * rows, rows.sum((0, 1, 3)))
@@ -116,7 +116,7 @@ def _numbers(bias: LogitBias | None, width: int, places: int) -> Tensor:
     all_of_them = torch.eye(width + places)
     if bias == "map":
         return all_of_them
-    query, place = all_of_them.split([width, places], dim=1)
+    query, place = all_of_them.split_with_sizes([width, places], dim=1)
     return query if bias is None else torch.cat([query, place.sum(1, keepdim=True)], dim=1)
 
 
