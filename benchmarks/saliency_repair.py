@@ -72,7 +72,8 @@ def repair_study(folders: Sequence[str], elsewhere: Sequence[str], minutes: floa
             print(f"| {stage} | {name} | {correlation:.3f} | {moved:.3f} | {about} |", flush=True)
 
     paths = [path for folder in folders for path in _but_unseen(saliency.files(folder))]
-    print(f"{len(paths)} images to repair on, {torch.get_num_threads()} threads\n| repair | images | correlation |")
+    print(f"{len(paths)} images to repair on, {torch.get_num_threads()} threads")
+    print("| repaired | images | correlation | change of tokens | |")
     show("none", "")
     source = _views(paths)
     for number, stage in enumerate(STAGES):

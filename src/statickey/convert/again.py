@@ -84,7 +84,7 @@ def _rows(linear: nn.Linear, rows: Sequence[int]) -> nn.Linear:
             module.num_features = len(rows)
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             if tensor.ndim:
-                tensor.data = tensor.data[list(rows)].clone()
+                tensor.data, tensor.grad = tensor.data[list(rows)].clone(), None
     return part
 
 

@@ -1,6 +1,8 @@
 """Least squares where a mask leaves keys out of rows: windows at the border of a shifted map, or a diagonal."""
 
 from dataclasses import dataclass, field
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,20 +16,40 @@ _MAX_STEPS = 1000
 _RTOL = 1e-10
 
 
+class _Rows(NamedTuple):
+    """Sums over rows in which the same keys count.
+
+    Attributes: ``gram`` (h, d, d) of queries with themselves, ``queries`` (h, N, d) at each place, ``number`` of rows at each place, (N,).
+    """
+
+    gram: Tensor
+    queries: Tensor
+    number: Tensor
+
+    def of(self, heads: list[int], bias: LogitBias | None) -> Tensor:
+        """Sum of ``f f^T``, where ``f`` is what a row's keys and bias are multiplied with, (h, m, m)."""
+        gram, queries, number = self.gram[heads], self.queries[heads], self.number
+        if bias is None:
+            return gram
+        if bias == "key":
+            queries, number = queries.sum(1, keepdim=True), number.sum(0, keepdim=True)
+        ones = torch.diag(number).expand(len(queries), -1, -1)
+        return torch.cat([torch.cat([gram, queries.mT], dim=-1), torch.cat([queries, ones], dim=-1)], dim=-2)
+
+
 @dataclass
 class MaskedSums:
     """Sums over the rows of a layer's logits, apart for each set of keys that count in a row.
 
-    A row is of a query and its place, in numbers ``f``: the query's, and a one for its place among N, (d + N).
-
-    Attributes: ``sets``, each (N,), true for keys that count; ``grams``, for each the sum of ``f f^T``,
-    (h, d + N, d + N); ``target``, of all rows the sum of logits, less their mean over the keys that count, times
-    ``f``, (h, N, d + N).
+    Attributes: ``sets``, each (N,), true for keys that count; ``rows``, the sums of each set; of all rows, with
+    logits less their mean over the keys that count, ``cross`` (h, N, d), of logits times queries, and ``logits``
+    (h, N, N), keys first.
     """
 
     sets: list[Tensor] = field(default_factory=list)
-    grams: list[Tensor] = field(default_factory=list)
-    target: Tensor | None = None
+    rows: list[_Rows] = field(default_factory=list)
+    cross: Tensor | float = 0.0
+    logits: Tensor | float = 0.0
 
     @property
     def leave_keys_out(self) -> bool:
@@ -46,18 +68,19 @@ class MaskedSums:
         counted = counts[:, None].double()
         logits = (query @ key.mT) * counted
         logits = (logits - logits.sum(-1, keepdim=True) / counted.sum(-1, keepdim=True)) * counted
-        target = torch.cat([torch.einsum("bhij,bhid->hjd", logits, query), logits.sum(0).mT], dim=-1)
-        self.target = target if self.target is None else self.target + target
+        self.cross = self.cross + (logits.mT @ query).sum(0)
+        self.logits = self.logits + logits.sum(0).mT
         sets, which = torch.unique(counts.flatten(0, 1), dim=0, return_inverse=True)
         for index, own in enumerate(sets):
             rows = (which == index).view(len(counts), 1, -1, 1).expand(len(query), -1, -1, -1).double()
-            gram = _gram(query * rows, rows.sum((0, 1, 3)))
+            part = query * rows
+            found = _Rows((part.mT @ part).sum(0), part.sum(0), rows.sum((0, 1, 3)))
             place = next((place for place, other in enumerate(self.sets) if torch.equal(own, other)), None)
             if place is None:
                 self.sets.append(own)
-                self.grams.append(gram)
+                self.rows.append(found)
             else:
-                self.grams[place] = self.grams[place] + gram
+                self.rows[place] = _Rows(*map(torch.add, self.rows[place], found))
 
     def solve(self, bias: LogitBias | None, heads: list[int], width: int) -> tuple[Tensor, Tensor | None]:
         """The keys, and what is added to logits, whose logits are nearest where they count, up to a number a row.
@@ -74,18 +97,17 @@ class MaskedSums:
             Conjugate gradients on the normal equations ``sum_s P_s X G_s = T``, with ``P_s`` taking off the mean over
             set s, and numbers turned so that ``sum_s G_s`` is the identity: without masks that is one step.
         """
-        assert self.target is not None
-        numbers = _numbers(bias, width, self.target.shape[-1] - width).to(self.target)
-        grams = [numbers.mT @ gram[heads] @ numbers for gram in self.grams]
-        values, vectors = torch.linalg.eigh(torch.stack(grams).sum(0))
+        assert isinstance(self.cross, Tensor) and isinstance(self.logits, Tensor)
+        target, added = self.cross[heads], self.logits[heads]
+        if bias is not None:
+            target = torch.cat([target, added if bias == "map" else added.sum(-1, keepdim=True)], dim=-1)
+        grams = [rows.of(heads, bias) for rows in self.rows]
+        values, vectors = torch.linalg.eigh(reduce(torch.add, grams))
         kept = values > _RTOL * values[:, -1:]
         turn = vectors * torch.where(kept, values.clamp_min(1e-300).rsqrt(), 0.0).unsqueeze(1)
         grams = [turn.mT @ gram @ turn for gram in grams]
-        found = self._conjugate_gradients(grams, self.target[heads] @ numbers @ turn) @ turn.mT
-        if bias is None:
-            return found, None
-        added = found[..., width:]
-        return found[..., :width], added.squeeze(-1) if bias == "key" else added.mT
+        key, added = (self._conjugate_gradients(grams, target @ turn) @ turn.mT).tensor_split([width], dim=-1)
+        return key, {None: None, "key": added.squeeze(-1), "map": added.mT}[bias]
 
     def _conjugate_gradients(self, grams: list[Tensor], target: Tensor) -> Tensor:
         found, left = torch.zeros_like(target), target
@@ -94,30 +116,12 @@ class MaskedSums:
         for _ in range(_MAX_STEPS):
             if bool((size <= enough).all()):
                 break
-            moved = sum(_centred(step @ gram, own) for gram, own in zip(grams, self.sets, strict=True))
-            assert isinstance(moved, Tensor)
+            moved = reduce(torch.add, map(_centred, (step @ gram for gram in grams), self.sets))
             rate = size / (step * moved).sum((1, 2), keepdim=True).clamp_min(1e-300)
             found, left = found + rate * step, left - rate * moved
             before, size = size, _square(left)
             step = left + size / before.clamp_min(1e-300) * step
         return found
-
-
-def _gram(query: Tensor, counts: Tensor) -> Tensor:
-    """Sum of ``f f^T``, (h, d + N, d + N), of queries (B, h, N, d) and how many there are for each place, (N,)."""
-    sums = query.sum(0)
-    ones = torch.diag(counts).expand(len(sums), -1, -1)
-    top = torch.cat([torch.einsum("bhnd,bhne->hde", query, query), sums.mT], dim=-1)
-    return torch.cat([top, torch.cat([sums, ones], dim=-1)], dim=-2)
-
-
-def _numbers(bias: LogitBias | None, width: int, places: int) -> Tensor:
-    """From what a row has, (d + N), to what keys and bias are multiplied with: the query; a one; or its place too."""
-    all_of_them = torch.eye(width + places)
-    if bias == "map":
-        return all_of_them
-    query, place = all_of_them.split_with_sizes([width, places], dim=1)
-    return query if bias is None else torch.cat([query, place.sum(1, keepdim=True)], dim=1)
 
 
 def _centred(x: Tensor, own: Tensor) -> Tensor:
