@@ -19,7 +19,8 @@ _RTOL = 1e-10
 class _Rows(NamedTuple):
     """Sums over rows in which the same keys count.
 
-    Attributes: ``gram`` (h, d, d) of queries with themselves, ``queries`` (h, N, d) at each place, ``number`` of rows at each place, (N,).
+    Attributes: ``gram`` (h, d, d) of queries with themselves; at each place, ``queries`` (h, N, d) and the ``number``
+    of rows (N,).
     """
 
     gram: Tensor
