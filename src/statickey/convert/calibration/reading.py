@@ -159,7 +159,7 @@ def _call(mixer: SelfAttention, args: tuple[Any, ...], kwargs: dict[str, Any], n
         return value
 
     rope = kwargs.get("rope")
-    mixer._attend(x, feat_size, record, mixer._rotation(rope))
+    mixer._attend(x, feat_size, record, mixer._rotation(rope), kwargs.get("pos_embed"))
     query, key, value = seen[0]
     mask = _mask(mixer, kwargs.get("attn_mask"), query)
     return LayerCall(query * mixer._logit_scale(), key, value, mask, num_images, rope)
