@@ -103,7 +103,7 @@ def test_in_a_symbolic_trace():
 @pytest.mark.parametrize("name", OTHERS)
 def test_refuses_where_no_query_is_apart_from_the_values(name):
     x, pos = inputs()
-    with pytest.raises(StaticKeyError, match="no query beside its values.*use mhsa or a static key"):
+    with pytest.raises(StaticKeyError, match=r"no query beside its values.*use mhsa or a static key"):
         layer(name)(x, pos_embed=pos)
 
 

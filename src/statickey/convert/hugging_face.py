@@ -119,9 +119,7 @@ def from_pretrained(path: str | Path, model_class: type[PreTrainedModel] | None 
 def finish(model: PreTrainedModel) -> None:
     """Let towers tell their mixers the grid, and the config what was converted."""
     for _, tower, family in towers(model):
-        hook = family.pass_grid
-        if hook is not None and hook not in tower._forward_pre_hooks.values():
-            tower.register_forward_pre_hook(hook, with_kwargs=True)
+        family.tell(tower)
     _note_in_config(model)
 
 
