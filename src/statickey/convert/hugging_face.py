@@ -66,9 +66,11 @@ class HuggingFaceHost(StaticKeyHost):
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def no_weight_decay(self) -> set[str]:
-        """Every mixer's keys, and the position bias of windows."""
-        bias = {name for name, _ in self.named_parameters() if "relative_position_bias" in name}
-        return super().no_weight_decay() | bias
+        """Every mixer's keys, and of windows the position bias and the scale of their cosines."""
+        spared = ("position_bias", "logit_scale")
+        return super().no_weight_decay() | {
+            name for name, _ in self.named_parameters() if any(part in name for part in spared)
+        }
 
 
 def from_pretrained(path: str | Path, model_class: type[PreTrainedModel] | None = None, **kwargs: Any) -> Any:
@@ -113,6 +115,9 @@ def from_pretrained(path: str | Path, model_class: type[PreTrainedModel] | None 
         raise StaticKeyError(
             f"{path} lacks {missing[0]} and {len(missing) - 1} more weights of mixers; save the converted model again"
         )
+    for module in model.modules():
+        if isinstance(module, StandIn):
+            module.fill()
     return model
 
 

@@ -44,6 +44,9 @@ class StandIn(nn.Module):
         ):
             setattr(self, hooks, getattr(module, hooks))  # the library's recorder is put in place once, and not again
 
+    def fill(self) -> None:
+        """Fill buffers that no file holds, in a model that was built empty."""
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -215,9 +218,17 @@ class SwinV2StandIn(SwinStandIn):
 
     def __init__(self, mixer: TokenMixer, module: Any) -> None:
         StandIn.__init__(self, mixer, module)
+        self.window_size = module.window_size
+        self.pretrained_window_size = module.pretrained_window_size
         self.continuous_position_bias_mlp = module.continuous_position_bias_mlp
         self.register_buffer("relative_coords_table", module.relative_coords_table, persistent=False)
         self.register_buffer("relative_position_index", module.relative_position_index, persistent=False)
+
+    def fill(self) -> None:
+        """Make the table of places again."""
+        made = self.create_coords_table_and_index()  # type: ignore[operator]
+        for name, table in zip(("relative_coords_table", "relative_position_index"), made, strict=True):
+            setattr(self, name, table.to(getattr(self, name).device))
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, output_attentions: bool | None = False
@@ -245,8 +256,8 @@ class UnrolledStandIn(StandIn):
     def __init__(self, mixer: TokenMixer, module: Any, num_windows: int, order: Tensor, back: Tensor) -> None:
         super().__init__(mixer, module)
         self.num_windows = num_windows
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("back", back, persistent=False)
+        self.register_buffer("order", order)
+        self.register_buffer("back", back)
 
     def forward(  # type: ignore[override]
         self, hidden_states: Tensor, output_attentions: bool | None = False
