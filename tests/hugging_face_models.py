@@ -1,5 +1,7 @@
 """Small models of Hugging Face's transformers, and what the tests of their conversion share."""
 
+from importlib import import_module
+
 import pytest
 import torch
 from torch import nn
@@ -24,7 +26,8 @@ def classifier(name, **kwargs):
 
 def tower(name, kind="Model", **kwargs):
     config = getattr(transformers, f"{name}Config")(**SIZES | kwargs)
-    return getattr(transformers, f"{name.removesuffix('Vision')}{kind}")(config)
+    models = import_module(type(config).__module__.replace("configuration_", "modeling_"))
+    return getattr(models, f"{name.removesuffix('Vision')}{kind}")(config)
 
 
 def pvt_v2_config(**kwargs):
@@ -51,6 +54,7 @@ HOSTS = {
     "clip": lambda: tower("CLIPVision", "VisionModel"),
     "beit": lambda: classifier("Beit", use_relative_position_bias=True),
     "beit, shared bias": lambda: classifier("Beit", use_shared_relative_position_bias=True),
+    "dpt": lambda: tower("DPT"),
     "segformer": lambda: transformers.SegformerForSemanticSegmentation(
         transformers.SegformerConfig(
             num_encoder_blocks=2,

@@ -102,6 +102,11 @@ KIN = {
     "Aimv2Vision": "VisionModel",
     "Tipsv2Vision": "VisionModel",
     "Pixio": "Model",
+    "BlipVision": "VisionModel",
+    "Blip2Vision": "VisionModel",
+    "InstructBlipVision": "VisionModel",
+    "Kosmos2Vision": "VisionModel",
+    "Ovis2Vision": "VisionModel",
 }
 
 
@@ -129,8 +134,9 @@ def test_position_bias_of_another_grid():
         assert_close("output", output(built(x)), out)
 
 
-def test_recomputed_blocks_see_the_grid_of_their_own_input():
-    model = build("dinov2")
+@pytest.mark.parametrize("name", ["dinov2", "yolos"])
+def test_recomputed_blocks_see_the_grid_of_their_own_input(name):
+    model = build(name)
     convert(model, "ska")
     wide, tall = images(32, 48), images(48, 32)
     gradients = []
@@ -230,6 +236,24 @@ def test_a_grid_for_each_image(grids, tmp_path):
         assert_close("alone", together[index : index + 1], alone)
     model.save_pretrained(tmp_path)
     assert_close("loaded", from_pretrained(tmp_path, dtype=torch.float64)(**told).pooler_output, together)
+
+
+@pytest.mark.parametrize("grids", [((4, 4), (4, 4)), ((2, 4), (4, 2), (5, 3))], ids=str)
+def test_trains_on_a_grid_for_each_image(grids):
+    host, told = siglip2(), patches(*grids, length=16)
+    gradients = []
+    for mixer in (None, "mhsa", "ska", "cska"):
+        model = copy.deepcopy(host)
+        if mixer is not None:
+            convert(model, mixer)
+        model.train()(**told).pooler_output.square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients[-1].values())
+        assert any(name.endswith("_key") for name in gradients[-1]) is (mixer in ("ska", "cska"))
+    shared = gradients[0].keys() & gradients[1].keys()
+    assert len(shared) > len(gradients[0]) / 2
+    for name in shared:
+        assert_close(name, gradients[1][name], gradients[0][name])
 
 
 def depth_estimator():
@@ -430,6 +454,30 @@ class TestRefuses:
         convert(model, "ska")
         with pytest.raises(StaticKeyError, match="without the grid of its tokens"):
             model.vit.layers[0](torch.zeros(1, 17, 24, dtype=torch.float64))
+        model = build("yolos")
+        convert(model, "ska")
+        model(images())
+        with pytest.raises(StaticKeyError, match="without the grid of its tokens"):
+            model.vit.encoder.layer[0](torch.zeros(1, 20, 24, dtype=torch.float64))
+
+    def test_images_of_another_size_than_the_order_of_tokens_is_for(self):
+        model = build("hiera")
+        convert(model, "ska")
+        with pytest.raises(
+            StaticKeyError, match=r"images of \(32, 32\), got \(16, 64\); build it with this image_size"
+        ):
+            model(images(16, 64))
+
+    def test_mixers_that_make_a_query_of_each_token(self):
+        with pytest.raises(UnsupportedHostError, match="one query of 4 tokens, for which mixer 'cska'"):
+            convert(build("hiera"), "cska")
+
+    def test_strides_that_are_not_two(self):
+        config = build("hiera").config
+        config.query_stride = [1, 2]
+        model = transformers.HieraModel(config)
+        with pytest.raises(UnsupportedHostError, match="query_stride"):
+            convert(model, "ska")
 
     def test_files_of_another_model(self, tmp_path):
         build("vit").save_pretrained(tmp_path)

@@ -44,11 +44,22 @@ def tell_maps(tower: Any) -> None:
 
 def tell_encoder(tower: Any) -> None:
     """For encoders of tokens that their model flattens from a map, after the projection ``input_projection``."""
-    projection = tower.input_projection
+    before(tower.encoder, _PassNotedMap(_noted_projection(tower)))
+
+
+def tell_embeddings(tower: Any) -> None:
+    """The same for encoders whose layers take nothing but position embeddings: the grid is noted on those."""
+    before(tower.encoder, _NoteMapInLayers(_noted_projection(tower)))
+    for layer in tower.encoder.layers:
+        before(layer, _mark_embeddings)
+
+
+def _noted_projection(tower: Any) -> nn.Module:
+    projection: nn.Module = tower.input_projection
     before(tower, _forget_map)
     if _note_map not in projection._forward_hooks.values():
         projection.register_forward_hook(_note_map)
-    before(tower.encoder, _PassNotedMap(projection))
+    return projection
 
 
 def check_image_size(tower: Any) -> None:
@@ -114,6 +125,22 @@ class _PassNotedMap:
 
     def __call__(self, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
         return args, {"feat_size": self.projection.__dict__.pop("feat_size", None)} | kwargs
+
+
+@dataclass(frozen=True)
+class _NoteMapInLayers:
+    """Hook before an encoder: the same, left for its layers."""
+
+    projection: nn.Module
+
+    def __call__(self, encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        feat_size = self.projection.__dict__.pop("feat_size", None)
+        for layer in encoder.layers:
+            layer.noted = feat_size
+
+
+def _mark_embeddings(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    kwargs["object_queries"].feat_size = layer.__dict__.pop("noted", None)
 
 
 def _check_image(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -111,6 +111,26 @@ class AddedStandIn(StandIn):
         return super()._mix(x, feat_size, mask, kwargs, pos_embed=kwargs.get("position_embeddings"))
 
 
+class MarkedStandIn(AddedStandIn):
+    """The same where the grid is noted on the embedding, and nothing else passed."""
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        object_queries: Tensor | None = None,
+        output_attentions: bool | None = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Mix tokens; ``object_queries`` is the position embedding; see ``StandIn``."""
+        return super().forward(
+            hidden_states,
+            attention_mask,
+            feat_size=getattr(object_queries, "feat_size", None),
+            position_embeddings=object_queries,
+            output_attentions=output_attentions,
+        )
+
+
 class MapStandIn(StandIn):
     """A stand-in that is told height and width by its layer."""
 

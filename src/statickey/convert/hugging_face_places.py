@@ -138,11 +138,15 @@ def windowed(prefix: int, in_windows: Callable[[Any], bool]) -> ReadPlace:
     return place
 
 
-def detr_place(tower: Any, layer: Any) -> Place:
+def detr_place(stand_in: type[StandIn]) -> ReadPlace:
     """The last map of a body, whose tokens see a position embedding in queries and keys."""
-    config = tower.config
-    stride = 16 if getattr(config, "dilation", False) else 32
-    return _added(getattr(config, "image_size", None) or DETR_IMAGE_SIZE, stride)
+
+    def place(tower: Any, layer: Any) -> Place:
+        config = tower.config
+        stride = 16 if getattr(config, "dilation", False) else 32
+        return _added(getattr(config, "image_size", None) or DETR_IMAGE_SIZE, stride, stand_in)
+
+    return place
 
 
 def aifi_place(tower: Any, layer: Any) -> Place:
@@ -153,10 +157,10 @@ def aifi_place(tower: Any, layer: Any) -> Place:
     return _added(size, config.feat_strides[config.encode_proj_layers[index]])
 
 
-def _added(image_size: Any, stride: int) -> Place:
+def _added(image_size: Any, stride: int, stand_in: type[StandIn] = AddedStandIn) -> Place:
     height, width = pair(image_size)
     grid = (-(-height // stride), -(-width // stride))
-    return Place(feat_size=grid, stand_in=AddedStandIn)
+    return Place(feat_size=grid, stand_in=stand_in)
 
 
 def hiera_place(tower: Any, layer: Any) -> Place:

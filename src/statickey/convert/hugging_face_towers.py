@@ -13,6 +13,7 @@ from ..layers import TokenMixer
 from .host import Site, attention_classes, converted_class
 from .hugging_face_grids import (
     check_image_size,
+    tell_embeddings,
     tell_encoder,
     tell_layers,
     tell_maps,
@@ -20,7 +21,7 @@ from .hugging_face_grids import (
     tell_tower,
     tell_tower_of_patches,
 )
-from .hugging_face_modules import RotaryStandIn, StandIn, VariableGridStandIn
+from .hugging_face_modules import AddedStandIn, MarkedStandIn, RotaryStandIn, StandIn, VariableGridStandIn
 from .hugging_face_places import (
     Place,
     ReadPlace,
@@ -67,10 +68,9 @@ class Family:
     adds_pos_embed: bool = False
 
 
-def _detr(name: str) -> Family:
-    return Family(
-        towers=(f"{name}Model",), place=detr_place, within="encoder", tell=tell_encoder, adds_pos_embed=True
-    )
+def _detr(name: str, stand_in: type[StandIn] = AddedStandIn, tell: Callable[[Any], None] = tell_encoder) -> Family:
+    place = detr_place(stand_in)
+    return Family(towers=(f"{name}Model",), place=place, within="encoder", tell=tell, adds_pos_embed=True)
 
 
 def _rt_detr(name: str) -> Family:
@@ -106,10 +106,16 @@ FAMILIES: dict[str, Family] = {
     "Tipsv2VisionAttention": Family(
         towers=("Tipsv2VisionModel", "Tipsv2VisionBackbone"), place=whole(1, registers=True)
     ),
+    "BlipAttention": Family(towers=("BlipVisionModel",), place=whole(1)),
+    "Blip2Attention": Family(towers=("Blip2VisionModel",), place=whole(1)),
+    "InstructBlipAttention": Family(towers=("InstructBlipVisionModel",), place=whole(1)),
+    "Kosmos2VisionAttention": Family(towers=("Kosmos2VisionModel",), place=whole(1)),
+    "Ovis2VisionAttention": Family(towers=("Ovis2VisionModel",), place=whole(0)),
     "PixioAttention": Family(towers=("PixioModel", "PixioBackbone"), place=pixio_place),
     "BeitAttention": Family(towers=("BeitModel",), place=whole(1), needs_map=True),
     "SwinAttention": Family(towers=("SwinModel",), place=swin_place, tell=tell_nothing, needs_map=True),
     "YolosSelfAttention": Family(towers=("YolosModel",), place=yolos_place, tell=tell_layers),
+    "DPTSelfAttention": Family(towers=("DPTModel",), place=whole(1), tell=tell_layers),
     "SegformerAttention": Family(
         towers=("SegformerModel",), place=segformer_place, parts=segformer_parts, tell=tell_nothing
     ),
@@ -132,6 +138,8 @@ FAMILIES: dict[str, Family] = {
     "LwDetrViTAttention": Family(towers=("LwDetrViTBackbone",), place=windowed(0, lambda layer: bool(layer.window))),
     "DetrSelfAttention": _detr("Detr"),
     "ConditionalDetrSelfAttention": _detr("ConditionalDetr"),
+    "TableTransformerAttention": _detr("TableTransformer", MarkedStandIn, tell_embeddings),
+    "DetrAttention": _detr("DabDetr", MarkedStandIn, tell_embeddings),
     **{
         f"{name}SelfAttention": _rt_detr(name)
         for name in ("RTDetr", "RTDetrV2", "DFine", "Deimv2", "PPDocLayoutV2", "PPDocLayoutV3", "PPDocLayoutV4")
@@ -186,7 +194,7 @@ def _site(module: Any, layer: Any, tower: Any, family: Family) -> Site:
         return Site.of_mixer(module.mixer, **fields)
     weight, bias = _projections(module)
     head_dim = _first(module, "head_dim", "attention_head_size")
-    scale, proj = _first(module, "scaling", "scale"), _first(module, "o_proj", "out_proj", "proj")
+    scale, proj = _first(module, "scaling", "scale"), _first(module, "o_proj", "out_proj", "proj", "projection")
     drop = _first(module, "attention_dropout", "dropout_prob", "attn_drop", "dropout")
     return Site.of(
         module,
