@@ -36,11 +36,6 @@ def pvt_v2_config(**kwargs):
     return transformers.PvtV2Config(**sizes | strides | kwargs, mlp_ratios=[2, 2], num_labels=5)
 
 
-def yolos_config(**kwargs):
-    sizes = SIZES | {"image_size": [32, 32]}
-    return transformers.YolosConfig(**sizes | kwargs, num_detection_tokens=3, num_labels=5)
-
-
 HOSTS = {
     "vit": lambda: classifier("ViT"),
     "vit alone, without bias": lambda: tower("ViT", qkv_bias=False),
@@ -76,9 +71,8 @@ HOSTS = {
     ),
     "pvtv2": lambda: transformers.PvtV2ForImageClassification(pvt_v2_config()),
     "pvtv2, linear": lambda: transformers.PvtV2ForImageClassification(pvt_v2_config(linear_attention=True)),
-    "yolos": lambda: transformers.YolosForObjectDetection(yolos_config()),
-    "yolos, positions in every layer": lambda: transformers.YolosForObjectDetection(
-        yolos_config(use_mid_position_embeddings=True)
+    "yolos": lambda: transformers.YolosForObjectDetection(
+        transformers.YolosConfig(**SIZES | {"image_size": [32, 32]}, num_detection_tokens=3, num_labels=5)
     ),
     "hiera": lambda: transformers.HieraForImageClassification(
         transformers.HieraConfig(

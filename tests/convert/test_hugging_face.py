@@ -122,6 +122,14 @@ def test_kin_of_these(name):
     assert (len(recorded.hidden_states), len(recorded.attentions)) == (3, 2)
 
 
+def test_a_config_that_does_not_tell_the_size_of_images():
+    model = transformers.SegformerModel(transformers.SegformerConfig(depths=[1] * 4, hidden_sizes=[8, 8, 10, 16]))
+    assert not hasattr(model.config, "image_size")
+    convert(model, "ska")
+    grids = [mixer.feat_size for mixer in token_mixers(model).values()]
+    assert grids == [(56, 56), (28, 28), (14, 14), (7, 7)]
+
+
 def test_position_bias_of_another_grid():
     model = build("beit")
     convert(model, "ska")
@@ -437,6 +445,20 @@ class TestRefuses:
     def test_models_without_a_vision_tower(self):
         model = transformers.BertModel(transformers.BertConfig(**TEXT))
         with pytest.raises(UnsupportedHostError, match=r"BertModel has no vision tower.*BertSelfAttention.*ViTModel"):
+            convert(model, "ska")
+
+    @pytest.mark.parametrize(
+        ("name", "kwargs", "reason"),
+        [
+            ("Cvt", {"depth": [1, 1, 1]}, "convolves its tokens apart"),
+            ("MobileViTV2", {"width_multiplier": 0.25}, "sums its keys up to a single one: there is no map"),
+            ("SwiftFormer", {"depths": [1] * 4, "embed_dims": [8] * 4}, "sums its queries up to a single one"),
+        ],
+    )
+    def test_attention_that_no_mixer_can_stand_for(self, name, kwargs, reason):
+        config = getattr(transformers, f"{name}Config")(**kwargs)
+        model = getattr(transformers, f"{name}ForImageClassification")(config)
+        with pytest.raises(UnsupportedHostError, match=reason):
             convert(model, "ska")
 
     def test_a_mixer_that_has_no_place_for_a_position_bias(self):

@@ -75,7 +75,7 @@ def split_windows(x: Tensor, num_windows: int) -> Tensor:
 
 def join_windows(windows: Tensor, num_windows: int) -> Tensor:
     """The other way."""
-    return windows.unflatten(0, (-1, num_windows)).transpose(1, 2).flatten(1, 2)
+    return windows.reshape(-1, num_windows, *windows.shape[1:]).transpose(1, 2).flatten(1, 2)
 
 
 def _unrolled(feat_size: Size2, halvings: int, device: torch.device) -> Tensor:

@@ -124,7 +124,8 @@ def from_pretrained(path: str | Path, model_class: type[PreTrainedModel] | None 
 def finish(model: PreTrainedModel) -> None:
     """Let towers tell their mixers the grid, and the config what was converted."""
     for _, tower, family in towers(model):
-        family.tell(tower)
+        if _stand_ins(tower):
+            family.tell(tower)
     _note_in_config(model)
 
 

@@ -140,7 +140,9 @@ class _NoteMapInLayers:
 
 
 def _mark_embeddings(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    kwargs["object_queries"].feat_size = layer.__dict__.pop("noted", None)
+    embeddings, feat_size = kwargs.get("object_queries"), layer.__dict__.pop("noted", None)
+    if embeddings is not None:
+        embeddings.feat_size = feat_size
 
 
 def _check_image(tower: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

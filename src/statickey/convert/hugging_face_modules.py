@@ -288,7 +288,7 @@ class UnrolledStandIn(StandIn):
         out, weights = self._mix(windows[:, self.order], self.mixer.feat_size, None, kwargs)
         if weights is not None:
             weights = weights[:, :, self.back][..., self.order.argsort()]
-            weights = weights.unflatten(0, (-1, self.num_windows)).transpose(1, 2)
+            weights = weights.reshape(-1, self.num_windows, *weights.shape[1:]).transpose(1, 2)
         return join_windows(out[:, self.back], self.num_windows), weights
 
 

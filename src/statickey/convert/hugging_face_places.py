@@ -25,10 +25,10 @@ from .hugging_face_modules import (
 from .pyramids import ConvReduction
 from .windows import CosineKey, CosineQuery
 
-DETR_IMAGE_SIZE = (1024, 1024)
-"""Of images of DETR's, whose config does not tell."""
-RT_DETR_IMAGE_SIZE = (640, 640)
-"""The same of RT-DETR's."""
+DETR_IMAGE_SIZE = 1024
+RT_DETR_IMAGE_SIZE = 640
+SEGFORMER_IMAGE_SIZE = 224
+"""Where the config does not tell the size of images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,8 @@ def segformer_place(tower: Any, layer: Any) -> Place:
     """The map of a stage."""
     convs = [stage.patch_embeddings.proj for stage in tower.stages]
     index = next(i for i, stage in enumerate(tower.stages) if any(block is layer for block in stage.blocks))
-    return Place(feat_size=convolved(pair(tower.config.image_size), convs[: index + 1]), stand_in=MapStandIn)
+    size = getattr(tower.config, "image_size", SEGFORMER_IMAGE_SIZE)
+    return Place(feat_size=convolved(pair(size), convs[: index + 1]), stand_in=MapStandIn)
 
 
 def segformer_parts(module: Any, place: Place) -> dict[str, Any]:
@@ -144,7 +145,7 @@ def detr_place(stand_in: type[StandIn]) -> ReadPlace:
     def place(tower: Any, layer: Any) -> Place:
         config = tower.config
         stride = 16 if getattr(config, "dilation", False) else 32
-        return _added(getattr(config, "image_size", None) or DETR_IMAGE_SIZE, stride, stand_in)
+        return _added(getattr(config, "image_size", DETR_IMAGE_SIZE), stride, stand_in)
 
     return place
 
@@ -153,7 +154,7 @@ def aifi_place(tower: Any, layer: Any) -> Place:
     """One of several maps of a body, likewise."""
     config = tower.config
     index = next(i for i, aifi in enumerate(tower.aifi) if any(own is layer for own in aifi.layers))
-    size = getattr(config, "image_size", None) or getattr(config, "eval_size", None) or RT_DETR_IMAGE_SIZE
+    size = getattr(config, "image_size", config.eval_size or RT_DETR_IMAGE_SIZE)
     return _added(size, config.feat_strides[config.encode_proj_layers[index]])
 
 

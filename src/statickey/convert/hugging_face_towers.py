@@ -41,6 +41,7 @@ from .hugging_face_places import (
     windowed,
     yolos_place,
 )
+from .refusals import NO_MAP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +148,14 @@ FAMILIES: dict[str, Family] = {
 }
 """By the name of the attention class, so that no model is imported before it is met."""
 
+REASONS = {
+    "DeformableDetrMultiscaleDeformableAttention": f"samples values at a few points: {NO_MAP}",
+    "MobileViTV2LinearSelfAttention": f"sums its keys up to a single one: {NO_MAP}",
+    "SwiftFormerEfficientAdditiveAttention": f"sums its queries up to a single one: {NO_MAP}",
+    "CvtSelfAttention": "convolves its tokens apart for queries, keys and values, for which a mixer has no place",
+}
+"""Why no mixer can stand for some others, by the name of their class."""
+
 
 def towers(model: nn.Module) -> Iterator[tuple[str, Any, Family]]:
     """The vision towers in a model, by module name."""
@@ -174,6 +183,9 @@ def hugging_face_sites(model: Any) -> dict[str, Site]:
     if sites:
         return sites
     found = attention_classes(model)
+    reasons = "; ".join(f"{name} {REASONS[name]}" for name in found if name in REASONS)
+    if reasons:
+        raise UnsupportedHostError(f"{type(model).__name__} has no attention this can convert: {reasons}")
     known = sorted(tower for family in FAMILIES.values() for tower in family.towers)
     raise UnsupportedHostError(
         f"{type(model).__name__} has no vision tower this can convert (attention classes in it: "
