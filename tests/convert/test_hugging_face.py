@@ -450,7 +450,7 @@ class TestRefuses:
     @pytest.mark.parametrize(
         ("name", "kwargs", "reason"),
         [
-            ("Cvt", {"depth": [1, 1, 1]}, "convolves its tokens apart"),
+            ("Cvt", {"depth": [1, 2, 3]}, "convolves its tokens apart"),
             ("MobileViTV2", {"width_multiplier": 0.25}, "sums its keys up to a single one: there is no map"),
             ("SwiftFormer", {"depths": [1] * 4, "embed_dims": [8] * 4}, "sums its queries up to a single one"),
         ],

@@ -267,7 +267,9 @@ class UnrolledStandIn(StandIn):
     Args:
         mixer: The mixer.
         module: The module it stands in for.
-        num_windows: As ``order`` and ``back`` in ``UnrolledMixer``.
+        num_windows: As in ``UnrolledMixer``.
+        order: Likewise.
+        back: Likewise.
     """
 
     order: Tensor
