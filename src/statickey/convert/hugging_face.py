@@ -10,8 +10,9 @@ rely on, stays:
   library finds what to record for ``output_hidden_states`` and ``output_attentions`` by them. Attention maps are
   computed when they are asked for, whichever ``attn_implementation``.
 - **Other sizes.** The grid of the tokens is read off the images where they enter the vision tower, or off the map
-  that a detector's encoder flattens, and is passed on within the call, down to each mixer. It is never guessed from a number of tokens, nor kept from one call to the next, so
-  neither 4 x 6 and 6 x 4 patches nor what is recomputed in a backward pass can be confused.
+  that a detector's encoder flattens, and is passed on within the call, down to each mixer. It is never guessed from a
+  number of tokens, nor kept from one call to the next, so neither 4 x 6 and 6 x 4 patches nor what is recomputed in a
+  backward pass can be confused.
 - **Files.** ``config.statickey`` says which mixer stands where; ``from_pretrained`` of this module reads it, builds,
   and loads safetensors. A converted model has an empty tensor in the place of each key projection's weight, which
   makes the library's own ``from_pretrained`` refuse the files instead of drawing projections at random. Convert the
