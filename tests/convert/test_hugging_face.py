@@ -13,17 +13,23 @@ from statickey.errors import StaticKeyError, UnsupportedHostError
 from tolerances import assert_close
 
 transformers = pytest.importorskip("transformers")
+from hugging_face_models import (  # noqa: E402
+    FIXED,
+    HOSTS,
+    POSITIONS_ON_REQUEST,
+    SIZES,
+    SWIN,
+    build,
+    flat,
+    images,
+    num_states,
+    output,
+    randomised,
+    tower,
+    without_gradient,
+)
 from statickey.convert.hugging_face import from_pretrained  # noqa: E402
 
-SIZES = {
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 32,
-    "image_size": 32,
-    "patch_size": 8,
-}
-SWIN = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "window_size": 4, "image_size": 32, "patch_size": 2}
 TEXT = {
     "hidden_size": 24,
     "num_hidden_layers": 1,
@@ -33,104 +39,21 @@ TEXT = {
 }
 
 
-def classifier(name, **kwargs):
-    config = getattr(transformers, f"{name}Config")(**SIZES | kwargs, num_labels=5)
-    return getattr(transformers, f"{name}ForImageClassification")(config)
-
-
-def tower(name, kind="Model", **kwargs):
-    config = getattr(transformers, f"{name}Config")(**SIZES | kwargs)
-    return getattr(transformers, f"{name.removesuffix('Vision')}{kind}")(config)
-
-
-HOSTS = {
-    "vit": lambda: classifier("ViT"),
-    "vit alone, without bias": lambda: tower("ViT", qkv_bias=False),
-    "deit": lambda: classifier("DeiT"),
-    "dinov2": lambda: classifier("Dinov2"),
-    "dinov2 backbone": lambda: tower("Dinov2", "Backbone", out_features=["stage1", "stage2"]),
-    "dinov2 with registers": lambda: classifier("Dinov2WithRegisters", num_register_tokens=3),
-    "dinov3": lambda: tower("DINOv3ViT", num_register_tokens=2),
-    "ijepa": lambda: classifier("IJepa"),
-    "siglip": lambda: tower("SiglipVision", "VisionModel"),
-    "clip": lambda: tower("CLIPVision", "VisionModel"),
-    "beit": lambda: classifier("Beit", use_relative_position_bias=True),
-    "beit, shared bias": lambda: classifier("Beit", use_shared_relative_position_bias=True),
-    "segformer": lambda: transformers.SegformerForSemanticSegmentation(
-        transformers.SegformerConfig(
-            num_encoder_blocks=2,
-            depths=[1, 1],
-            hidden_sizes=[16, 24],
-            num_attention_heads=[2, 3],
-            sr_ratios=[2, 1],
-            patch_sizes=[7, 3],
-            strides=[4, 2],
-            mlp_ratios=[2, 2],
-            image_size=32,
-            decoder_hidden_size=8,
-            num_labels=5,
-        )
-    ),
-    "rf-detr": lambda: tower("RfDetrDinov2", "Backbone", out_features=["stage2"], num_windows=2),
-    "lw-detr": lambda: tower(
-        "LwDetrViT", "Backbone", out_features=["stage2"], num_windows=4, window_block_indices=[0]
-    ),
-    "swin": lambda: transformers.SwinForImageClassification(transformers.SwinConfig(**SWIN, num_labels=5)),
-}
-FIXED = {"beit", "beit, shared bias", "swin"}
-"""Whose windows, or position bias, are not the subject of the test of grids."""
-
-POSITIONS_ON_REQUEST = ("vit", "vit alone", "deit", "ijepa", "siglip", "clip")
-
-
-def randomised(model):
-    """A model with no parameter at a value that hides a mistake."""
-    for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 or any(part in name for part in ("bias_table", "token", "position")):
-            nn.init.normal_(parameter, mean=0.3, std=0.3)
-    return model.double().eval()
-
-
-def build(name):
-    torch.manual_seed(0)
-    return randomised(HOSTS[name]())
-
-
-def images(height=32, width=32):
-    return torch.randn(2, 3, height, width, dtype=torch.float64)
-
-
-def output(result):
-    found = [result.get(key) for key in ("logits", "pooler_output", "last_hidden_state")]
-    found = [tensor for tensor in found if tensor is not None] or list(result.feature_maps)
-    return torch.cat([tensor.flatten(1) for tensor in found], dim=1)
-
-
-def num_states(name):
-    """Recorded hidden states: of SegFormer not the input of its first stage."""
-    return 2 if name == "segformer" else 3
-
-
-def without_gradient(model, x):
-    output(model.train()(x)).square().mean().backward()
-    return {name for name, parameter in model.named_parameters() if parameter.grad is None}
-
-
 @pytest.mark.parametrize("name", HOSTS)
 class TestEveryHost:
     def test_self_attention_keeps_the_function(self, name):
         model, x = build(name), images()
         before = model(x, output_hidden_states=True)
         model.set_attn_implementation("eager")
-        maps = model(x, output_attentions=True).attentions
+        maps = flat(model(x, output_attentions=True).attentions)
         report = convert(model, "mhsa")
         after = model(x, output_hidden_states=True, output_attentions=True)
         assert_close("output", output(after), output(before))
         assert len(after.hidden_states) == len(before.hidden_states) == num_states(name)
         for ours, theirs in zip(after.hidden_states, before.hidden_states, strict=True):
             assert_close("hidden state", ours, theirs)
-        assert len(after.attentions) == len(maps) == 2
-        for ours, theirs in zip(after.attentions, maps, strict=True):
+        assert len(flat(after.attentions)) == len(maps) == 2
+        for ours, theirs in zip(flat(after.attentions), maps, strict=True):
             assert_close("map", ours.float(), theirs.float())  # the host's softmax is in float32
         assert report.macs_before == report.macs_after > 0
         assert not any(module.training for module in model.modules())
@@ -139,7 +62,7 @@ class TestEveryHost:
     def test_trains_saves_and_loads(self, name, mixer, tmp_path):
         model, x = build(name), images()
         theirs = without_gradient(copy.deepcopy(model), x)
-        convert(model, mixer)
+        convert(model, mixer, layers=[0, 1, 3] if (name, mixer) == ("hiera", "cska") else "all")  # 2 pools queries
         assert without_gradient(model, x) == theirs
         assert any(name.endswith("_key") for name in model.no_weight_decay())
         model.eval()
@@ -179,6 +102,11 @@ KIN = {
     "Aimv2Vision": "VisionModel",
     "Tipsv2Vision": "VisionModel",
     "Pixio": "Model",
+    "BlipVision": "VisionModel",
+    "Blip2Vision": "VisionModel",
+    "InstructBlipVision": "VisionModel",
+    "Kosmos2Vision": "VisionModel",
+    "Ovis2Vision": "VisionModel",
 }
 
 
@@ -194,6 +122,14 @@ def test_kin_of_these(name):
     assert (len(recorded.hidden_states), len(recorded.attentions)) == (3, 2)
 
 
+def test_a_config_that_does_not_tell_the_size_of_images():
+    model = transformers.SegformerModel(transformers.SegformerConfig(depths=[1] * 4, hidden_sizes=[8, 8, 10, 16]))
+    assert not hasattr(model.config, "image_size")
+    convert(model, "ska")
+    grids = [mixer.feat_size for mixer in token_mixers(model).values()]
+    assert grids == [(56, 56), (28, 28), (14, 14), (7, 7)]
+
+
 def test_position_bias_of_another_grid():
     model = build("beit")
     convert(model, "ska")
@@ -206,8 +142,9 @@ def test_position_bias_of_another_grid():
         assert_close("output", output(built(x)), out)
 
 
-def test_recomputed_blocks_see_the_grid_of_their_own_input():
-    model = build("dinov2")
+@pytest.mark.parametrize("name", ["dinov2", "yolos"])
+def test_recomputed_blocks_see_the_grid_of_their_own_input(name):
+    model = build(name)
     convert(model, "ska")
     wide, tall = images(32, 48), images(48, 32)
     gradients = []
@@ -321,6 +258,24 @@ def test_a_grid_for_each_image(grids, tmp_path):
         assert_close("alone", together[index : index + 1], alone)
     model.save_pretrained(tmp_path)
     assert_close("loaded", from_pretrained(tmp_path, dtype=torch.float64)(**told).pooler_output, together)
+
+
+@pytest.mark.parametrize("grids", [((4, 4), (4, 4)), ((2, 4), (4, 2), (5, 3))], ids=str)
+def test_trains_on_a_grid_for_each_image(grids):
+    host, told = siglip2(), patches(*grids, length=16)
+    gradients = []
+    for mixer in (None, "mhsa", "ska", "cska"):
+        model = copy.deepcopy(host)
+        if mixer is not None:
+            convert(model, mixer)
+        model.train()(**told).pooler_output.square().sum().backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients[-1].values())
+        assert any(name.endswith("_key") for name in gradients[-1]) is (mixer in ("ska", "cska"))
+    shared = gradients[0].keys() & gradients[1].keys()
+    assert len(shared) > len(gradients[0]) / 2
+    for name in shared:
+        assert_close(name, gradients[1][name], gradients[0][name])
 
 
 def depth_estimator():
@@ -506,6 +461,20 @@ class TestRefuses:
         with pytest.raises(UnsupportedHostError, match=r"BertModel has no vision tower.*BertSelfAttention.*ViTModel"):
             convert(model, "ska")
 
+    @pytest.mark.parametrize(
+        ("name", "kwargs", "reason"),
+        [
+            ("Cvt", {"depth": [1, 2, 3]}, "convolves its tokens apart"),
+            ("MobileViTV2", {"width_multiplier": 0.25}, "sums its keys up to a single one: there is no map"),
+            ("SwiftFormer", {"depths": [1] * 4, "embed_dims": [8] * 4}, "sums its queries up to a single one"),
+        ],
+    )
+    def test_attention_that_no_mixer_can_stand_for(self, name, kwargs, reason):
+        config = getattr(transformers, f"{name}Config")(**kwargs)
+        model = getattr(transformers, f"{name}ForImageClassification")(config)
+        with pytest.raises(UnsupportedHostError, match=reason):
+            convert(model, "ska")
+
     def test_a_mixer_that_has_no_place_for_a_position_bias(self):
         model = build("beit")
         with pytest.raises(UnsupportedHostError, match="a position bias, for which mixer 'constant'"):
@@ -521,6 +490,30 @@ class TestRefuses:
         convert(model, "ska")
         with pytest.raises(StaticKeyError, match="without the grid of its tokens"):
             model.vit.layers[0](torch.zeros(1, 17, 24, dtype=torch.float64))
+        model = build("yolos")
+        convert(model, "ska")
+        model(images())
+        with pytest.raises(StaticKeyError, match="without the grid of its tokens"):
+            model.vit.encoder.layer[0](torch.zeros(1, 20, 24, dtype=torch.float64))
+
+    def test_images_of_another_size_than_the_order_of_tokens_is_for(self):
+        model = build("hiera")
+        convert(model, "ska")
+        with pytest.raises(
+            StaticKeyError, match=r"images of \(32, 32\), got \(16, 64\); build it with this image_size"
+        ):
+            model(images(16, 64))
+
+    def test_mixers_that_make_a_query_of_each_token(self):
+        with pytest.raises(UnsupportedHostError, match="one query of 4 tokens, for which mixer 'cska'"):
+            convert(build("hiera"), "cska")
+
+    def test_strides_that_are_not_two(self):
+        config = build("hiera").config
+        config.query_stride = [1, 2]
+        model = transformers.HieraModel(config)
+        with pytest.raises(UnsupportedHostError, match="query_stride"):
+            convert(model, "ska")
 
     def test_files_of_another_model(self, tmp_path):
         build("vit").save_pretrained(tmp_path)

@@ -6,7 +6,7 @@ from timm.optim import create_optimizer_v2
 from torch import nn
 
 from scenes import assert_drawn_from_seeds
-from statickey.convert import token_mixers
+from statickey.convert import convert, token_mixers
 from statickey.errors import StaticKeyError
 from statickey.models import build_detector, build_model, count_macs, start_from
 
@@ -48,6 +48,19 @@ def test_mixers_share_every_weight_that_is_not_theirs(name):
     assert states["ska"].keys() == states["mhsa"].keys()
     assert sum("detr." in key for key in states["ska"]) > 100
     assert all(torch.equal(value, states["mhsa"][key]) for key, value in states["ska"].items())
+
+
+def test_its_encoder_converts_too():
+    model = detector().train()
+    report = convert(model.detr, "ska")
+    assert [(module.name, module.feat_size) for module in report.modules] == [
+        ("encoder.aifi.0.layers.0.self_attn", (2, 2))
+    ]
+    sum(model(*MIXED).values()).backward()
+    key = "detr.encoder.aifi.0.layers.0.self_attn.mixer.static_key"
+    assert model.get_parameter(key).grad.abs().sum() > 0
+    assert key in model.no_weight_decay()
+    assert len(model.eval()([MIXED[0][0]])) == 1
 
 
 def test_the_body_is_that_of_a_classifier_and_starts_from_one(tmp_path):

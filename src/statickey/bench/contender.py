@@ -77,8 +77,10 @@ class LayerShape:
 class PlainConvStaticKeyAttention(ConvStaticKeyAttention):
     """CSKA as the paper writes it: a grouped convolution, a softmax, a product."""
 
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
-        query, value = self._split_heads(self.qv(x), 2)  # measured without a rotary embedding
+    def _attend(
+        self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate, pos_embed: Tensor | None = None
+    ) -> Tensor:
+        query, value = self._split_heads(self.qv(x), 2)  # measured without position embeddings
         return reference.conv_static_key_attention(
             query,
             self.key_rows(feat_size, "conv_key"),

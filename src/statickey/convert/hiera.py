@@ -64,10 +64,18 @@ class UnrolledMixer(PlacedMixer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, dim) to (B, N / q_stride, out_dim)."""
-        batch, _, dim = x.shape
-        windows = x.reshape(batch, -1, self.num_windows, dim).transpose(1, 2).flatten(0, 1)
-        out: Tensor = self.mixer(windows[:, self.order])[:, self.back]
-        return out.reshape(batch, self.num_windows, *out.shape[1:]).transpose(1, 2).flatten(1, 2)
+        windows = split_windows(x, self.num_windows)
+        return join_windows(self.mixer(windows[:, self.order])[:, self.back], self.num_windows)
+
+
+def split_windows(x: Tensor, num_windows: int) -> Tensor:
+    """(B, N, dim), the first token of each window first, to (B * windows, N / windows, dim)."""
+    return x.reshape(x.shape[0], -1, num_windows, x.shape[-1]).transpose(1, 2).flatten(0, 1)
+
+
+def join_windows(windows: Tensor, num_windows: int) -> Tensor:
+    """The other way."""
+    return windows.reshape(-1, num_windows, *windows.shape[1:]).transpose(1, 2).flatten(1, 2)
 
 
 def _unrolled(feat_size: Size2, halvings: int, device: torch.device) -> Tensor:
@@ -98,27 +106,42 @@ def hiera_sites(model: Hiera) -> dict[str, Site]:
 
 
 def _read(attn: Any, units: tuple[int, int], halvings: int) -> Site:
-    num_windows = units[0] * units[1] if attn.use_mask_unit_attn else 1
-    height, width = (1, 1) if attn.use_mask_unit_attn else units
-    size, pools = 2**halvings, attn.q_stride > 1
-    grid, device = (height * size, width * size), attn.qkv.weight.device
-    out_grid = (grid[0] // 2, grid[1] // 2) if pools else grid
+    pools = attn.q_stride > 1
+    grid, parts = unrolled_windows(units, attn.use_mask_unit_attn, halvings, pools, attn.qkv.weight.device)
     return Site.of(
         attn,
         feat_size=grid,
-        windows=num_windows,
+        windows=parts["num_windows"],
         num_heads=attn.heads,
         q_norm=GridMaxPool(grid) if pools else None,
         tokens_per_query=attn.q_stride,
-        wrap=partial(
-            UnrolledMixer,
-            rel_pos=None,
-            num_windows=num_windows,
-            order=_unrolled(grid, halvings, device).argsort(),
-            back=_unrolled(out_grid, halvings - pools, device),
-            q_stride=attn.q_stride,
-        ),
+        wrap=partial(UnrolledMixer, rel_pos=None, q_stride=attn.q_stride, **parts),
     )
+
+
+def unrolled_windows(
+    units: Size2, in_units: bool, halvings: int, pools: bool, device: torch.device
+) -> tuple[Size2, dict[str, Any]]:
+    """The grid of the tokens that attention sees at once, and the parts of what brings them there row by row.
+
+    Args:
+        units: The grid of mask units.
+        in_units: Whether attention is within each.
+        halvings: How often each side of a mask unit has still to be halved.
+        pools: Whether queries are.
+        device: Where the order is kept.
+
+    Returns:
+        (H, W), and ``num_windows``, ``order`` and ``back`` of ``UnrolledMixer``.
+    """
+    height, width = (1, 1) if in_units else units
+    grid = (height << halvings, width << halvings)
+    out_grid = (grid[0] // 2, grid[1] // 2) if pools else grid
+    return grid, {
+        "num_windows": units[0] * units[1] if in_units else 1,
+        "order": _unrolled(grid, halvings, device).argsort(),
+        "back": _unrolled(out_grid, halvings - pools, device),
+    }
 
 
 register_host_rule(HostRule(host=Hiera, sites=hiera_sites))

@@ -55,6 +55,8 @@ class Site:
         gate: Linear layer (dim -> h*d) whose sigmoid multiplies the input of the output projection, kept.
         rotate_half: Where the host passes a rotary position embedding (``rope`` of a mixer's ``forward``), how it
             pairs channels: the two halves, or neighbours. None where there is none.
+        adds_pos_embed: Whether the host passes a position embedding of queries and keys alone (``pos_embed`` of a
+            mixer's ``forward``).
         query_bias: Position bias that the query makes, kept.
         tokens_per_query: How many tokens ``q_norm`` makes one query of.
         reduction: What the host makes of its tokens before it projects them to keys and values, kept.
@@ -94,6 +96,7 @@ class Site:
     head_mix: HeadMix | None = None
     gate: nn.Module | None = None
     rotate_half: bool | None = None
+    adds_pos_embed: bool = False
     query_bias: nn.Module | None = None
     tokens_per_query: int = 1
     reduction: Reduction | None = None

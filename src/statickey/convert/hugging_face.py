@@ -9,9 +9,10 @@ rely on, stays:
 - **Classes.** The model keeps the name of its class, and a stand-in is an instance of the class it stands for: the
   library finds what to record for ``output_hidden_states`` and ``output_attentions`` by them. Attention maps are
   computed when they are asked for, whichever ``attn_implementation``.
-- **Other sizes.** The grid of the tokens is read off the images where they enter the vision tower, and is passed as
-  an argument, down to each mixer. It is never guessed from a number of tokens, nor kept from one call to the next, so
-  neither 4 x 6 and 6 x 4 patches nor what is recomputed in a backward pass can be confused.
+- **Other sizes.** The grid of the tokens is read off the images where they enter the vision tower, or off the map
+  that a detector's encoder flattens, and is passed on within the call, down to each mixer. It is never guessed from a
+  number of tokens, nor kept from one call to the next, so neither 4 x 6 and 6 x 4 patches nor what is recomputed in a
+  backward pass can be confused.
 - **Files.** ``config.statickey`` says which mixer stands where; ``from_pretrained`` of this module reads it, builds,
   and loads safetensors. A converted model has an empty tensor in the place of each key projection's weight, which
   makes the library's own ``from_pretrained`` refuse the files instead of drawing projections at random. Convert the
@@ -66,9 +67,11 @@ class HuggingFaceHost(StaticKeyHost):
         return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
 
     def no_weight_decay(self) -> set[str]:
-        """Every mixer's keys, and the position bias of windows."""
-        bias = {name for name, _ in self.named_parameters() if "relative_position_bias" in name}
-        return super().no_weight_decay() | bias
+        """Every mixer's keys, and of windows the position bias and the scale of their cosines."""
+        spared = ("position_bias", "logit_scale")
+        return super().no_weight_decay() | {
+            name for name, _ in self.named_parameters() if any(part in name for part in spared)
+        }
 
 
 def from_pretrained(path: str | Path, model_class: type[PreTrainedModel] | None = None, **kwargs: Any) -> Any:
@@ -113,15 +116,17 @@ def from_pretrained(path: str | Path, model_class: type[PreTrainedModel] | None 
         raise StaticKeyError(
             f"{path} lacks {missing[0]} and {len(missing) - 1} more weights of mixers; save the converted model again"
         )
+    for module in model.modules():
+        if isinstance(module, StandIn):
+            module.fill()
     return model
 
 
 def finish(model: PreTrainedModel) -> None:
     """Let towers tell their mixers the grid, and the config what was converted."""
     for _, tower, family in towers(model):
-        hook = family.pass_grid
-        if hook is not None and hook not in tower._forward_pre_hooks.values():
-            tower.register_forward_pre_hook(hook, with_kwargs=True)
+        if _stand_ins(tower):
+            family.tell(tower)
     _note_in_config(model)
 
 

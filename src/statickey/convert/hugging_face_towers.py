@@ -3,48 +3,45 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .._typing import Size2
 from ..errors import UnsupportedHostError
-from ..layers import Reduction, TokenMixer
+from ..layers import TokenMixer
 from .host import Site, attention_classes, converted_class
-from .hugging_face_modules import (
-    JoinedStandIn,
-    MapStandIn,
-    RotaryStandIn,
-    StandIn,
-    SwinStandIn,
-    VariableGridStandIn,
-    WindowStandIn,
-    pair,
-    pass_grid,
-    pass_grids,
-    windows_per_side,
+from .hugging_face_grids import (
+    check_image_size,
+    tell_embeddings,
+    tell_encoder,
+    tell_layers,
+    tell_maps,
+    tell_nothing,
+    tell_tower,
+    tell_tower_of_patches,
 )
-from .pyramids import ConvReduction
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """The tokens that reach an attention module.
-
-    Args:
-        feat_size: Their grid (H, W).
-        num_prefix_tokens: Tokens before it.
-        windows: How often the module runs per image.
-        stand_in: What takes its place.
-        reduction: What the host makes of its tokens before it projects them to keys and values, if anything.
-    """
-
-    feat_size: Size2
-    num_prefix_tokens: int = 0
-    windows: int = 1
-    stand_in: type[StandIn] = StandIn
-    reduction: Reduction | None = None
+from .hugging_face_modules import AddedStandIn, MarkedStandIn, RotaryStandIn, StandIn, VariableGridStandIn
+from .hugging_face_places import (
+    Place,
+    ReadPlace,
+    aifi_place,
+    detr_place,
+    hiera_parts,
+    hiera_place,
+    pixio_place,
+    pvt_v2_parts,
+    pvt_v2_place,
+    segformer_parts,
+    segformer_place,
+    swin_place,
+    swin_v2_parts,
+    swin_v2_place,
+    whole,
+    windowed,
+    yolos_place,
+)
+from .refusals import NO_MAP
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,109 +51,110 @@ class Family:
     Args:
         towers: Names of the classes that take images.
         place: Reads the tokens of an attention module off the tower and the layer that holds it.
-        pass_grid: Hook before the tower's forward that adds the grid to its arguments, where mixers need it.
+        parts: Reads what else of the module there a ``Site`` is told.
+        within: The part of a tower whose attention is meant; all of it by default.
+        tell: Puts hooks in place by which mixers are told the grid.
         needs_map: Whether the host adds a bias to the logits.
         rotate_half: How a rotary position embedding pairs channels, where there is one; see ``Site``.
+        adds_pos_embed: Whether the host adds a position embedding to queries and keys alone.
     """
 
     towers: tuple[str, ...]
-    place: Callable[[Any, Any], Place]
-    pass_grid: Callable[..., Any] | None = pass_grid
+    place: ReadPlace
+    parts: Callable[[Any, Place], dict[str, Any]] = lambda module, place: {}
+    within: str = ""
+    tell: Callable[[Any], None] = tell_tower
     needs_map: bool = False
     rotate_half: bool | None = None
+    adds_pos_embed: bool = False
 
 
-def _whole(prefix: int, registers: bool = False, stand_in: type[StandIn] = StandIn) -> Callable[[Any, Any], Place]:
-    """All tokens of an image, behind so many others, and behind registers, of which the config tells the number."""
-
-    def place(tower: Any, layer: Any) -> Place:
-        count = prefix + (tower.config.num_register_tokens if registers else 0)
-        return Place(feat_size=_grid(tower), num_prefix_tokens=count, stand_in=stand_in)
-
-    return place
+def _detr(name: str, stand_in: type[StandIn] = AddedStandIn, tell: Callable[[Any], None] = tell_encoder) -> Family:
+    place = detr_place(stand_in)
+    return Family(towers=(f"{name}Model",), place=place, within="encoder", tell=tell, adds_pos_embed=True)
 
 
-def _pixio_place(tower: Any, layer: Any) -> Place:
-    return Place(feat_size=_grid(tower), num_prefix_tokens=tower.config.n_cls_tokens)
-
-
-def _swin_place(tower: Any, layer: Any) -> Place:
-    window: Size2 = layer.attention.relative_position_bias.window_size
-    rows, columns = (-(-extent // side) for extent, side in zip(layer.input_resolution, window, strict=True))
-    return Place(feat_size=window, windows=rows * columns, stand_in=SwinStandIn)
-
-
-def _segformer_place(tower: Any, layer: Any) -> Place:
-    grid = pair(tower.config.image_size)
-    for stage in tower.stages:
-        conv = stage.patch_embeddings.proj
-        height, width = (
-            (extent + 2 * padding - kernel) // stride + 1
-            for extent, padding, kernel, stride in zip(grid, conv.padding, conv.kernel_size, conv.stride, strict=True)
-        )
-        grid = (height, width)
-        if any(block is layer for block in stage.blocks):
-            break
-    reduce = getattr(layer.attention, "sequence_reduction", None)
-    reduction = None if reduce is None else ConvReduction(reduce.sequence_reduction, reduce.layer_norm)
-    return Place(feat_size=grid, stand_in=MapStandIn, reduction=reduction)
-
-
-def _windowed_place(prefix: int, in_windows: Callable[[Any], bool]) -> Callable[[Any, Any], Place]:
-    """Tokens that are kept in windows, behind so many others in each; some layers join all windows of an image."""
-
-    def place(tower: Any, layer: Any) -> Place:
-        height, width = _grid(tower)
-        side = windows_per_side(tower.config)
-        if in_windows(layer):
-            grid = (height // side, width // side)
-            return Place(feat_size=grid, num_prefix_tokens=prefix, windows=side**2, stand_in=WindowStandIn)
-        return Place(feat_size=(height, width), num_prefix_tokens=prefix * side**2, stand_in=JoinedStandIn)
-
-    return place
+def _rt_detr(name: str) -> Family:
+    return Family(towers=(f"{name}HybridEncoder",), place=aifi_place, tell=tell_maps, adds_pos_embed=True)
 
 
 FAMILIES: dict[str, Family] = {
-    "ViTAttention": Family(towers=("ViTModel",), place=_whole(1)),
-    "ViTMSNAttention": Family(towers=("ViTMSNModel",), place=_whole(1)),
-    "DeiTAttention": Family(towers=("DeiTModel",), place=_whole(2)),
-    "Dinov2Attention": Family(towers=("Dinov2Model", "Dinov2Backbone"), place=_whole(1)),
+    "ViTAttention": Family(towers=("ViTModel",), place=whole(1)),
+    "ViTMSNAttention": Family(towers=("ViTMSNModel",), place=whole(1)),
+    "DeiTAttention": Family(towers=("DeiTModel",), place=whole(2)),
+    "Dinov2Attention": Family(towers=("Dinov2Model", "Dinov2Backbone"), place=whole(1)),
     "Dinov2WithRegistersAttention": Family(
-        towers=("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"), place=_whole(1, registers=True)
+        towers=("Dinov2WithRegistersModel", "Dinov2WithRegistersBackbone"), place=whole(1, registers=True)
     ),
     "DINOv3ViTAttention": Family(
         towers=("DINOv3ViTModel", "DINOv3ViTBackbone"),
-        place=_whole(1, registers=True, stand_in=RotaryStandIn),
+        place=whole(1, registers=True, stand_in=RotaryStandIn),
         rotate_half=True,
     ),
-    "IJepaAttention": Family(towers=("IJepaModel",), place=_whole(0)),
-    "SiglipAttention": Family(towers=("SiglipVisionModel",), place=_whole(0)),
+    "IJepaAttention": Family(towers=("IJepaModel",), place=whole(0)),
+    "SiglipAttention": Family(towers=("SiglipVisionModel",), place=whole(0)),
     "Siglip2Attention": Family(
-        towers=("Siglip2VisionModel",), place=_whole(0, stand_in=VariableGridStandIn), pass_grid=pass_grids
+        towers=("Siglip2VisionModel",), place=whole(0, stand_in=VariableGridStandIn), tell=tell_tower_of_patches
     ),
-    "CLIPAttention": Family(towers=("CLIPVisionModel",), place=_whole(1)),
-    "AltCLIPAttention": Family(towers=("AltCLIPVisionModel",), place=_whole(1)),
-    "ChineseCLIPVisionAttention": Family(towers=("ChineseCLIPVisionModel",), place=_whole(1)),
-    "CLIPSegAttention": Family(towers=("CLIPSegVisionModel",), place=_whole(1)),
-    "MetaClip2Attention": Family(towers=("MetaClip2VisionModel",), place=_whole(1)),
-    "OwlViTAttention": Family(towers=("OwlViTVisionTransformer",), place=_whole(1)),
-    "Owlv2Attention": Family(towers=("Owlv2VisionTransformer",), place=_whole(1)),
-    "Aimv2Attention": Family(towers=("Aimv2VisionModel",), place=_whole(0)),
+    "CLIPAttention": Family(towers=("CLIPVisionModel",), place=whole(1)),
+    "AltCLIPAttention": Family(towers=("AltCLIPVisionModel",), place=whole(1)),
+    "ChineseCLIPVisionAttention": Family(towers=("ChineseCLIPVisionModel",), place=whole(1)),
+    "CLIPSegAttention": Family(towers=("CLIPSegVisionModel",), place=whole(1)),
+    "MetaClip2Attention": Family(towers=("MetaClip2VisionModel",), place=whole(1)),
+    "OwlViTAttention": Family(towers=("OwlViTVisionTransformer",), place=whole(1)),
+    "Owlv2Attention": Family(towers=("Owlv2VisionTransformer",), place=whole(1)),
+    "Aimv2Attention": Family(towers=("Aimv2VisionModel",), place=whole(0)),
     "Tipsv2VisionAttention": Family(
-        towers=("Tipsv2VisionModel", "Tipsv2VisionBackbone"), place=_whole(1, registers=True)
+        towers=("Tipsv2VisionModel", "Tipsv2VisionBackbone"), place=whole(1, registers=True)
     ),
-    "PixioAttention": Family(towers=("PixioModel", "PixioBackbone"), place=_pixio_place),
-    "BeitAttention": Family(towers=("BeitModel",), place=_whole(1), needs_map=True),
-    "SwinAttention": Family(towers=("SwinModel",), place=_swin_place, pass_grid=None, needs_map=True),
-    "SegformerAttention": Family(towers=("SegformerModel",), place=_segformer_place, pass_grid=None),
+    "BlipAttention": Family(towers=("BlipVisionModel",), place=whole(1)),
+    "Blip2Attention": Family(towers=("Blip2VisionModel",), place=whole(1)),
+    "InstructBlipAttention": Family(towers=("InstructBlipVisionModel",), place=whole(1)),
+    "Kosmos2VisionAttention": Family(towers=("Kosmos2VisionModel",), place=whole(1)),
+    "Ovis2VisionAttention": Family(towers=("Ovis2VisionModel",), place=whole(0)),
+    "PixioAttention": Family(towers=("PixioModel", "PixioBackbone"), place=pixio_place),
+    "BeitAttention": Family(towers=("BeitModel",), place=whole(1), needs_map=True),
+    "SwinAttention": Family(towers=("SwinModel",), place=swin_place, tell=tell_nothing, needs_map=True),
+    "YolosSelfAttention": Family(towers=("YolosModel",), place=yolos_place, tell=tell_layers),
+    "DPTSelfAttention": Family(towers=("DPTModel",), place=whole(1), tell=tell_layers),
+    "SegformerAttention": Family(
+        towers=("SegformerModel",), place=segformer_place, parts=segformer_parts, tell=tell_nothing
+    ),
+    "PvtV2SelfAttention": Family(
+        towers=("PvtV2Model", "PvtV2Backbone"), place=pvt_v2_place, parts=pvt_v2_parts, tell=tell_nothing
+    ),
+    "HieraMaskUnitAttention": Family(
+        towers=("HieraModel", "HieraBackbone"), place=hiera_place, parts=hiera_parts, tell=check_image_size
+    ),
+    "Swinv2SelfAttention": Family(
+        towers=("Swinv2Model", "Swinv2Backbone"),
+        place=swin_v2_place,
+        parts=swin_v2_parts,
+        tell=tell_nothing,
+        needs_map=True,
+    ),
     "RfDetrDinov2Attention": Family(
-        towers=("RfDetrDinov2Backbone",), place=_windowed_place(1, lambda layer: not layer.global_attention)
+        towers=("RfDetrDinov2Backbone",), place=windowed(1, lambda layer: not layer.global_attention)
     ),
-    "LwDetrViTAttention": Family(
-        towers=("LwDetrViTBackbone",), place=_windowed_place(0, lambda layer: bool(layer.window))
-    ),
+    "LwDetrViTAttention": Family(towers=("LwDetrViTBackbone",), place=windowed(0, lambda layer: bool(layer.window))),
+    "DetrSelfAttention": _detr("Detr"),
+    "ConditionalDetrSelfAttention": _detr("ConditionalDetr"),
+    "TableTransformerAttention": _detr("TableTransformer", MarkedStandIn, tell_embeddings),
+    "DetrAttention": _detr("DabDetr", MarkedStandIn, tell_embeddings),
+    **{
+        f"{name}SelfAttention": _rt_detr(name)
+        for name in ("RTDetr", "RTDetrV2", "DFine", "Deimv2", "PPDocLayoutV2", "PPDocLayoutV3", "PPDocLayoutV4")
+    },
 }
 """By the name of the attention class, so that no model is imported before it is met."""
+
+REASONS = {
+    "DeformableDetrMultiscaleDeformableAttention": f"samples values at a few points: {NO_MAP}",
+    "MobileViTV2LinearSelfAttention": f"sums its keys up to a single one: {NO_MAP}",
+    "SwiftFormerEfficientAdditiveAttention": f"sums its queries up to a single one: {NO_MAP}",
+    "CvtSelfAttention": "convolves its tokens apart for queries, keys and values, for which a mixer has no place",
+}
+"""Why no mixer can stand for some others, by the name of their class."""
 
 
 def towers(model: nn.Module) -> Iterator[tuple[str, Any, Family]]:
@@ -176,7 +174,8 @@ def hugging_face_sites(model: Any) -> dict[str, Site]:
     """
     sites: dict[str, Site] = {}
     for tower_name, tower, family in towers(model):
-        for layer_name, layer in tower.named_modules(prefix=tower_name):
+        part, part_name = tower.get_submodule(family.within), ".".join(filter(None, (tower_name, family.within)))
+        for layer_name, layer in part.named_modules(prefix=part_name):
             for name, module in layer.named_children():
                 if FAMILIES.get(_kind(module)) is family:
                     full_name = f"{layer_name}.{name}".removeprefix(".")
@@ -184,6 +183,9 @@ def hugging_face_sites(model: Any) -> dict[str, Site]:
     if sites:
         return sites
     found = attention_classes(model)
+    reasons = "; ".join(f"{name} {REASONS[name]}" for name in found if name in REASONS)
+    if reasons:
+        raise UnsupportedHostError(f"{type(model).__name__} has no attention this can convert: {reasons}")
     known = sorted(tower for family in FAMILIES.values() for tower in family.towers)
     raise UnsupportedHostError(
         f"{type(model).__name__} has no vision tower this can convert (attention classes in it: "
@@ -197,31 +199,35 @@ def _site(module: Any, layer: Any, tower: Any, family: Family) -> Site:
         "windows": place.windows,
         "needs_map": family.needs_map,
         "rotate_half": family.rotate_half,
-        "wrap": partial(_stand_in, place.stand_in, module),
+        "adds_pos_embed": family.adds_pos_embed,
+        "wrap": partial(_stand_in, place, module),
     }
     if isinstance(module, StandIn):
         return Site.of_mixer(module.mixer, **fields)
-    projections = [module.q_proj, module.k_proj, module.v_proj]
-    scale = _first(module, "scaling", "scale")
+    weight, bias = _projections(module)
+    head_dim = _first(module, "head_dim", "attention_head_size")
+    scale, proj = _first(module, "scaling", "scale"), _first(module, "o_proj", "out_proj", "proj", "projection")
+    drop = _first(module, "attention_dropout", "dropout_prob", "attn_drop", "dropout")
     return Site.of(
         module,
         feat_size=place.feat_size,
         num_prefix_tokens=place.num_prefix_tokens,
-        num_heads=_first(module, "num_attention_heads", "num_heads"),
-        qkv_weight=torch.cat([projection.weight for projection in projections]),
-        qkv_bias=_packed_bias(projections),
-        proj=_first(module, "o_proj", "out_proj"),
-        attn_drop=_first(module, "attention_dropout", "dropout"),
-        mixer_args={} if scale == module.head_dim**-0.5 else {"scale": scale},
+        num_heads=len(weight) // 3 // head_dim,
+        qkv_weight=weight,
+        qkv_bias=bias,
+        proj=proj,
+        with_proj=proj is not None,
+        attn_drop=drop.p if isinstance(drop, nn.Dropout) else drop or 0.0,
+        mixer_args={} if scale in (None, head_dim**-0.5) else {"scale": scale},
         init_weights=tower._init_weights,
-        reduction=place.reduction,
-        **fields,
+        **fields | family.parts(module, place),
     )
 
 
-def _stand_in(kind: type[StandIn], module: nn.Module, mixer: TokenMixer) -> nn.Module:
+def _stand_in(place: Place, module: nn.Module, mixer: TokenMixer) -> nn.Module:
     host = type(module).__bases__[1] if isinstance(module, StandIn) else type(module)
-    return cast(Any, converted_class(kind, host))(mixer, module)  # type: ignore[no-any-return]
+    kind: Any = converted_class(place.stand_in, host)
+    return kind(mixer, module, **place.stand_in_args)  # type: ignore[no-any-return]
 
 
 def _kind(module: nn.Module) -> str:
@@ -231,20 +237,17 @@ def _kind(module: nn.Module) -> str:
 
 
 def _first(module: nn.Module, *names: str) -> Any:
-    return next(getattr(module, name) for name in names if hasattr(module, name))
+    return next((getattr(module, name) for name in names if hasattr(module, name)), None)
 
 
-def _packed_bias(projections: list[nn.Linear]) -> Tensor | None:
-    """The bias of three projections as one, zero where there is none; None where none has one."""
-    if all(projection.bias is None for projection in projections):
-        return None
-    return torch.cat([p.weight.new_zeros(p.out_features) if p.bias is None else p.bias for p in projections])
-
-
-def _grid(tower: Any) -> Size2:
-    """The grid of patches a tower is built for."""
-    if not hasattr(tower.config, "image_size"):  # as many patches as a square of them
-        extent = int(tower.config.num_patches**0.5)
-        return extent, extent
-    (height, width), (patch_height, patch_width) = pair(tower.config.image_size), pair(tower.config.patch_size)
-    return height // patch_height, width // patch_width
+def _projections(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of queries, keys and values as one; a bias is zero where one has none, None where none has."""
+    if hasattr(module, "qkv"):
+        return module.qkv.weight, module.qkv.bias
+    parts = [_first(module, f"{name[0]}_proj", name) for name in ("query", "key", "value")]
+    weight = torch.cat([part.weight for part in parts])
+    if all(part.bias is None for part in parts):
+        return weight, None
+    return weight, torch.cat(
+        [part.weight.new_zeros(len(part.weight)) if part.bias is None else part.bias for part in parts]
+    )

@@ -304,6 +304,10 @@ def _keep_parts(name: str, site: Site, mixer: str, new: TokenMixer) -> None:
         parts.append("a rotary position embedding")
     if (parts and not isinstance(new, AttentionMixer)) or (site.rotate_half is not None and not new.rotates):
         raise UnsupportedHostError(f"{name} has {', '.join(parts)}, for which mixer {mixer!r} has no place")
+    if site.adds_pos_embed and not new.adds_pos_embed:
+        raise UnsupportedHostError(
+            f"{name} adds a position embedding to its queries and keys alone, for which mixer {mixer!r} has no place"
+        )
     if parts and (new.num_heads, new.head_dim) != (site.num_heads, site.head_dim):
         raise StaticKeyError(
             f"{name} has {', '.join(parts)} for {site.num_heads} heads of {site.head_dim}, the mixer has "

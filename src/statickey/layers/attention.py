@@ -113,6 +113,7 @@ class AttentionMixer(TokenMixer):
         *,
         attn_mask: Tensor | None = None,
         rope: Tensor | None = None,
+        pos_embed: Tensor | None = None,
     ) -> Tensor:
         """The attention map of every head, always computed and stored in full.
 
@@ -121,6 +122,7 @@ class AttentionMixer(TokenMixer):
             feat_size: As in ``forward``.
             attn_mask: As in ``forward``.
             rope: As in ``forward``.
+            pos_embed: As in ``forward``.
 
         Returns:
             (B, h, N, N), rows sum to one (unless heads are mixed after the softmax).
@@ -131,12 +133,18 @@ class AttentionMixer(TokenMixer):
                 f"off_grid='window' has no single attention map on feat_size={feat_size}; "
                 f"ask for it on feat_size={self.feat_size}"
             )
-        if rope is not None:
-            self._check_rotates(feat_size)
+        self._check_positions(feat_size, rope, pos_embed)
         op = partial(self._call_op, attn_mask=attn_mask, as_map=True)
-        return self._attend(x, feat_size, op, self._rotation(rope))
+        return self._attend(x, feat_size, op, self._rotation(rope), pos_embed)
 
-    def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None, rope: Tensor | None = None) -> Tensor:
+    def _mix(
+        self,
+        x: Tensor,
+        feat_size: Size2,
+        attn_mask: Tensor | None,
+        rope: Tensor | None = None,
+        pos_embed: Tensor | None = None,
+    ) -> Tensor:
         own_keys = self.query_bias is not None or (self.head_mix is not None and self.head_mix.of_tokens)
         unmasked = attn_mask is None and not own_keys
         if not unmasked and self._tiles(feat_size):
@@ -144,7 +152,7 @@ class AttentionMixer(TokenMixer):
                 f"a mask or position bias needs one map of all tokens, off_grid='window' tiles feat_size={feat_size}"
             )
         attend = self._attend_unmasked if unmasked else self._attend
-        out = attend(x, feat_size, partial(self._call_op, attn_mask=attn_mask), self._rotation(rope))
+        out = attend(x, feat_size, partial(self._call_op, attn_mask=attn_mask), self._rotation(rope), pos_embed)
         out = out.transpose(1, 2).flatten(2)
         out = self.out_norm(out)
         if self.gate is not None:
@@ -180,12 +188,16 @@ class AttentionMixer(TokenMixer):
         return projections + num_tokens // self.tokens_per_query * values * out_dim + products + mixing
 
     @abstractmethod
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
+    def _attend(
+        self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate, pos_embed: Tensor | None = None
+    ) -> Tensor:
         """Project, turn and call ``op(query, key, value, key_bias=, query_offset=)``; (B, h, N, ...)."""
 
-    def _attend_unmasked(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
+    def _attend_unmasked(
+        self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate, pos_embed: Tensor | None = None
+    ) -> Tensor:
         """What ``_attend`` computes, where neither a mask nor the map is asked for."""
-        return self._attend(x, feat_size, op, turn)
+        return self._attend(x, feat_size, op, turn, pos_embed)
 
     def _logit_scale(self) -> float | Tensor:
         return self.scale if self.log_temperature is None else self.log_temperature.exp()
@@ -238,6 +250,11 @@ class AttentionMixer(TokenMixer):
             return tuple(part.reshape(*shape, part.shape[-1] // self.num_heads).transpose(1, 2) for part in split)
         heads = x.reshape(batch, tokens, parts, self.num_heads, channels // (parts * self.num_heads))
         return heads.permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def with_pos_embed(x: Tensor, pos_embed: Tensor | None) -> Tensor:
+    """What queries and keys are projected from."""
+    return x if pos_embed is None else x + pos_embed
 
 
 def _stay(vectors: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What static keys are compared with: self-attention, and controls that take more and more away from it."""
 
 from abc import abstractmethod
+from functools import partial
 from math import prod
 from typing import Any, ClassVar, Literal
 
@@ -12,7 +13,7 @@ from torch import Tensor, fx, nn
 from .._checks import check_feat_size, check_map, check_no_mask, check_not_causal
 from .._typing import Size2
 from ..errors import StaticKeyError
-from .attention import AttendOp, AttentionMixer, Rotate, linear_rows
+from .attention import AttendOp, AttentionMixer, Rotate, linear_rows, with_pos_embed
 from .mixer import GridState, TokenMixer
 from .parts import Reduction
 
@@ -29,6 +30,8 @@ class SelfAttention(AttentionMixer):
         learned_temperature: Learn the factor, starting from ``scale``.
         mask_diagonal: Tokens do not attend to themselves.
     """
+
+    adds_pos_embed = True
 
     def __init__(
         self,
@@ -81,13 +84,20 @@ class SelfAttention(AttentionMixer):
         keys = prod(self.reduction.grid(feat_size))
         return self.reduction.macs(feat_size) + self._attention_macs(tokens, tokens * keys, self.head_dim, 3, keys)
 
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
-        if self.reduction is None:
+    def _attend(
+        self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate, pos_embed: Tensor | None = None
+    ) -> Tensor:
+        if self.reduction is None and pos_embed is None:
             query, key, value = self._split_heads(self.qkv(x), 3)
         else:
-            inner, reduced = self.num_heads * self.head_dim, self.reduction(x, feat_size)
-            (query,) = self._split_heads(linear_rows(self.qkv, x, slice(inner)), 1)
-            key, value = self._split_heads(linear_rows(self.qkv, reduced, slice(inner, None)), 2)
+            inner, placed = self.num_heads * self.head_dim, with_pos_embed(x, pos_embed)
+            reduce = partial(self.reduction, feat_size=feat_size) if self.reduction is not None else nn.Identity()
+            (query,) = self._split_heads(linear_rows(self.qkv, placed, slice(inner)), 1)
+            if pos_embed is None:
+                key, value = self._split_heads(linear_rows(self.qkv, reduce(x), slice(inner, None)), 2)
+            else:
+                (key,) = self._split_heads(linear_rows(self.qkv, reduce(placed), slice(inner, 2 * inner)), 1)
+                (value,) = self._split_heads(linear_rows(self.qkv, reduce(x), slice(2 * inner, None)), 1)
         query, key = self.q_norm(query).to(value.dtype), self.k_norm(key).to(value.dtype)
         return op(turn(query), turn(key), value)
 
@@ -108,7 +118,9 @@ class SharedKeyValueAttention(AttentionMixer):
         tokens = self._count(feat_size)[1]
         return self._attention_macs(tokens, tokens**2, self.head_dim, 2)
 
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
+    def _attend(
+        self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate, pos_embed: Tensor | None = None
+    ) -> Tensor:
         query, value = self._split_heads(self.qv(x), 2)
         return op(turn(self.q_norm(query).to(value.dtype)), turn(value), value)
 
@@ -145,7 +157,9 @@ class SynthesizerAttention(GridState, AttentionMixer):
         tokens = self._count(feat_size)[1]
         return self._attention_macs(tokens, tokens**2, self.head_dim, 2)
 
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
+    def _attend(
+        self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate, pos_embed: Tensor | None = None
+    ) -> Tensor:
         query, value = self._split_heads(self.qv(x), 2)
         query = self.q_norm(query).to(value.dtype)
         key = self._resample(self.static_key, self.feat_size, feat_size).to(query.dtype)
@@ -248,11 +262,12 @@ class _MapMixer(TokenMixer):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         rope: Tensor | None = None,
+        pos_embed: Tensor | None = None,
     ) -> Tensor:
         """Mix tokens or a map; see ``TokenMixer.forward``."""
         check_no_mask(type(self).__name__, attn_mask)
-        if self.input_fmt != "NCHW" or isinstance(x, fx.Proxy) or rope is not None:
-            return super().forward(x, feat_size, is_causal=is_causal, rope=rope)
+        if self.input_fmt != "NCHW" or isinstance(x, fx.Proxy) or rope is not None or pos_embed is not None:
+            return super().forward(x, feat_size, is_causal=is_causal, rope=rope, pos_embed=pos_embed)
         check_not_causal(is_causal)
         check_map(x, self.dim, self.num_prefix_tokens, channels_first=True)
         return self.proj_drop(self._mix_map(x))  # type: ignore[no-any-return]

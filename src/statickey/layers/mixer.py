@@ -62,6 +62,8 @@ class TokenMixer(nn.Module, ABC):
 
     rotates: ClassVar[bool] = False
     """Whether the mixer has queries and keys that a rotary position embedding can turn."""
+    adds_pos_embed: ClassVar[bool] = False
+    """Whether the mixer has queries that see a position embedding which values do not."""
 
     __call__: Callable[..., Tensor]
 
@@ -120,6 +122,7 @@ class TokenMixer(nn.Module, ABC):
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
         rope: Tensor | None = None,
+        pos_embed: Tensor | None = None,
     ) -> Tensor:
         """Mix tokens.
 
@@ -131,26 +134,25 @@ class TokenMixer(nn.Module, ABC):
             is_causal: Accepted because timm's blocks pass it; must be False.
             rope: A rotary position embedding, (H*W, 2*d) or one for each head, (h, H*W, 2*d): sines, then cosines,
                 by which grid tokens turn their queries and keys; a static key is turned by the place of its row.
+            pos_embed: A position embedding, (N, dim) or (B, N, dim), added to what queries and keys are projected
+                from, but not values; a static key has its place by itself.
 
         Returns:
             In the shape of ``x``.
 
         Raises:
             FeatSizeError: The tokens do not fill the grid.
-            StaticKeyError: Causal attention, or a mask or rotary embedding for a mixer without attention, is asked
-                for; or a rotary embedding for a static key that is not on the grid of the tokens.
+            StaticKeyError: Causal attention, or a mask or position embedding for a mixer without attention, is
+                asked for; or a rotary embedding for a static key that is not on the grid of the tokens.
             BackendError: The mixer's ``backend`` cannot run here: ``"triton"`` with a mask, with ``attn_drop`` in
                 training, for self-attention, or while the mixer is compiled, exported or transformed.
         """
         if isinstance(x, fx.Proxy):
-            return self._traced(x, feat_size, attn_mask, rope)
+            return self._traced(x, feat_size, attn_mask, rope, pos_embed)
         check_not_causal(is_causal)
         tokens, feat_size = self._tokens(x, feat_size)
-        turned = {}
-        if rope is not None:
-            self._check_rotates(feat_size)
-            turned = {"rope": rope}
-        out = self._mix(tokens, feat_size, attn_mask, **turned)
+        self._check_positions(feat_size, rope, pos_embed)
+        out = self._mix(tokens, feat_size, attn_mask, **_given(rope=rope, pos_embed=pos_embed))
         if self.input_fmt == "NLC":
             return out
         maps = out.reshape(out.shape[0], *feat_size, out.shape[-1])
@@ -166,12 +168,27 @@ class TokenMixer(nn.Module, ABC):
         return maps.flatten(1, 2), (maps.shape[1], maps.shape[2])
 
     def _traced(
-        self, x: fx.Proxy, feat_size: Size2 | None, attn_mask: Tensor | None, rope: Tensor | None = None
+        self,
+        x: fx.Proxy,
+        feat_size: Size2 | None,
+        attn_mask: Tensor | None,
+        rope: Tensor | None = None,
+        pos_embed: Tensor | None = None,
     ) -> Any:
         """A leaf of a symbolic trace: the grid is known when the mixer runs, not before."""
-        kwargs: dict[str, Any] = {"attn_mask": attn_mask} | ({} if rope is None else {"rope": rope})
+        kwargs: dict[str, Any] = {"attn_mask": attn_mask} | _given(rope=rope, pos_embed=pos_embed)
         tracer = cast(fx.Tracer, x.tracer)
         return tracer.create_proxy("call_module", tracer.path_of_module(self), (x, feat_size), kwargs)
+
+    def _check_positions(self, feat_size: Size2, rope: Tensor | None, pos_embed: Tensor | None) -> None:
+        """Refuse a position embedding that the mixer has no place for."""
+        if rope is not None:
+            self._check_rotates(feat_size)
+        if pos_embed is not None and not self.adds_pos_embed:
+            raise StaticKeyError(
+                f"{type(self).__name__} has no query beside its values that a position embedding could be added to; "
+                "use mhsa or a static key"
+            )
 
     def _check_rotates(self, feat_size: Size2) -> None:
         """Refuse a rotary position embedding on a grid where the mixer cannot follow it."""
@@ -183,7 +200,7 @@ class TokenMixer(nn.Module, ABC):
 
     @abstractmethod
     def _mix(self, x: Tensor, feat_size: Size2, attn_mask: Tensor | None) -> Tensor:
-        """Mix tokens of a checked shape; a mixer that ``rotates`` may also be given ``rope``."""
+        """Mix tokens of a checked shape; a mixer is also given the ``rope`` or ``pos_embed`` it can take."""
 
     @abstractmethod
     def macs(self, feat_size: Size2 | None = None) -> int:
@@ -311,3 +328,7 @@ class GridState(TokenMixer):
             f"the checkpoint's key belongs to {difference}; build the model with {remedy}, or load through "
             "statickey.models.checkpoint_filter_fn"
         )
+
+
+def _given(**tensors: Tensor | None) -> dict[str, Any]:
+    return {name: tensor for name, tensor in tensors.items() if tensor is not None}

@@ -12,7 +12,7 @@ from .._checks import check_positive, check_static_key_attention
 from .._typing import Key, OffGrid, Size2
 from ..errors import StaticKeyError
 from ..ops import repeat_cells
-from .attention import AttendOp, Rotate
+from .attention import AttendOp, Rotate, with_pos_embed
 from .continuous import ContinuousKey
 from .static_key import StaticKeyAttention
 from .windows import Segment
@@ -170,14 +170,16 @@ class PartlyStaticAttention(StaticKeyAttention):
         bias = None if self.key_bias is None else rows("key_bias")
         return [Segment(turn(query), turn(rows("static_key")), bias, 0)]
 
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
+    def _attend(
+        self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate, pos_embed: Tensor | None = None
+    ) -> Tensor:
         if not self.mixed:
-            return super()._attend(x, feat_size, op, turn)
-        query, value = self._project(x)
+            return super()._attend(x, feat_size, op, turn, pos_embed)
+        query, value = self._project(x, pos_embed=pos_embed)
         query = turn(query)
         parts = []
         if self.dynamic_heads:
-            (key,) = self._split(self.k(x), len(self.dynamic_heads))
+            (key,) = self._split(self.k(with_pos_embed(x, pos_embed)), len(self.dynamic_heads))
             dynamic_key = _turn_of(self.dynamic_heads, turn)(self.k_norm(key).to(value.dtype))
             if self.static_heads and self.head_mix is not None:
                 return self._attend_together(query, dynamic_key, value, feat_size, op, turn)

@@ -12,7 +12,7 @@ from .._checks import check_feat_size, check_key_options
 from .._typing import Key, OffGrid, Size2
 from ..errors import StaticKeyError
 from ..ops import cell_sizes, pool_cells, pooling_macs, repeat_cells
-from .attention import AttendOp, AttentionMixer, Rotate, is_plain, linear_rows
+from .attention import AttendOp, AttentionMixer, Rotate, is_plain, linear_rows, with_pos_embed
 from .continuous import ContinuousKey
 from .mixer import GridState
 from .parts import Reduction
@@ -60,6 +60,8 @@ class StaticKeyAttention(GridState, AttentionMixer):
 
     key_names: ClassVar[tuple[str, ...]] = ("static_key",)
     """Attributes that hold keys: parameters on a grid, or functions of position."""
+
+    adds_pos_embed = True
 
     static_key: nn.Parameter | ContinuousKey
 
@@ -272,12 +274,14 @@ class StaticKeyAttention(GridState, AttentionMixer):
         """Queries of all tokens on ``feat_size``, in token order, with their keys, whose rows are given by name."""
         return [Segment(turn(query), turn(rows("static_key")), None, 0)]
 
-    def _attend(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
+    def _attend(
+        self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate, pos_embed: Tensor | None = None
+    ) -> Tensor:
         if self.reduction is not None:
-            query, value = self._project(x, partial(self.reduction, feat_size=feat_size))
+            query, value = self._project(x, partial(self.reduction, feat_size=feat_size), pos_embed)
             rows_there = partial(self.key_rows, self._cells(feat_size))
             return attend(self._segments(query, feat_size, rows_there, turn), value, op)
-        query, value = self._project(x)
+        query, value = self._project(x, pos_embed=pos_embed)
         if self._tiles(feat_size):
             return attend_in_windows(
                 self._segments(query, feat_size, partial(self.key_rows, self.feat_size), turn),
@@ -297,32 +301,37 @@ class StaticKeyAttention(GridState, AttentionMixer):
 
         return attend(self._segments(query, feat_size, rows, turn), value, op)
 
-    def _attend_unmasked(self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate) -> Tensor:
+    def _attend_unmasked(
+        self, x: Tensor, feat_size: Size2, op: AttendOp, turn: Rotate, pos_embed: Tensor | None = None
+    ) -> Tensor:
         if self.reduction is not None or not self._pools(feat_size):
-            return self._attend(x, feat_size, op, turn)
+            return self._attend(x, feat_size, op, turn, pos_embed)
         cells, prefix = self._cells(feat_size), self.num_prefix_tokens
         pool = partial(pool_cells, feat_size=feat_size, key_size=cells, num_prefix_tokens=prefix)
-        query, value = self._project(x, pool)
+        query, value = self._project(x, pool, pos_embed)
         count = cell_sizes(feat_size, cells, num_prefix_tokens=prefix, device=x.device)
         segments = self._segments(query, feat_size, partial(self.key_rows, cells), turn)
         return attend(segments, value, partial(op, key_count=count))
 
-    def _project(self, x: Tensor, pool: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def _project(
+        self, x: Tensor, pool: Callable[[Tensor], Tensor] | None = None, pos_embed: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Queries of all tokens, (B, h, N, d), and values, of what ``pool`` makes of the tokens."""
         inner = self.num_heads * self.head_dim
+        placed = with_pos_embed(x, pos_embed)
         if not self.query_proj:
-            (query,), (value,) = self._split_heads(x, 1), self._split_heads(self.v(x if pool is None else pool(x)), 1)
-        elif pool is None:
+            value = self.v(x if pool is None else pool(x))
+            (query,), (value,) = self._split_heads(placed, 1), self._split_heads(value, 1)
+        elif pool is None and pos_embed is None:
             query, value = self._split_heads(self.qv(x), 2)
         else:
-            if is_plain(self.qv) or self.reduction is not None:
+            if pool is None or is_plain(self.qv) or self.reduction is not None:
                 # a mean of projections is the projection of the mean, of fewer tokens
-                query, value = (
-                    linear_rows(self.qv, x, slice(inner)),
-                    linear_rows(self.qv, pool(x), slice(inner, None)),
-                )
+                query = linear_rows(self.qv, placed, slice(inner))
+                value = linear_rows(self.qv, x if pool is None else pool(x), slice(inner, None))
             else:
                 query, value = self.qv(x).tensor_split([inner], dim=-1)
+                query = query if pos_embed is None else linear_rows(self.qv, placed, slice(inner))
                 value = pool(value)
             (query,), (value,) = self._split_heads(query, 1), self._split_heads(value, 1)
         return self.q_norm(query.to(value.dtype)).to(value.dtype), value  # under autocast norms answer in float32

@@ -92,7 +92,11 @@ class QueryDetector(nn.Module):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay must leave alone."""
-        return {f"pyramid.{name}" for name in self.pyramid.no_weight_decay()}
+        of_encoder = getattr(self.detr, "no_weight_decay", set)  # where its encoder was converted
+        return {
+            *(f"pyramid.{name}" for name in self.pyramid.no_weight_decay()),
+            *(f"detr.{name}" for name in of_encoder()),
+        }
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
         """The layer of a parameter by its name, as timm's layer decay asks; all else is above the body."""
@@ -159,6 +163,7 @@ def _rt_detr(map_channels: Sequence[int], num_classes: int, channels: int, side:
     config = RTDetrV2Config(
         backbone_config=stand_in,
         num_labels=num_classes,
+        image_size=side,  # which convert gives keys of the encoder their grid by
         d_model=channels,
         encoder_hidden_dim=channels,
         encoder_in_channels=list(map_channels),

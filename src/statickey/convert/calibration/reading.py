@@ -166,7 +166,7 @@ def _call(
         return value
 
     rope = kwargs.get("rope")
-    mixer._attend(x, feat_size, record, mixer._rotation(rope))
+    mixer._attend(x, feat_size, record, mixer._rotation(rope), kwargs.get("pos_embed"))
     query, key, value = seen[-1]  # a partly static layer comes to its dynamic heads last
     mask = _mask(mixer, kwargs.get("attn_mask"), query)
     if mask is not None and mask.shape[1] == mixer.num_heads:
