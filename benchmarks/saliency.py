@@ -61,10 +61,13 @@ class Saliency(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The map."""
-        tokens = self.backbone(x)[:, 1:]
+        return self.maps(self.backbone(x))
+
+    def maps(self, tokens: Tensor) -> Tensor:
+        """The map, of the backbone's tokens (B, 257, 384)."""
         height, width = self.backbone.patch_embed.grid_size
-        maps = tokens.transpose(1, 2).unflatten(2, (height, width))
-        return F.interpolate(self.decoder(maps), x.shape[-2:], mode="bilinear").sigmoid()
+        maps = tokens[:, 1:].transpose(1, 2).unflatten(2, (height, width))
+        return F.interpolate(self.decoder(maps), (SIDE, SIDE), mode="bilinear").sigmoid()
 
 
 def graph_file() -> Path:
@@ -123,11 +126,16 @@ def _positions(tensors: dict[str, Tensor]) -> Tensor:
 
 def images(folder: str | Path, count: int, skip: int = 0) -> Tensor:
     """Images of a folder, scaled and padded to a square as the package does it, normalised, (count, 3, 224, 224)."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.suffix in (".jpg", ".jpeg", ".png"))
+    paths = files(folder)
     made = [_square(path) for path in paths[skip : skip + count]]
     if len(made) < count:
         sys.exit(f"{folder} has {len(paths)} images, {skip + count} are needed")
     return torch.stack(made)
+
+
+def files(folder: str | Path) -> list[Path]:
+    """The images of a folder, in order of their names."""
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix in (".jpg", ".jpeg", ".png"))
 
 
 def _square(path: Path) -> Tensor:

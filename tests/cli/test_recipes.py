@@ -10,7 +10,7 @@ from image_folders import make_folder
 from statickey.cli import main
 from statickey.cli.parser import RECIPES, recipes
 from statickey.compare import compare
-from statickey.tasks import TASKS, ClassificationRecipe, DetectionRecipe
+from statickey.tasks import TASKS, ClassificationRecipe, DetectionRecipe, RepairRecipe
 
 PROMISED = {
     "classify": {
@@ -24,11 +24,13 @@ PROMISED = {
     },
     "detect": {"coco-maskrcnn-1x", "coco-maskrcnn-3x", "coco-cascade-3x", "bccd"},
     "segment": {"ade20k-upernet", "camvid"},
+    "repair": {"repair"},
 }
 KEPT = {
     "classify": ("opt", "auto_augment"),
     "detect": ("opt", "scale", "arch", "max_size"),
     "segment": ("opt", "scale", "decoder", "loss"),
+    "repair": ("opt", "match"),
 }
 """What stays as the recipe says when it is made tiny."""
 SMALL = {"depths": [1, 1, 1, 1], "dims": [16, 32, 32, 32]}
@@ -49,6 +51,8 @@ def tiny(recipe, folder):
     if "former" in recipe.model:
         words += ["--model", f"{recipe.model.partition('_')[0]}_nano"]
         words += [word for name, value in SMALL.items() for word in (f"--model-args.{name}", str(value))]
+    if isinstance(recipe, RepairRecipe):
+        return [*words, "--batch-size", "4", "--limit", "40", *converted(folder)]
     if isinstance(recipe, ClassificationRecipe):
         words += ["--batch-size", "4", "--holdout", "0.2"]
         if recipe.data == "digits":
@@ -67,6 +71,16 @@ def tiny(recipe, folder):
         return words if recipe.data == "scenes" else [*words, "--data", str(make_coco(folder, marks, marks))]
     words += ["--decoder-channels", "16", "--crop-size", "32"]
     return words if recipe.data == "scenes" else [*words, "--data", str(make_masks(folder))]
+
+
+def converted(folder):
+    """The options that name a tiny network and what it was converted of."""
+    teacher, student = str(folder / "teacher"), str(folder / "student")
+    tiny = ["--limit", "40", "--epochs", "1", "--model-args.depth", "1", "--accelerator", "cpu"]
+    assert main(["train", *tiny, "--out", teacher]) == 0
+    fit = ["--fit", "mean", "--num-images", "8", "--accelerator", "cpu"]
+    assert main(["convert", teacher, *fit, "--out", student]) == 0
+    return ["--teacher", teacher, "--student", student]
 
 
 @pytest.fixture(autouse=True)

@@ -122,6 +122,21 @@ def test_what_cannot_be_carried_over(case):
     model(torch.randn(2, 3, 32, 32)).sum().backward()
 
 
+def test_fewer_dynamic_heads_keep_their_keys_and_the_static_ones_theirs():
+    model = converted("partly_static", mixer_args={"dynamic_heads": [0, 2], "bias": "map"}, qk_norm=True)
+    old = model.blocks[0].attn
+    report = convert(model, "partly_static", mixer_args={"dynamic_heads": [2], "bias": "map"})
+    new = model.blocks[0].attn
+    assert not report.modules[0].key_carried
+    assert torch.equal(new.k.weight, old.k.weight[8:])
+    assert torch.equal(new.k.bias, old.k.bias[8:])
+    for key in ("static_key", "map_bias"):
+        assert torch.equal(getattr(new, key)[1], getattr(old, key)[0])
+    with pytest.raises(StaticKeyError, match=r"keys of the input for heads \[2\], not for dynamic_heads=\[0\]"):
+        convert(model, "partly_static", mixer_args={"dynamic_heads": [0], "bias": "map"})
+    model(torch.randn(2, 3, 32, 32)).sum().backward()
+
+
 def test_other_heads_keep_the_widths_of_the_projections():
     model = converted("ska")
     assert not convert(model, "ska", mixer_args={"num_heads": 2}).modules[0].key_carried

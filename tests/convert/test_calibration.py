@@ -10,6 +10,7 @@ from timm.models.metaformer import Attention, LayerNorm2dNoBias, LayerNormNoBias
 
 from statickey import Calibration, CalibrationReport, StaticKeyAttention, convert
 from statickey.convert import token_mixers
+from statickey.convert.again import static_heads
 from statickey.convert.calibration import calibrate as calibrate_module
 from statickey.convert.calibration.choice import largest_within
 from statickey.convert.calibration.reading import change, turned_back
@@ -186,6 +187,88 @@ def test_heads_by_name():
     assert [m.name for m in report.modules] == ["blocks.1.attn"]
     assert model.blocks[0].attn.fused_attn is not None  # the host's own
     assert report.note == "as named"
+
+
+def test_nothing_is_ranked_where_nothing_is_left_out(monkeypatch):
+    copies = []
+    converted = calibrate_module.Calibrator.converted
+    monkeypatch.setattr(
+        calibrate_module.Calibrator, "converted", lambda self, heads: copies.append(heads) or converted(self, heads)
+    )
+    for choice in ({}, {"heads": {LAYERS[0]: [1]}}):
+        report = convert(vit(), "ska", calibration=Calibration(images(), fit="mean", **choice))
+        assert len(copies) == 1
+        assert all(figures.change is None for figures in report.heads)
+        copies.clear()
+    report = convert(vit(), "ska", calibration=Calibration(images(), fit="mean", fraction=1.0))
+    assert len(copies) == 1 + len(report.heads)
+    assert all(figures.change > 0 for figures in report.heads)
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_heads_that_were_left_dynamic_can_follow(host):
+    """Heads of a layer do not see each other: two calibrations, one after the other, give the keys of one."""
+    build, size = HOSTS[host]
+    twice, once, options = build(), build(), {"fit": "lstsq", "bias": "key"}
+    name = convert(build(), "mhsa").modules[-1].name
+    convert(twice, "ska", layers=name, calibration=Calibration(images(size), heads={name: [1]}, **options))
+    report = convert(twice, "ska", layers=name, calibration=Calibration(images(size), **options))
+    assert 1 not in {figures.head for figures in report.heads}
+    convert(once, "ska", layers=name, calibration=Calibration(images(size), **options))
+    (mixer,), (wanted,) = (token_mixers(model.get_submodule(name)).values() for model in (twice, once))
+    assert mixer.dynamic_heads == ()
+    for key, tensor in wanted.state_dict().items():
+        if not key.endswith("_extra_state"):
+            assert_close("keys", mixer.state_dict()[key], tensor)
+
+
+def test_a_share_counts_the_heads_that_are_static_already():
+    model, batch = vit(), images()
+
+    def static():
+        return {
+            (name, head): mixer.static_key[place].clone()
+            for name, mixer in token_mixers(model).items()
+            for place, head in enumerate(static_heads(mixer))
+        }
+
+    convert(model, "ska", calibration=Calibration(batch, heads={LAYERS[0]: [1, 2], LAYERS[1]: [0]}))
+    before = static()
+    assert len(before) == 3
+    with pytest.raises(
+        StaticKeyError, match=r"fraction=0\.4 of 6 heads, 3 of which are static already; ask for more"
+    ):
+        convert(model, "ska", calibration=Calibration(batch, fraction=0.4, criterion="kl"))
+    with pytest.raises(StaticKeyError, match=r"heads\['blocks.0.attn'\] has 2; its heads that are not static are 0$"):
+        convert(model, "ska", calibration=Calibration(batch, heads={LAYERS[0]: [2]}))
+    with pytest.raises(
+        StaticKeyError, match="has static heads with bias=None, as all its heads must; this fit has 'map'"
+    ):
+        convert(model, "ska", calibration=Calibration(batch, bias="map"))
+    assert {place: tensor.tolist() for place, tensor in static().items()} == {
+        place: tensor.tolist() for place, tensor in before.items()
+    }
+    start = copy.deepcopy(model)
+    report = convert(model, "ska", calibration=Calibration(batch, fraction=0.8, criterion="kl"))
+    now = static()
+    assert len(now) == 5
+    assert all(torch.equal(now[place], tensor) for place, tensor in before.items())
+    with torch.no_grad():
+        moved = change([start(batch[3::4])], [model(batch[3::4])])
+    assert min(stage.change for stage in report.stages[1:]) == pytest.approx(moved, abs=1e-6)
+    convert(model, "ska", calibration=Calibration(batch, criterion="kl"))
+    assert {type(mixer) for mixer in token_mixers(model).values()} == {StaticKeyAttention}
+    model.train()(batch).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_what_is_made_under_inference_mode_can_be_trained():
+    model, batch = vit(), images()
+    with torch.inference_mode():
+        convert(model, "ska", calibration=Calibration([batch * 1.0]))
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model.train()(batch).square().sum().backward()
+    assert model.blocks[0].attn.qv.weight.grad.abs().sum() > 0
 
 
 def test_chosen_layers_alone():
@@ -391,7 +474,11 @@ REFUSED = {
         lambda: Calibration(images(), heads={"head": [0]}),
         "heads names 'head', the chosen layers",
     ),
-    "no such head": (vit, lambda: Calibration(images(), heads={LAYERS[0]: [3]}), "has 3; it has heads 0 to 2"),
+    "no such head": (
+        vit,
+        lambda: Calibration(images(), heads={LAYERS[0]: [3]}),
+        "has 3; its heads that are not static are 0, 1, 2",
+    ),
     "no head": (vit, lambda: Calibration(images(), heads={LAYERS[0]: []}), "must name one head or more"),
     "wrong metric": (vit, lambda: Calibration(images(), metric=lambda m: float("nan")), "metric gives nan"),
 }

@@ -120,6 +120,54 @@ def test_least_squares_is_that_of_the_written_out_regression(bias):
         assert_close("logits", keys.logits(full.query)[:, head].reshape(-1, TOKENS), expected)
 
 
+@pytest.mark.parametrize("bias", BIASES)
+@pytest.mark.parametrize("far", [-100.0, float("-inf")])
+def test_least_squares_leaves_out_what_a_mask_does(bias, far):
+    """Windows of a shifted map: of two kinds, the keys of one in two parts that do not see each other."""
+    mask = torch.zeros(IMAGES, 1, TOKENS, TOKENS, dtype=torch.float64)
+    mask[::2, :, :2, 2:] = mask[::2, :, 2:, :2] = far
+    parts = [replace(part, mask=own) for part, own in zip(calls(noise=0.5), mask.split([5, 4, 3]), strict=True)]
+    keys, full = least_squares(LayerStatistics.of(parts, IMAGES), bias, [0, 1]), whole(parts)
+    counts = (mask > -50).expand(-1, HEADS, -1, -1)
+    missed = full.query @ full.key.mT - keys.logits(full.query)
+    blind = least_squares(LayerStatistics.of(calls(noise=0.5), IMAGES), bias, [0, 1])
+    for head in range(HEADS):
+        error, other = (
+            written_out_error(full, counts[:, head], head, each)
+            for each in (missed, full.query @ full.key.mT - blind.logits(full.query))
+        )
+        assert_close("squared error", error, regression_error(full, counts[:, head], head, bias))
+        assert error < 0.999 * other
+
+
+def written_out_error(full, counts, head, missed):
+    """Of each row, less its mean over the keys that count."""
+    rows = [row[own] for row, own in zip(missed[:, head].flatten(0, 1), counts.flatten(0, 1), strict=True)]
+    return sum((row - row.mean()).square().sum() for row in rows)
+
+
+def regression_error(full, counts, head, bias):
+    """What is left by the best of all keys, biases and numbers common to a row, as one dense regression."""
+    width = {None: WIDTH, "key": WIDTH + 1, "map": WIDTH + TOKENS}[bias]
+    rows, wanted = [], []
+    logits = full.query[:, head] @ full.key[:, head].mT
+    for image in range(IMAGES):
+        for place in range(TOKENS):
+            numbers = torch.zeros(width, dtype=torch.float64)
+            numbers[:WIDTH] = full.query[image, head, place]
+            if bias is not None:
+                numbers[WIDTH + (place if bias == "map" else 0)] = 1
+            for key in counts[image, place].nonzero().flatten():
+                row = torch.zeros(TOKENS * width + IMAGES * TOKENS, dtype=torch.float64)
+                row[key * width : (key + 1) * width] = numbers
+                row[TOKENS * width + image * TOKENS + place] = 1
+                rows.append(row)
+                wanted.append(logits[image, place, key])
+    design, target = torch.stack(rows), torch.stack(wanted)
+    solution = torch.linalg.lstsq(design, target[:, None], driver="gelsd").solution
+    return (design @ solution - target[:, None]).square().sum()
+
+
 def test_mean_and_constant():
     parts, full = calls("shared"), whole(calls("shared"))
     found = LayerStatistics.of(parts, IMAGES)

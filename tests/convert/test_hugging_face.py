@@ -272,6 +272,20 @@ def test_the_vision_tower_of_a_vision_language_model(name, tmp_path):
     assert_close("loaded", again(**told).logits_per_image, model(**told).logits_per_image)
 
 
+def test_a_vision_language_model_is_calibrated_by_its_tower():
+    model = vision_language("CLIP")
+    pixels = torch.randn(16, *images().shape[1:])
+    with pytest.raises(
+        StaticKeyError, match=r"CLIPModel does not run on these images \(.*\); .* in it, model.vision_mod"
+    ):
+        convert(model, "ska", calibration=Calibration(pixels, fit="mean"))
+    assert not token_mixers(model)
+    report = convert(model.vision_model, "ska", calibration=Calibration(pixels, fit="mean"))
+    assert len(report.modules) == len(token_mixers(model)) > 0
+    told = {"input_ids": torch.randint(50, (2, 8)), "pixel_values": images()}
+    assert model(**told).logits_per_image.isfinite().all()
+
+
 def siglip2():
     torch.manual_seed(0)
     sizes = {key: value for key, value in SIZES.items() if key != "image_size"}

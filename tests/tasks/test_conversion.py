@@ -53,7 +53,7 @@ def test_a_run_becomes_a_folder_that_all_commands_take(trained, tmp_path):
         str(head.static) for head in report.heads
     ]
     assert Image.open(out / "heads.png").width > 400
-    assert "2 of 4 heads static" in text.getvalue()
+    assert "2 of 4 heads became static" in text.getvalue()
     before = evaluate(str(trained), console=silent(), **QUIET)["top1"]
     after = evaluate(str(out), data="digits", console=silent(), **QUIET)["top1"]
     assert abs(before - after) < 10
@@ -78,7 +78,7 @@ def test_layers_and_a_folder_of_images_on_the_command_line(trained, tmp_path, ca
     words = ["convert", str(trained), "--out", str(tmp_path / "static"), "--data", str(folder), "--layers", "-1"]
     assert main([*words, "--fit", "lstsq", "--criterion", "kl", "--accelerator", "cpu"]) == 0
     shown = capsys.readouterr().out
-    assert "2 of 2 heads static, all; fit=lstsq bias=None on 9 images, measured on 3 others" in shown
+    assert "2 of 2 heads became static, all; fit=lstsq bias=None on 9 images, measured on 3 others" in shown
     assert load_model(tmp_path / "static")[1].mixer == "mhsa;ska@blocks.1.attn"
     assert main([*words, "--accelerator", "cpu"]) == 2
     assert "holds a network already; choose another --out" in capsys.readouterr().err

@@ -1,6 +1,5 @@
 """A converted classifier follows the one it was made of."""
 
-import copy
 import io
 import os
 import shutil
@@ -11,10 +10,11 @@ from rich.console import Console
 from safetensors.torch import load_file
 from timm.models import create_model
 
-from statickey import convert
-from statickey.convert import as_mixers, token_mixers
+from statickey.convert import layer_loss, token_mixers
+from statickey.convert.again import static_heads
 from statickey.data import load_images
 from statickey.errors import OutputError, StaticKeyError
+from statickey.layers import StaticKeyAttention
 from statickey.tasks import (
     ClassificationRecipe,
     Machine,
@@ -25,7 +25,7 @@ from statickey.tasks import (
     task_named,
     train,
 )
-from statickey.tasks.repair import _layer_loss, _teacher
+from statickey.tasks.repair import _teacher
 from tolerances import assert_close
 
 CPU = Machine(accelerator="cpu")
@@ -66,7 +66,7 @@ def test_layers_train_keys_alone(folders, tmp_path):
     digits = load_images("digits").test.images[:64].float() / 255
     images = (digits - card.mean[0]) / card.std[0]
     teacher = load_model(folders[0])[0]
-    assert _layer_loss(model, teacher, images) < _layer_loss(load_model(folders[1])[0], teacher, images)
+    assert layer_loss(model, teacher, images) < layer_loss(load_model(folders[1])[0], teacher, images)
     score = evaluate(str(tmp_path / "run"), console=silent(), accelerator="cpu")["top1"]
     assert score == pytest.approx(result["accuracy"])
 
@@ -89,6 +89,24 @@ def test_one_repair_starts_from_another(folders, tmp_path):
     assert result["config"]["student"] == str(tmp_path / "keys")
 
 
+def test_heads_become_static_a_part_at_a_time(folders, tmp_path):
+    """What a repair made is converted further, and repaired again; static heads stay static."""
+    repaired(folders, tmp_path / "first", match="features", epochs=1)
+    more = {"fit": "mean", "accelerator": "cpu", "num_images": 64, "console": silent()}
+    with pytest.raises(StaticKeyError, match=r"fraction=0\.5 of 4 heads, 3 of which are static already"):
+        convert_run(str(tmp_path / "first"), out=str(tmp_path / "less"), fraction=0.5, **more)
+    report = convert_run(str(tmp_path / "first"), out=str(tmp_path / "second"), **more)
+    assert len(report.heads) == 1
+    before, after = (load_model(tmp_path / name)[0] for name in ("first", "second"))
+    for (name, old), new in zip(token_mixers(before).items(), token_mixers(after).values(), strict=True):
+        assert type(new) is StaticKeyAttention, name
+        assert torch.equal(new.static_key[list(static_heads(old))], old.static_key)
+    result = repaired((folders[0], str(tmp_path / "second")), tmp_path / "third", match="logits", epochs=2)
+    where = {"data": "digits", "accelerator": "cpu", "console": silent()}
+    assert evaluate(str(tmp_path / "third"), **where)["top1"] == pytest.approx(result["accuracy"])
+    assert evaluate(str(tmp_path / "second"), out=str(tmp_path / "scores"), **where)["top1"] > 20
+
+
 def test_the_layer_loss_is_that_of_each_layer_on_the_teachers_input(folders):
     teacher, student = (load_model(folder)[0] for folder in folders)
     images = torch.randn(3, 1, 8, 8)
@@ -99,33 +117,8 @@ def test_the_layer_loss_is_that_of_each_layer_on_the_teachers_input(folders):
         terms.append((wanted - said).square().mean() / wanted.square().mean())
         x = own(x)
     static = [hasattr(mixer, "static_key") for mixer in token_mixers(student).values()]
-    assert_close("loss", _layer_loss(student, teacher, images), torch.stack(terms)[static].mean())
+    assert_close("loss", layer_loss(student, teacher, images), torch.stack(terms)[static].mean())
     assert not any(module._forward_hooks for module in teacher.modules())
-
-
-ROW = {"depths": (1,), "num_heads": (2,), "embed_dim": 16, "window_size": 4}
-HOSTS = {
-    "vit_small_patch16_dinov3": {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 8},
-    "beit_base_patch16_224": {"depth": 1, "embed_dim": 24, "num_heads": 3, "patch_size": 8},
-    "swin_tiny_patch4_window7_224": ROW,
-    "caformer_s18": {},
-}
-
-
-@pytest.mark.parametrize("name", HOSTS)
-def test_the_layer_loss_knows_every_host(name):
-    """The host itself loses nothing, whatever its attention is called and called with."""
-    size = {} if name == "caformer_s18" else {"img_size": 64}
-    teacher = create_model(name, num_classes=3, **size, **HOSTS[name]).eval()
-    student, images = copy.deepcopy(teacher), torch.randn(2, 3, 64, 64)
-    before = teacher(images)
-    convert(student, "ska", layers=-1)
-    followed = as_mixers(teacher)
-    assert_close("teacher", followed(images), before)
-    loss = _layer_loss(student, followed, images)
-    loss.backward()
-    assert loss > 0
-    assert token_mixers(student).popitem()[1].static_key.grad.abs().sum() > 0
 
 
 def test_the_teacher_may_be_a_published_model(monkeypatch):

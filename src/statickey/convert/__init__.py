@@ -31,6 +31,7 @@ from .host import (
     register_host_rule,
 )
 from .keys import check_shapes, forked_random, set_key, set_key_size, set_off_grid, token_mixers
+from .losses import feature_loss, key_parameters, layer_loss, relative_error
 from .metaformers import stage_grids
 from .slots import MapSlot, MixerSlot, TokenSlot
 from .swap import ConversionReport, ConvertedModule
@@ -56,8 +57,11 @@ __all__ = [
     "convert",
     "convit",
     "decomposed",
+    "feature_loss",
     "forked_random",
     "hiera",
+    "key_parameters",
+    "layer_loss",
     "maps",
     "maxvit",
     "metaformers",
@@ -68,6 +72,7 @@ __all__ = [
     "refusals",
     "host_attention",
     "register_host_rule",
+    "relative_error",
     "relpos",
     "rotary",
     "set_key",

@@ -1,10 +1,11 @@
 """What a mixer hands on to the one that takes its place."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import StaticKeyError
 from ..layers import ContinuousKey, PartlyStaticAttention, StaticKeyAttention
@@ -31,7 +32,7 @@ def carry_between(name: str, old: Any, new: Any) -> bool:
             continue
         found = getattr(old, projection, None)
         if found is None and projection == "v" and hasattr(old, "qv"):
-            found = _last_rows(old.qv, wanted.weight.shape[0])
+            found = _rows(old.qv, range(old.qv.out_features)[-wanted.out_features :])
         if found is None:
             raise StaticKeyError(
                 f"{name} is a {type(old).__name__}, which has no {projection} for the {type(new).__name__} to carry "
@@ -46,12 +47,16 @@ def carry_between(name: str, old: Any, new: Any) -> bool:
     dynamic = new.dynamic_heads if isinstance(new, PartlyStaticAttention) else ()
     if dynamic:
         found = old.dynamic_heads if isinstance(old, PartlyStaticAttention) else ()
-        if dynamic != found:
+        if not {*dynamic} <= {*found}:
             raise StaticKeyError(
                 f"{name} has keys of the input for heads {list(found)}, not for dynamic_heads={list(dynamic)}; build "
                 "the host again, or pass keep_weights=False for fresh weights"
             )
-        new.k = deepcopy(old.k)
+        new.k = (
+            deepcopy(old.k)
+            if dynamic == found
+            else _rows(old.k, [*map(old.key_channels().index, new.key_channels())])
+        )
     if not isinstance(old, StaticKeyAttention) or not isinstance(new, StaticKeyAttention):
         return False
     if _shapes(getattr(old, "query_conv", None)) == _shapes(getattr(new, "query_conv", None)) != {}:
@@ -63,21 +68,23 @@ def carry_between(name: str, old: Any, new: Any) -> bool:
         found, wanted = getattr(old, bias, None), getattr(new, bias, None)
         if found is None:
             continue
-        if wanted is None or wanted.shape != found.shape or old.key_grid != new.key_grid:
+        if wanted is None or old.key_grid != new.key_grid:
             whole = False
         else:
-            wanted.copy_(found)
+            whole = _carry_heads(found, old, wanted, new) and whole
     return whole
 
 
-def _last_rows(linear: nn.Linear, count: int) -> nn.Linear:
-    """The last outputs of a layer as a layer."""
+def _rows(linear: nn.Linear, rows: Sequence[int]) -> nn.Linear:
+    """Some outputs of a layer as a layer, with the part of a norm behind it that is theirs."""
     part = deepcopy(linear)
-    part.out_features = count
-    for tensor in ("weight", "bias"):
-        whole = getattr(linear, tensor)
-        if whole is not None:
-            setattr(part, tensor, nn.Parameter(whole[-count:].clone(), requires_grad=whole.requires_grad))
+    part.out_features = len(rows)
+    for module in part.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            module.num_features = len(rows)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.ndim:
+                tensor.data, tensor.grad = tensor.data[list(rows)].clone(), None
     return part
 
 
@@ -94,11 +101,25 @@ def _carry_key(key: str, old: StaticKeyAttention, new: StaticKeyAttention) -> bo
         setattr(new, key, deepcopy(found))
         return True
     rows = old.key_rows(new.key_grid, key)
-    if rows.shape != wanted.shape:
-        return False
     trainable = all(parameter.requires_grad for parameter in old.parameters() if parameter is found)
-    setattr(new, key, nn.Parameter(rows.clone(), requires_grad=trainable))
-    return True
+    wanted.requires_grad_(trainable)
+    return _carry_heads(rows, old, wanted, new)
+
+
+def _carry_heads(rows: Tensor, old: StaticKeyAttention, wanted: Tensor, new: StaticKeyAttention) -> bool:
+    """Copy what belongs to the heads that are static in both, (h, ...); whether that is all that is wanted."""
+    if rows.shape[1:] != wanted.shape[1:]:
+        return False
+    places = {head: place for place, head in enumerate(static_heads(old))}
+    for place, head in enumerate(static_heads(new)):
+        if head in places:
+            wanted[place] = rows[places[head]]
+    return {*static_heads(new)} <= places.keys()
+
+
+def static_heads(mixer: StaticKeyAttention) -> tuple[int, ...]:
+    """The heads whose keys are its own, in the order of those."""
+    return mixer.static_heads if isinstance(mixer, PartlyStaticAttention) else tuple(range(mixer.num_heads))
 
 
 def _shapes(module: nn.Module | None) -> dict[str, tuple[int, ...]]:

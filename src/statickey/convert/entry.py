@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, overload
 
+import torch
 from torch import nn
 
 from ..errors import StaticKeyError
@@ -97,4 +98,5 @@ def convert(
             "set_off_grid change a converted model"
         )
     asked = calibration if isinstance(calibration, Calibration) else Calibration(calibration)
-    return Calibrator(model, layers, asked).run()
+    with torch.inference_mode(False):  # what is made under it could not be trained
+        return Calibrator(model, layers, asked).run()

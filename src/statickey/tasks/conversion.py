@@ -49,7 +49,8 @@ def convert_run(
     """Give a trained classifier static keys, without training.
 
     Args:
-        source: Folder of a run, or a pretrained model's name, as timm has it.
+        source: Folder of a run, of ``statickey convert`` or of a repair, of which further heads are converted, or a
+            pretrained model's name, as timm has it.
         out: Folder of the converted network, which all commands that take a run's take too.
         data: Images to fit on, a folder or what ``train`` takes; default the training images of the run.
         data_dir: Where torchvision keeps its downloads.
@@ -58,7 +59,7 @@ def convert_run(
         fit: What a head's static map is made near to: its distribution (kl), its logits (lstsq) or keys (mean);
             constant is the control, a map that does not see the input.
         bias: Add a number to logits, for each key, or for each pair of places (map).
-        fraction: Share of the heads that become static; default all.
+        fraction: Share of the heads that are static in the end; default all.
         max_drop: As many heads as cost no more than this: points of the task's score on the images the run held out,
             or without them this share of the output's size.
         criterion: Which heads are first: by change of the output when a head is converted alone, or by an error of
@@ -117,7 +118,7 @@ def convert_run(
     rows = [asdict(head) for head in report.heads]
     write_csv(folder / "heads.csv", list(rows[0]), rows)
     save_png(head_map(report.heads), folder / "heads.png")
-    write_model(folder, "last", model.cpu(), card)
+    write_model(folder, "last", model.cpu(), replace(card, task=Classification.name))  # of a repair, too
     display.console.print(str(report), markup=False, highlight=False)
     display.say(f"results: {escape(str(folder))}")
     return report

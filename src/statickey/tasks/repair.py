@@ -1,7 +1,5 @@
 """Learning what a conversion lost: a network with static keys follows the one it was made of."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -11,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..convert import as_mixers, token_mixers
+from ..convert import as_mixers, feature_loss, key_parameters, layer_loss
 from ..data import ImageDataModule
 from ..errors import StaticKeyError
-from ..layers import StaticKeyAttention
 from ..models import CONFIG_FILE, WEIGHTS_FILE, load_exactly
 from .classification import Classification, ClassificationRecipe, Data
 from .published import published_model
@@ -98,7 +95,7 @@ class Repair(Classification):
             raise StaticKeyError(f"mixer={mixer!r}: a repair has the student's mixers; leave it out")
         recipe.need()
         model = _network(recipe.student)
-        keys = _key_parameters(model)
+        keys = key_parameters(model)
         if not keys:
             raise StaticKeyError(f"student={recipe.student!r} has no static key; give a converted network")
         if recipe.match == "layers":
@@ -118,59 +115,13 @@ class Repair(Classification):
             return super().losses(model, batch, recipe)
         teacher = _teacher(recipe.teacher, images.shape[-1]).to(images.device)
         if recipe.match == "layers":
-            return {"layers": _layer_loss(model, teacher, images)}
-        student: Any = model
+            return {"layers": layer_loss(model, teacher, images)}
         if recipe.match == "logits":
             with torch.no_grad():
                 wanted = teacher(images).float().log_softmax(1)
-            said = student(images).float().log_softmax(1)
+            said = model(images).float().log_softmax(1)
             return {"logits": F.kl_div(said, wanted, reduction="batchmean", log_target=True)}
-        with torch.no_grad():
-            features = teacher.forward_features(images)
-        return {"features": _difference(student.forward_features(images), features)}
-
-
-def _layer_loss(student: nn.Module, teacher: nn.Module, images: Tensor) -> Tensor:
-    """Each static layer's output on the teacher's input, against the teacher's; a mean over layers."""
-    names = [name for name, mixer in token_mixers(student).items() if isinstance(mixer, StaticKeyAttention)]
-    losses = []
-    with _recorded(teacher, names) as calls:
-        with torch.no_grad():
-            teacher(images)
-        for name in names:
-            args, kwargs, wanted = calls[name]
-            losses.append(_difference(student.get_submodule(name)(*args, **kwargs), wanted))
-    return torch.stack(losses).mean()
-
-
-@contextmanager
-def _recorded(teacher: nn.Module, names: list[str]) -> Iterator[dict[str, tuple[Any, Any, Tensor]]]:
-    """What modules are called with, and what they give."""
-    calls: dict[str, tuple[Any, Any, Tensor]] = {}
-    handles = []
-    for name in names:
-
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor, name: str = name) -> None:
-            calls[name] = (args, kwargs, output)
-
-        handles.append(teacher.get_submodule(name).register_forward_hook(hook, with_kwargs=True))
-    try:
-        yield calls
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _difference(said: Tensor, wanted: Tensor) -> Tensor:
-    """Mean square error, as a share of the mean square of what is wanted."""
-    wanted = wanted.float()
-    return F.mse_loss(said.float(), wanted) / wanted.square().mean().clamp_min(1e-12)
-
-
-def _key_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Keys, and what is added to their logits."""
-    found = [mixer for mixer in token_mixers(model).values() if isinstance(mixer, StaticKeyAttention)]
-    return [dict(mixer.named_parameters())[name] for mixer in found for name in sorted(mixer.no_weight_decay())]
+        return {"features": feature_loss(model, teacher, images)}
 
 
 def _card(folder: str) -> ModelCard:

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..._files import one_line
 from ...errors import StaticKeyError, UnsupportedHostError
 from ...layers import PartlyStaticAttention, StaticKeyAttention
+from ..again import static_heads
+from ..host import Site, has_rule
 from ..keys import token_mixers
 from ..swap import ConversionReport, Layers, all_or_nothing, select_sites
 from ..swap import convert as swap
@@ -20,13 +23,14 @@ from .fits import HeadKeys, fit_heads
 from .measure import HeadErrors, head_errors
 from .reading import (
     MIN_IMAGES,
+    attention_at,
     batches,
     change,
     check_runs,
+    dynamic_heads,
     layer_calls,
     outputs,
     read_images,
-    self_attention,
     turned_back,
 )
 from .report import CalibrationReport, HeadFigures, Stage
@@ -49,7 +53,7 @@ class Calibrator:
     def __init__(self, model: nn.Module, layers: Layers, calibration: Calibration) -> None:
         self.model = model
         self.asked = calibration
-        sites = find_host(model).sites
+        sites = {name: _with_heads_left(site) for name, site in find_host(model).sites.items()}
         chosen = select_sites(sites, layers)
         self.names = [name for name in sites if name in chosen]
         for name in self.names:
@@ -60,19 +64,31 @@ class Calibrator:
                 )
             if not sites[name].is_attention:
                 raise UnsupportedHostError(f"{name} has no attention whose keys could be fitted; name other layers")
+            mixer = sites[name].module
+            if isinstance(mixer, PartlyStaticAttention) and mixer.bias != calibration.layer_bias:
+                raise StaticKeyError(
+                    f"{name} has static heads with bias={mixer.bias!r}, as all its heads must; this fit has "
+                    f"{calibration.layer_bias!r}: choose the same, or name other layers"
+                )
         images = read_images(calibration.images, calibration.num_images)
         held = torch.arange(len(images)) % 4 == 3
         self.fitted_on, self.measured_on = images[~held], images[held]
         self.teacher = deepcopy(model).eval()
-        self.before = outputs(self.teacher, self.measured_on)
+        self.before = self._before()
         if not all(bool(part.isfinite().all()) for part in self.before):
             raise StaticKeyError(
                 "the model's output on the calibration images is not finite; check images and weights"
             )
-        swap(self.teacher, "mhsa", layers=self.names)
-        self.heads = {name: self_attention(self.teacher, name).num_heads for name in self.names}
+        own = [name for name in self.names if not isinstance(sites[name].module, PartlyStaticAttention)]
+        if own:
+            swap(self.teacher, "mhsa", layers=own)
+        self.heads = {name: dynamic_heads(attention_at(self.teacher, name)) for name in self.names}
+        static = (site.module for site in sites.values() if isinstance(site.module, StaticKeyAttention))
+        self.num_static = sum(len(static_heads(mixer)) for mixer in static)
         if calibration.heads is not None:
             named_heads(calibration.heads, self.heads)  # refuses before anything is fitted
+        if calibration.fraction is not None:
+            self._count(calibration.fraction)  # likewise
         check_runs(self.teacher, self.names, self.measured_on[:1])
         self.metric_before = calibration.value_of(self.teacher)
         self.equal = Stage("self-attention of this package", self._change(self.teacher), self.metric_before)
@@ -126,25 +142,48 @@ class Calibrator:
             images_per_second=speed,
         )
 
+    def _before(self) -> list[Tensor]:
+        """What the model gives for the images kept back.
+
+        Raises:
+            UnsupportedHostError: It does not run on images, as the one inside it that is converted may.
+        """
+        try:
+            return outputs(self.teacher, self.measured_on)
+        except StaticKeyError:
+            raise
+        except Exception as error:
+            for name, module in self.model.named_modules():
+                if name and has_rule(module) and all(place.startswith(f"{name}.") for place in self.names):
+                    raise UnsupportedHostError(
+                        f"{type(self.model).__name__} does not run on these images ({one_line(error)}); where it "
+                        f"needs more than images, calibrate the {type(module).__name__} in it, model.{name}"
+                    ) from error
+            raise
+
     def survey(self) -> None:
         """Fit all heads on the unconverted model, and measure them; the rest builds on it."""
         for name in self.names:
             self._survey_layer(name)
 
     def _survey_layer(self, name: str) -> None:
-        heads = list(range(self.heads[name]))
+        heads = list(self.heads[name])
         statistics = self._statistics(self.teacher, name)
-        self.fitted[name] = keys = fit_heads(statistics, self.asked.fit, self.asked.bias, heads)
+        self.fitted[name] = keys = fit_heads(statistics, self.asked.fit, self.asked.bias, self._places(name, heads))
         self.errors[name] = head_errors(layer_calls(self.teacher, name, self.measured_on), keys)
         self.spread[name] = statistics.spread().cpu()
         self.keys[name] = self._turned_back(name, keys, heads, statistics.rope)
-        if self.asked.criterion == "change":
+        if self.asked.criterion == "change" and self.asked.ranks:
             images = len(self.fitted_on) + len(self.measured_on)
             part = self.measured_on[: max(images // len(heads), MIN_IMAGES)]  # all heads cost about what fitting does
             before = outputs(self.teacher, part)
             for head in heads:
                 with_one = self.converted([(name, head)])
                 self.alone[name, head] = change(before, outputs(with_one, part))
+
+    def _places(self, name: str, heads: Iterable[int]) -> list[int]:
+        """Where heads of a layer are among those that were dynamic, whose keys and errors are held."""
+        return [self.heads[name].index(head) for head in heads]
 
     def _statistics(self, model: nn.Module, name: str) -> LayerStatistics:
         return LayerStatistics.of(layer_calls(model, name, self.fitted_on), len(self.fitted_on))
@@ -153,20 +192,21 @@ class Calibrator:
         """Keys as a layer stores them: not turned by their place."""
         if rope is None:
             return keys
-        full = keys.key.new_zeros(self.heads[name], *keys.key.shape[1:])
+        mixer = attention_at(self.teacher, name)
+        full = keys.key.new_zeros(mixer.num_heads, *keys.key.shape[1:])
         full[heads] = keys.key
-        return replace(keys, key=turned_back(self_attention(self.teacher, name), full, rope)[heads])
+        return replace(keys, key=turned_back(mixer, full, rope)[heads])
 
     def choose(self) -> tuple[list[Head], str]:
         """The heads that become static, by layer, and how they were chosen."""
         asked = self.asked
-        everything = [(name, head) for name, count in self.heads.items() for head in range(count)]
+        everything = [(name, head) for name, heads in self.heads.items() for head in heads]
         if asked.heads is not None:
             return named_heads(asked.heads, self.heads), "as named"
-        ranked = sorted(everything, key=self._rank)
+        ranked = sorted(everything, key=self._rank) if asked.ranks else everything
         if asked.fraction is not None:
-            count = max(round(asked.fraction * len(ranked)), 1)
-            return sorted(ranked[:count], key=everything.index), f"the smallest by {asked.criterion}"
+            taken = ranked[: self._count(asked.fraction)]
+            return sorted(taken, key=everything.index), f"the smallest by {asked.criterion}"
         if asked.max_drop is None:
             return everything, "all"
         unit = "of output change" if asked.metric is None else "of the metric"
@@ -174,10 +214,20 @@ class Calibrator:
         note = f"the most within max_drop={asked.max_drop}, at {cost:.4g} {unit}, by {asked.criterion}"
         return sorted(chosen, key=everything.index), note
 
+    def _count(self, fraction: float) -> int:
+        """How many heads a share of all is, less those that were static before."""
+        total = sum(map(len, self.heads.values())) + self.num_static
+        count = round(fraction * total) - self.num_static
+        if self.num_static and count < 1:
+            raise StaticKeyError(
+                f"fraction={fraction} of {total} heads, {self.num_static} of which are static already; ask for more"
+            )
+        return max(count, 1)
+
     def _rank(self, head: Head) -> float:
-        name, index = head
+        name, (place,) = head[0], self._places(head[0], [head[1]])
         errors = {"kl": self.errors[name].kl, "output": self.errors[name].output}
-        return self.alone[head] if self.asked.criterion == "change" else float(errors[self.asked.criterion][index])
+        return self.alone[head] if self.asked.criterion == "change" else float(errors[self.asked.criterion][place])
 
     def _drop(self, heads: Sequence[Head]) -> float:
         return self._cost(self._stage("", self.converted(heads)))
@@ -192,7 +242,7 @@ class Calibrator:
         by_layer = _by_layer(heads)
         student = deepcopy(self.teacher)
         for name, own in by_layer.items():
-            self._install(student, name, own, self.keys[name].of(own))
+            self._install(student, name, own, self.keys[name].of(self._places(name, own)))
         return student
 
     def refitted(self, heads: Iterable[Head]) -> nn.Module:
@@ -203,18 +253,19 @@ class Calibrator:
             if name in by_layer:
                 own = by_layer[name]
                 statistics = self._statistics(student, name)
-                near = self.fitted[name].of(own)
-                keys = fit_heads(statistics, self.asked.fit, self.asked.bias, own, near)
+                places = self._places(name, own)
+                near = self.fitted[name].of(places)
+                keys = fit_heads(statistics, self.asked.fit, self.asked.bias, places, near)
                 self._install(student, name, own, self._turned_back(name, keys, own, statistics.rope))
         return student
 
     def _install(self, model: nn.Module, name: str, heads: list[int], keys: HeadKeys) -> None:
         swap(model, **self._step(name, heads))
-        _fill(_static_layer(model, name), keys)
+        _fill(_static_layer(model, name), heads, keys)
 
     def _step(self, name: str, heads: list[int]) -> dict[str, Any]:
         """The arguments of ``convert`` that make a layer whose static heads are these."""
-        dynamic = [head for head in range(self.heads[name]) if head not in heads]
+        dynamic = [head for head in self.heads[name] if head not in heads]
         if not dynamic and self.asked.layer_bias is None:
             return {"mixer": "ska", "layers": [name]}
         args = {"dynamic_heads": dynamic, "bias": self.asked.layer_bias}
@@ -282,16 +333,16 @@ class Calibrator:
 
     def _figures(self, chosen: Sequence[Head]) -> Iterable[HeadFigures]:
         static = {*chosen}
-        for name, count in self.heads.items():
+        for name, heads in self.heads.items():
             errors = self.errors[name]
-            for head in range(count):
+            for place, head in enumerate(heads):
                 yield HeadFigures(
                     layer=name,
                     head=head,
-                    explained=float(errors.explained[head]),
-                    kl=float(errors.kl[head]),
-                    output_error=float(errors.output[head]),
-                    spread=float(self.spread[name][head]),
+                    explained=float(errors.explained[place]),
+                    kl=float(errors.kl[place]),
+                    output_error=float(errors.output[place]),
+                    spread=float(self.spread[name][place]),
                     change=self.alone.get((name, head)),
                     static=(name, head) in static,
                 )
@@ -314,13 +365,21 @@ def _static_layer(model: nn.Module, name: str) -> StaticKeyAttention:
     return layer
 
 
+def _with_heads_left(site: Site) -> Site:
+    """A place with static heads is one to convert while others of its heads are dynamic."""
+    mixer = site.module
+    left = isinstance(mixer, PartlyStaticAttention) and mixer.dynamic_heads
+    return replace(site, replaceable=True) if left else site
+
+
 @torch.no_grad()
-def _fill(layer: StaticKeyAttention, keys: HeadKeys) -> None:
-    """Give a layer its keys and bias; they are centred, which attention does not see."""
+def _fill(layer: StaticKeyAttention, heads: list[int], keys: HeadKeys) -> None:
+    """Give heads of a layer their keys and bias; they are centred, which attention does not see."""
     assert isinstance(layer.static_key, nn.Parameter)
-    layer.static_key.copy_(keys.key)
+    places = [static_heads(layer).index(head) for head in heads]
+    layer.static_key[places] = keys.key.to(layer.static_key)
     if isinstance(layer, PartlyStaticAttention):
         if layer.key_bias is not None and keys.key_bias is not None:
-            layer.key_bias.copy_(keys.key_bias / float(layer._logit_scale()))
+            layer.key_bias[places] = (keys.key_bias / float(layer._logit_scale())).to(layer.key_bias)
         if layer.map_bias is not None and keys.map_bias is not None:
-            layer.map_bias.copy_(keys.map_bias)
+            layer.map_bias[places] = keys.map_bias.to(layer.map_bias)

@@ -8,11 +8,11 @@ Head = tuple[str, int]
 """Name of a layer, index of a head."""
 
 
-def named_heads(heads: Mapping[str, Sequence[int]], available: Mapping[str, int]) -> list[Head]:
-    """Heads as given by layer.
+def named_heads(heads: Mapping[str, Sequence[int]], available: Mapping[str, Sequence[int]]) -> list[Head]:
+    """Heads as given by layer, of those that are ``available``.
 
     Raises:
-        StaticKeyError: A layer is not among those chosen, or a head does not exist or is named twice.
+        StaticKeyError: A layer is not among those chosen; a head does not exist, is static already or is named twice.
     """
     for name, indices in heads.items():
         if name not in available:
@@ -20,8 +20,9 @@ def named_heads(heads: Mapping[str, Sequence[int]], available: Mapping[str, int]
         if not isinstance(indices, Sequence):
             raise StaticKeyError(f"heads[{name!r}]={indices!r} must be a list of heads, such as [0, 2]")
         for head in indices:
-            if not isinstance(head, int) or isinstance(head, bool) or not 0 <= head < available[name]:
-                raise StaticKeyError(f"heads[{name!r}] has {head!r}; it has heads 0 to {available[name] - 1}")
+            if not isinstance(head, int) or isinstance(head, bool) or head not in available[name]:
+                left = ", ".join(map(str, available[name]))
+                raise StaticKeyError(f"heads[{name!r}] has {head!r}; its heads that are not static are {left}")
         if len({*indices}) != len(indices) or not indices:
             raise StaticKeyError(f"heads[{name!r}]={indices} must name one head or more, each once")
     return [(name, head) for name in available if name in heads for head in sorted(heads[name])]

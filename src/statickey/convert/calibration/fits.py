@@ -98,7 +98,7 @@ def constant_map(statistics: LayerStatistics, heads: list[int]) -> HeadKeys:
 
 
 def least_squares(statistics: LayerStatistics, bias: LogitBias | None, heads: list[int]) -> HeadKeys:
-    """The keys whose logits have the least squared error over all images, queries and keys.
+    """The keys whose logits have the least squared error over all images, queries and keys that a mask leaves.
 
     What is common to a row of logits does not count. Keys are centred, as softmax does not see their mean.
 
@@ -106,6 +106,9 @@ def least_squares(statistics: LayerStatistics, bias: LogitBias | None, heads: li
         The normal equations: with logits ``q_i . k_j``, ``K_j = (sum q q^T)^-1 sum q (q . k_j)``, with a bias for
         each pair of places after taking each position's mean off ``q`` and the logits.
     """
+    if statistics.masked.leave_keys_out:
+        key, added = statistics.masked.solve(bias, heads, statistics.gram.shape[-1])
+        return HeadKeys(key, added if bias == "key" else None, added if bias == "map" else None)
     gram, cross = statistics.gram[heads], statistics.cross[heads]
     if bias is None:
         return HeadKeys(_solve(gram, cross))

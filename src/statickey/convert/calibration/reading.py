@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import StaticKeyError, UnsupportedHostError
-from ...layers import SelfAttention, TokenMixer
+from ...layers import PartlyStaticAttention, SelfAttention, TokenMixer
 from ..keys import token_mixers
 
 MAP_BYTES = 2**27
@@ -53,15 +53,15 @@ class _EnoughError(Exception):
     """Raised where the rest of a forward pass is not needed."""
 
 
-def self_attention(model: nn.Module, name: str) -> SelfAttention:
-    """The self-attention at a place of a model that was converted to ``"mhsa"``.
+def attention_at(model: nn.Module, name: str) -> SelfAttention | PartlyStaticAttention:
+    """What stands at a place of a model whose attention was converted to ``"mhsa"``, unless it was partly static.
 
     Raises:
         UnsupportedHostError: Another mixer stands there, or its heads cannot be told from one another.
     """
     place = model.get_submodule(name)
     mixer: TokenMixer = place if isinstance(place, TokenMixer) else next(iter(token_mixers(place).values()))
-    if not isinstance(mixer, SelfAttention):
+    if not isinstance(mixer, SelfAttention | PartlyStaticAttention):
         raise UnsupportedHostError(f"{name} is a {type(mixer).__name__} already; name other layers, or build it anew")
     reasons = {
         "mixes the logits of all heads (talking heads), so none has a map of its own to fit": mixer.head_mix
@@ -76,22 +76,27 @@ def self_attention(model: nn.Module, name: str) -> SelfAttention:
     return mixer
 
 
+def dynamic_heads(mixer: SelfAttention | PartlyStaticAttention) -> tuple[int, ...]:
+    """The heads that keys of the input are made for."""
+    return mixer.dynamic_heads if isinstance(mixer, PartlyStaticAttention) else tuple(range(mixer.num_heads))
+
+
 def layer_calls(model: nn.Module, name: str, images: Tensor) -> Iterator[LayerCall]:
     """Run a model up to one layer, batch by batch.
 
     Args:
-        model: In evaluation mode, with self-attention at ``name``.
+        model: In evaluation mode, with ``attention_at`` the place.
         name: The layer.
         images: (n, C, H, W).
 
     Yields:
-        What it attends with.
+        What its dynamic heads attend with.
 
     Raises:
         StaticKeyError: Queries, keys or values are not finite, or the layer does not run on these images.
-        UnsupportedHostError: As in ``self_attention``.
+        UnsupportedHostError: As in ``attention_at``.
     """
-    mixer = self_attention(model, name)
+    mixer = attention_at(model, name)
     for batch in batches(images, mixer):
         found: list[LayerCall] = []
 
@@ -131,7 +136,7 @@ def check_runs(model: nn.Module, names: Iterable[str], batch: Tensor) -> None:
     def count(name: str, *_: Any) -> None:
         counts[name] += 1
 
-    handles = [self_attention(model, name).register_forward_pre_hook(partial(count, name)) for name in names]
+    handles = [attention_at(model, name).register_forward_pre_hook(partial(count, name)) for name in names]
     try:
         run(model, batch)
     finally:
@@ -145,7 +150,9 @@ def check_runs(model: nn.Module, names: Iterable[str], batch: Tensor) -> None:
 
 
 @torch.no_grad()
-def _call(mixer: SelfAttention, args: tuple[Any, ...], kwargs: dict[str, Any], num_images: int) -> LayerCall:
+def _call(
+    mixer: SelfAttention | PartlyStaticAttention, args: tuple[Any, ...], kwargs: dict[str, Any], num_images: int
+) -> LayerCall:
     x, feat_size = mixer._tokens(args[0], args[1] if len(args) > 1 else kwargs.get("feat_size"))
     if feat_size != mixer.feat_size:
         raise StaticKeyError(
@@ -154,18 +161,20 @@ def _call(mixer: SelfAttention, args: tuple[Any, ...], kwargs: dict[str, Any], n
         )
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
-    def record(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def record(query: Tensor, key: Tensor, value: Tensor, **_: Any) -> Tensor:
         seen.append((query, key, value))
         return value
 
     rope = kwargs.get("rope")
     mixer._attend(x, feat_size, record, mixer._rotation(rope))
-    query, key, value = seen[0]
+    query, key, value = seen[-1]  # a partly static layer comes to its dynamic heads last
     mask = _mask(mixer, kwargs.get("attn_mask"), query)
+    if mask is not None and mask.shape[1] == mixer.num_heads:
+        mask = mask[:, list(dynamic_heads(mixer))]
     return LayerCall(query * mixer._logit_scale(), key, value, mask, num_images, rope)
 
 
-def turned_back(mixer: SelfAttention, rows: Tensor, rope: Tensor | None) -> Tensor:
+def turned_back(mixer: SelfAttention | PartlyStaticAttention, rows: Tensor, rope: Tensor | None) -> Tensor:
     """Undo what a rotary position embedding did to the keys of all heads, (h, N, d)."""
     if rope is None:
         return rows
@@ -173,7 +182,7 @@ def turned_back(mixer: SelfAttention, rows: Tensor, rope: Tensor | None) -> Tens
     return mixer._rotation(torch.cat([-sin, cos], dim=-1))(rows)
 
 
-def _mask(mixer: SelfAttention, attn_mask: Tensor | None, query: Tensor) -> Tensor | None:
+def _mask(mixer: SelfAttention | PartlyStaticAttention, attn_mask: Tensor | None, query: Tensor) -> Tensor | None:
     """What the host adds to the logits, (1 or B, 1 or h, N, N)."""
     tokens = query.shape[2]
     if attn_mask is not None and attn_mask.dtype == torch.bool:
@@ -187,7 +196,7 @@ def _mask(mixer: SelfAttention, attn_mask: Tensor | None, query: Tensor) -> Tens
     return mask.expand(-1, -1, tokens, tokens)
 
 
-def batches(images: Tensor, mixer: SelfAttention | None = None) -> Iterator[Tensor]:
+def batches(images: Tensor, mixer: SelfAttention | PartlyStaticAttention | None = None) -> Iterator[Tensor]:
     """Images a few at a time: at most 32, and so that the maps of a layer stay small."""
     size = 32
     if mixer is not None:

@@ -91,7 +91,7 @@ class CalibrationReport(ConversionReport):
                 "",
                 *lines,
                 "",
-                f"{static} of {len(self.heads)} heads static, {self.note}; fit={self.fit} bias={self.bias} on "
+                f"{static} of {len(self.heads)} heads became static, {self.note}; fit={self.fit} bias={self.bias} on "
                 f"{self.num_images} images, measured on {self.num_measured} others",
                 *map(str, self.stages),
                 *map(str, self.controls),

@@ -33,7 +33,8 @@ class Calibration:
             (``"mean"``). ``"constant"`` is the control: the mean map, whatever the queries.
         bias: What is added to logits: nothing, a number for each ``"key"``, or a ``"map"``, for each query's and
             key's place. ``"mean"`` takes none, ``"constant"`` a map.
-        fraction: Share of the heads that become static, those with the smallest error over all chosen layers.
+        fraction: Share of the heads of the chosen layers, and of those static already, that are static in the end;
+            those with the smallest error.
         heads: By layer, which heads become static.
         max_drop: The largest set of heads that lowers the metric by no more than this, or changes the output by no
             more than this share of its size, is found by bisection.
@@ -83,6 +84,11 @@ class Calibration:
     def layer_bias(self) -> LogitBias | None:
         """The bias of the layers that are made."""
         return "map" if self.fit == "constant" else self.bias
+
+    @property
+    def ranks(self) -> bool:
+        """Whether heads are converted in an order, rather than all or those named."""
+        return self.fraction is not None or self.max_drop is not None
 
     def value_of(self, model: nn.Module) -> float | None:
         """The metric of a model, if there is one, on a copy that it may change.

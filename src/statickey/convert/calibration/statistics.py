@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .masked import MaskedSums
 from .reading import LayerCall
 
 SAMPLE_BYTES = 2**28
@@ -43,7 +44,8 @@ class LayerStatistics:
     Attributes, all (h, ...) in float64: ``key_sum`` (N, d) of keys, ``query_sum`` (N, d) of scaled queries, ``gram``
     (d, d) of queries with themselves, ``cross`` (d, N) of ``gram`` of an image times its ``kc``, ``logit_sum`` (N, N)
     of ``query . kc``, ``map_sum`` and ``map_square`` (N, N) of the maps and their squares, and ``mask_sum``, the
-    finite part of masks. ``rope``, by which the host turns queries and keys, is the last seen.
+    finite part of masks. ``masked`` has what least squares needs where a mask leaves keys out. ``rope``, by which the
+    host turns queries and keys, is the last seen.
 
     Args:
         num_samples: How many images (or windows) will come, of which an evenly spread part is sampled.
@@ -53,6 +55,7 @@ class LayerStatistics:
     count: int = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
     rope: Tensor | None = None
+    masked: MaskedSums = field(default_factory=MaskedSums)
     _queries: list[Tensor] = field(default_factory=list)
     _masks: list[Tensor] = field(default_factory=list)
 
@@ -88,6 +91,7 @@ class LayerStatistics:
         if call.mask is not None:
             mask = call.mask.double().masked_fill(call.mask == float("-inf"), 0.0)
             self._add("mask_sum", mask.expand(len(query), -1, -1, -1).sum(0))
+            self.masked.add(query, key, call.mask)
         chosen = self._chosen(call)
         if len(chosen):
             self._sample(call, chosen, maps, log_maps)
