@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 SYBIL = Sybil([PythonCodeBlockParser(), SkipParser()])
 FENCED = re.compile(r"^```\w*\n(.*?)^```", re.DOTALL | re.MULTILINE)
+SLOW = {"docs/convert.md"}
+"""Pages whose code takes minutes at the sizes that it shows."""
 COMMAND = re.compile(rf"\bstatickey ((?:{'|'.join(statickey_cli.COMMANDS)})\b[^#&|]*)")
 
 
@@ -34,13 +36,19 @@ def commands(page):
     return [found[1].strip() for line in blocks.splitlines() if (found := COMMAND.search(line))]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if parsed(page)], ids=ids)
+def with_code():
+    marks = {name: pytest.mark.slow for name in SLOW}
+    return [pytest.param(page, marks=marks.get(ids(page), ())) for page in PAGES if parsed(page)]
+
+
+@pytest.mark.parametrize("page", with_code(), ids=ids)
 def test_code_runs(page, tmp_path, monkeypatch):
+    """Without weights, for which code asks that the reader runs; ``loader`` and ``images`` are the reader's."""
     monkeypatch.chdir(tmp_path)
     make = timm.create_model
     monkeypatch.setattr(timm, "create_model", lambda *args, pretrained=False, **kwargs: make(*args, **kwargs))
     document = SYBIL.parse(page)
-    document.namespace["images"] = torch.randn(2, 3, 224, 224)
+    document.namespace |= {"images": torch.randn(2, 3, 224, 224), "loader": [torch.randn(8, 3, 224, 224)]}
     for example in document:
         example.evaluate()
 
