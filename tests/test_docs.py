@@ -37,7 +37,7 @@ def commands(page):
 
 
 def with_code():
-    marks = {name: pytest.mark.slow for name in SLOW}
+    marks = dict.fromkeys(SLOW, pytest.mark.slow)
     return [pytest.param(page, marks=marks.get(ids(page), ())) for page in PAGES if parsed(page)]
 
 
