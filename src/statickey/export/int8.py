@@ -38,15 +38,20 @@ def write_int8(place: Path, subject: Subject, opset: int) -> Run:
     with_constants, path = place / "constants.onnx", place / FILES["int8"][0]
     onnx_program(plain, subject, min(opset, OPSET)).save(str(with_constants))
     quant_pre_process(str(with_constants), str(with_constants), skip_symbolic_shape=True)  # folds what is constant
+    proto = _by_head(with_constants)
+    constants = {each.name for each in proto.graph.initializer}
     quantization.quantize_static(
-        _by_head(with_constants),
+        proto,
         str(path),
         _Reader(subject.images),
         per_channel=True,
         op_types_to_quantize=_PRODUCTS,
+        nodes_to_exclude=[
+            node.name for node in proto.graph.node if node.op_type == "MatMul" and node.input[1] not in constants
+        ],
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
-        extra_options={"MatMulConstBOnly": True, "OpTypesToExcludeOutputQuantization": _PRODUCTS},
+        extra_options={"OpTypesToExcludeOutputQuantization": _PRODUCTS},
     )
     return onnx_session(path)
 

@@ -29,7 +29,10 @@ OPSETS = (18, 23)
 AT_MOST = 1e-3
 """The largest difference of a logit, as a share of the largest logit, that still counts as the same network."""
 _REPORT = "export.json"
-_DETECTORS = "export takes classifiers and segmenters"
+_DETECTORS = (
+    "classifiers and segmenters are exported, not detectors: torchvision's branch on what they find, which "
+    "torch.export refuses, and RT-DETRv2 has operators that ONNX lacks"
+)
 
 
 @dataclass(frozen=True)
@@ -121,9 +124,7 @@ def export_run(
     )
     only = [format for format in formats if format in ("int8", "hub") and not isinstance(task, Classification)]
     if only:
-        raise StaticKeyError(
-            f"{source} is of task {task.name}; {' and '.join(only)} is for classifiers, leave it out"
-        )
+        raise StaticKeyError(f"{source} is of task {task.name}; --formats {' '.join(only)}: classifiers only")
     with display.busy("reading images"):
         where: dict[str, Any] = {"data": data, "data_dir": data_dir, "num_images": num_images, "seed": seed}
         images, scored = images_for(task, model, card, source, split="test", **where)
