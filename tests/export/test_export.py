@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -154,6 +155,11 @@ def test_int8_that_loses_too_much_is_not_kept(runs, tmp_path, monkeypatch):
     with pytest.raises(StaticKeyError, match=r"lost 100\.00 points on 2 images without labels"):
         export(runs / "mhsa", out, formats=["int8"], data=str(folder))
     assert list(out.iterdir()) == []
+    other = {**json.loads((runs / "mhsa" / "config.json").read_text()), "label_names": list("abcdefghij")}
+    shutil.copytree(runs / "mhsa", tmp_path / "other")
+    (tmp_path / "other" / "config.json").write_text(json.dumps(other))
+    with pytest.raises(DataError, match="class 'a' of the network is '0' in digits"):
+        export(tmp_path / "other", out, formats=["int8"], num_images=4)
     with pytest.raises(StaticKeyError, match="calibrated on an image and measured on another"):
         export(runs / "mhsa", out, formats=["int8"], data=str(folder), num_images=1)
 
@@ -247,7 +253,7 @@ def segmenter(tmp_path):
     card = ModelCard(
         architecture="skaformer_nano",
         mixer="ska",
-        model_args={"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]},
+        model_args={"depths": [1, 1, 1, 1], "dims": [8, 32, 32, 32]},
         img_size=64,
         in_chans=3,
         class_names=("sky", "sea", "sand"),

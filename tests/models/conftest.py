@@ -1,4 +1,4 @@
-"""The capability matrix: ``pytest -n 0 tests/models --capabilities FILE`` writes what the contract tests found."""
+"""The capability matrix, of what the contract tests found; CONTRIBUTING.md has the command."""
 
 import re
 from collections import defaultdict
@@ -8,8 +8,8 @@ import pytest
 
 HEAD = """# What the models can do
 
-Made by `pytest -n 0 tests/models --capabilities docs/capabilities.md`: a cell is filled when the contract test behind
-it passed for every size of the family, and says how where it is not simply yes.
+Made by `pytest -n 0 -m capability tests/models --capabilities docs/capabilities.md`: a cell is filled when the
+contract test behind it passed for every size of the family, and says how where it is not simply yes.
 
 """
 FAMILY = re.compile(r"^(.*?)(?:_(?:nano|s18|s36|m36|b36)|_(?:tiny|small|base)_patch16_224)$")

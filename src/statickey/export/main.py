@@ -28,6 +28,8 @@ OPSETS = (18, 23)
 """The oldest that torch's exporter writes, and the first with one operator for attention."""
 AT_MOST = 1e-3
 """The largest difference of a logit, as a share of the largest logit, that still counts as the same network."""
+_NUM_IMAGES = {True: 64, False: 4}
+"""Unless told otherwise, by whether the task has one size of image; those of others are large."""
 _REPORT = "export.json"
 _DETECTORS = (
     "classifiers and segmenters are exported, not detectors: torchvision's branch on what they find, which "
@@ -64,7 +66,7 @@ def export_run(
     ema: bool = False,
     data: str | None = None,
     data_dir: str | None = None,
-    num_images: int = 64,
+    num_images: int | None = None,
     max_drop: float = 0.5,
     compiled: bool = False,
     seed: int = 0,
@@ -86,7 +88,8 @@ def export_run(
         ema: The averaged weights.
         data: Images to compare on, a folder or what ``train`` takes; default those of the run.
         data_dir: Where torchvision keeps its downloads.
-        num_images: Images to compare and calibrate on; of a folder's, int8 is measured on a quarter of them.
+        num_images: Images to compare and calibrate on, default 64, of a segmenter 4; of a folder's, int8 is measured
+            on a quarter of them.
         max_drop: Points of the score that int8 may lose on the test images. Of a folder's images, which have no
             labels, the share in percent that it may say another class of.
         compiled: Time the network under ``torch.compile`` too, which takes a minute.
@@ -102,7 +105,8 @@ def export_run(
     """
     check_arguments(export_run, locals())
     check_folder(out=out)
-    check_positive(num_images=num_images)
+    if num_images is not None:
+        check_positive(num_images=num_images)
     if not 0 <= max_drop <= 100:
         raise StaticKeyError(f"max_drop={max_drop} must be points, from 0 to 100")
     if not formats or len(set(formats)) < len(formats):
@@ -126,7 +130,8 @@ def export_run(
     if only:
         raise StaticKeyError(f"{source} is of task {task.name}; --formats {' '.join(only)}: classifiers only")
     with display.busy("reading images"):
-        where: dict[str, Any] = {"data": data, "data_dir": data_dir, "num_images": num_images, "seed": seed}
+        number = _NUM_IMAGES[type(task).fixed_size] if num_images is None else num_images
+        where: dict[str, Any] = {"data": data, "data_dir": data_dir, "num_images": number, "seed": seed}
         images, scored = images_for(task, model, card, source, split="test", **where)
     held_back = 0 if scored is not None else -(-len(images) // 4)
     if "int8" in formats and held_back == len(images):

@@ -11,6 +11,7 @@ from ..tasks import Evidence, counted
 from .formats import Run
 
 Scored = Callable[[nn.Module], Evidence]
+_BATCH = 8
 _SECONDS = 0.2
 """To time a network for, at least."""
 
@@ -30,8 +31,8 @@ class Loss:
 
 @torch.no_grad()
 def logits_of(run: Run, images: Tensor) -> Tensor:
-    """What a function says of images, in two batches of other sizes than it was traced with."""
-    return torch.cat([run(part) for part in (images[:1], images[1:]) if len(part)])
+    """What a function says of images, in batches, the first of another size than it was traced with."""
+    return torch.cat([run(part) for part in (images[:1], *torch.split(images[1:], _BATCH)) if len(part)])
 
 
 def difference(said: Tensor, wanted: Tensor) -> float:

@@ -11,7 +11,7 @@ from torchvision.transforms.v2.functional import center_crop
 
 from ..data import image_files
 from ..errors import DataError
-from .evaluate import recipe_of
+from .evaluate import check_classes, recipe_of
 from .run import read_result
 from .scoring import score
 from .start import RESULT_FILE
@@ -87,18 +87,25 @@ def _from_run(
     if result is None and data is None:
         raise DataError(f"{source} does not say what it was trained on; give --data, a folder of images")
     recipe = recipe_of(task, source, card, result, data, data_dir, split)
+    read: Any
     if not task.fixed_size:
         recipe = replace(recipe, crop_size=card.img_size)
-        read: Any = task.read_data(recipe)
+        read = task.read_data(recipe)
         images = task.examples(read, task.data_module(recipe, read, 0), "holdout", num_images)[1]
         return images, None
     recipe = replace(recipe, img_size=card.img_size)
     if recipe.stream:
         raise DataError(f"{source} streamed its images; give --data, a folder of images")
-    module: Any = task.data_module(recipe, task.read_data(recipe), 0 if result is None else result["seed"])
+    read = task.read_data(recipe)
+    module: Any = task.data_module(recipe, read, 0 if result is None else result["seed"])
     part = module.train_part.images
     images = module.normalize(part[_drawn(len(part), num_images, seed)])
-    return images, lambda model: score(task, model, module, module.scoring_dataloader(split))
+
+    def scored(model: nn.Module) -> Evidence:
+        check_classes(card, read.class_names, recipe.data)
+        return score(task, model, module, module.scoring_dataloader(split))
+
+    return images, scored
 
 
 def _drawn(total: int, wanted: int, seed: int) -> list[int]:
