@@ -248,13 +248,13 @@ def test_time_of_the_compiled_network(runs, tmp_path, monkeypatch):
 
 @pytest.fixture
 def segmenter(tmp_path):
-    """Folder of a segmenter with keys for images of 64 pixels."""
+    """Folder of a segmenter with keys for images of 32 pixels."""
     settings = {"decoder": "segformer", "decoder_channels": 16, "window": None, "img_size": None, "off_grid": "pool"}
     card = ModelCard(
-        architecture="skaformer_nano",
+        architecture="small_vit",
         mixer="ska",
-        model_args={"depths": [1, 1, 1, 1], "dims": [8, 32, 32, 32]},
-        img_size=64,
+        model_args={"embed_dim": 16, "depth": 1, "num_heads": 2},
+        img_size=32,
         in_chans=3,
         class_names=("sky", "sea", "sand"),
         mean=(0.5, 0.5, 0.5),
@@ -269,13 +269,13 @@ def segmenter(tmp_path):
 def test_segmenters_at_another_size_than_that_of_their_keys(segmenter, tmp_path):
     """Values are averaged there over the cells of the keys, whose sizes are a mask of one row for all queries."""
     folder = str(pictures(tmp_path / "images", 3))
-    (made,) = export(segmenter, tmp_path / "out", data=folder, img_size=96)
+    (made,) = export(segmenter, tmp_path / "out", data=folder, img_size=48)
     assert made.difference < 1e-5
     model, _ = load_model(segmenter)
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
-    images = torch.randn(3, 3, 96, 96)
+    images = torch.randn(3, 3, 48, 48)
     (said,) = session.run(None, {"images": images.numpy()})
-    assert said.shape == (3, 3, 96, 96)
+    assert said.shape == (3, 3, 48, 48)
     np.testing.assert_allclose(said, model(images).detach(), atol=1e-4)
 
 
