@@ -39,7 +39,7 @@ def write_int8(place: Path, subject: Subject, opset: int) -> Run:
     onnx_program(plain, subject, min(opset, OPSET)).save(str(with_constants))
     quant_pre_process(str(with_constants), str(with_constants), skip_symbolic_shape=True)  # folds what is constant
     proto = _by_head(with_constants)
-    constants = {each.name for each in proto.graph.initializer}
+    matrices = {each.name for each in proto.graph.initializer if len(each.dims) == 2}
     quantization.quantize_static(
         proto,
         str(path),
@@ -47,7 +47,7 @@ def write_int8(place: Path, subject: Subject, opset: int) -> Run:
         per_channel=True,
         op_types_to_quantize=_PRODUCTS,
         nodes_to_exclude=[
-            node.name for node in proto.graph.node if node.op_type == "MatMul" and node.input[1] not in constants
+            node.name for node in proto.graph.node if node.op_type == "MatMul" and node.input[1] not in matrices
         ],
         activation_type=quantization.QuantType.QUInt8,
         weight_type=quantization.QuantType.QInt8,
@@ -67,16 +67,20 @@ def _by_head(path: Path) -> Any:
     model = ir.load(path)
     graph = model.graph
     for node in list(graph):
-        keys = node.inputs[1].const_value if node.op_type == "MatMul" else None  # type: ignore[union-attr]
-        if keys is None or len(keys.shape) != 3:
+        if node.op_type != "MatMul":
+            continue
+        query, key = node.inputs
+        assert query is not None and key is not None
+        keys = key.const_value
+        if keys is None or len(keys.shape) != 3 or query.shape is None or query.shape.rank() != 3:
             continue
         heads = keys.numpy()
-        split = ir.node("Split", [node.inputs[0]], {"axis": 0, "num_outputs": len(heads)}, num_outputs=len(heads))
+        split = ir.node("Split", [query], {"axis": 0, "num_outputs": len(heads)}, num_outputs=len(heads))
         products = []
-        for i, (query, key) in enumerate(zip(split.outputs, heads, strict=True)):
-            constant = ir.Value(name=f"{node.name}_key_{i}", const_value=ir.tensor(key))
+        for i, (part, head) in enumerate(zip(split.outputs, heads, strict=True)):
+            constant = ir.Value(name=f"{node.name}_key_{i}", const_value=ir.tensor(head))
             graph.register_initializer(constant)
-            products.append(ir.node("MatMul", [query, constant], name=f"{node.name}_head_{i}"))
+            products.append(ir.node("MatMul", [part, constant], name=f"{node.name}_head_{i}"))
         joined = ir.node("Concat", [product.outputs[0] for product in products], {"axis": 0})
         made = [split, *products, joined]
         ir.convenience.replace_nodes_and_values(graph, node, [node], made, node.outputs, joined.outputs)

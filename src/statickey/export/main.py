@@ -130,7 +130,7 @@ def export_run(
     if only:
         raise StaticKeyError(f"{source} is of task {task.name}; --formats {' '.join(only)}: classifiers only")
     with display.busy("reading images"):
-        number = _NUM_IMAGES[type(task).fixed_size] if num_images is None else num_images
+        number = _NUM_IMAGES[task.fixed_size] if num_images is None else num_images
         where: dict[str, Any] = {"data": data, "data_dir": data_dir, "num_images": number, "seed": seed}
         images, scored = images_for(task, model, card, source, split="test", **where)
     held_back = 0 if scored is not None else -(-len(images) // 4)
