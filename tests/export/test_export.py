@@ -231,8 +231,7 @@ def test_exporters_that_fail_are_explained(runs, tmp_path, monkeypatch):
 
 def test_time_of_the_compiled_network(runs, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: model)
-    options = {"formats": ["hub"], "num_images": 2, "compiled": True}
-    (made,) = export(runs / "mhsa", tmp_path / "out", **options)
+    (made,) = export(runs / "mhsa", tmp_path / "out", formats=["hub"], num_images=2, compiled=True)
     assert made.compiled_milliseconds > 0
 
     def broken(model):
@@ -243,7 +242,7 @@ def test_time_of_the_compiled_network(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "compile", broken)
     with pytest.raises(StaticKeyError, match=r"torch\.compile fails here \(no compiler\); leave out --compiled"):
-        export(runs / "mhsa", tmp_path / "other", **options)
+        module._compiled(torch.nn.Identity(), torch.zeros(1))
 
 
 @pytest.fixture
