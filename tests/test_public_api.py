@@ -40,7 +40,7 @@ def test_mixer_names_are_pinned():
     assert list(statickey.MIXERS) == names.split()
 
 
-@pytest.mark.parametrize("name", ["bench", "compare", "data", "tasks", "viz"])
+@pytest.mark.parametrize("name", ["bench", "compare", "data", "export", "tasks", "viz"])
 def test_packages_are_there_when_asked_for(name):
     assert name in dir(statickey)
     assert getattr(statickey, name) is importlib.import_module(f"statickey.{name}")

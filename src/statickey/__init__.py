@@ -62,7 +62,7 @@ __all__ = [
     "unfold_queries",
 ]
 
-_HEAVY = ("bench", "compare", "data", "tasks", "viz")
+_HEAVY = ("bench", "compare", "data", "export", "tasks", "viz")
 """Packages with further dependencies, imported when they are first asked for."""
 
 

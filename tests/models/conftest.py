@@ -1,4 +1,4 @@
-"""The capability matrix, what the contract tests found: the page says how it is made."""
+"""The capability matrix, of what the contract tests found; CONTRIBUTING.md has the command."""
 
 import re
 from collections import defaultdict
@@ -8,7 +8,7 @@ import pytest
 
 HEAD = """# What the models can do
 
-Made by `pytest -n 0 -m "not gpu" tests/models --capabilities docs/capabilities.md`: a cell is filled when the
+Made by `pytest -n 0 -m capability tests/models --capabilities docs/capabilities.md`: a cell is filled when the
 contract test behind it passed for every size of the family, and says how where it is not simply yes.
 
 """

@@ -17,7 +17,11 @@ from timm.optim import create_optimizer_v2
 import statickey  # noqa: F401  (registers the models)
 from statickey.convert import token_mixers
 from statickey.errors import FeatSizeError, StaticKeyError
+from statickey.export.formats import Subject, write_onnx
+from statickey.export.int8 import write_int8
+from statickey.layers import StaticKeyAttention
 from statickey.models import checkpoint_filter_fn
+from statickey.tasks import ModelCard
 from tolerances import assert_close
 
 NAMES = [name for name in timm.list_models() if name.startswith(("ska", "cska", "fcska", "lsa", "small"))]
@@ -79,6 +83,21 @@ def traced(request):
 def images(name, batch=2, chans=3, size=None):
     torch.manual_seed(1)
     return torch.randn(batch, chans, *(size_of(name) if size is None else size))
+
+
+def exported(name):
+    """What the writers of exports take."""
+    card = ModelCard(
+        architecture=name,
+        mixer=None,
+        model_args={},
+        img_size=small(name)["img_size"],
+        in_chans=3,
+        class_names=tuple("abcdefg"),
+        mean=(0.5, 0.5, 0.5),
+        std=(0.2, 0.2, 0.2),
+    )
+    return Subject("", create(name).eval(), card, images(name, batch=4))
 
 
 def other_size(name):
@@ -321,6 +340,32 @@ class TestEveryFamily:
         program = torch.export.export(model, (images(traced),))
         with torch.no_grad():
             assert_close("exported", program.module()(images(traced)), model(images(traced)))
+
+    @pytest.mark.slow
+    @pytest.mark.capability("ONNX")
+    def test_onnx(self, family, tmp_path):
+        subject = exported(family)
+        run = write_onnx(tmp_path, subject, opset=23)
+        with torch.no_grad():
+            assert_close("exported", run(subject.images[:1]), subject.model(subject.images[:1]))
+
+    @pytest.mark.slow
+    @pytest.mark.capability("ONNX in int8, keys included")
+    def test_int8(self, family, tmp_path):
+        """Each head's product with a static key is one of matrices, and in 8 bits."""
+        onnx = pytest.importorskip("onnx")
+        subject = exported(family)
+        run = write_int8(tmp_path, subject, opset=23)
+        with torch.no_grad():
+            wanted = subject.model(subject.images)
+        assert (run(subject.images) - wanted).abs().max() < 0.1 * wanted.abs().max()
+        nodes = onnx.load(str(tmp_path / "model_int8.onnx")).graph.node
+        made = {name: node.op_type for node in nodes for name in node.output}
+        ours = [[made.get(name) for name in node.input] for node in nodes if "_head_" in node.name]
+        assert all(inputs == ["DequantizeLinear"] * 2 for inputs in ours)
+        static = [each for each in token_mixers(subject.model).values() if isinstance(each, StaticKeyAttention)]
+        prefixed = [getattr(layer, "prefix_key", None) is not None for layer in static]  # has a key of its own
+        assert len(ours) == sum(layer.num_heads * (1 + more) for layer, more in zip(static, prefixed, strict=True))
 
     @pytest.mark.capability("fx (timm)")
     def test_feature_extractors(self, family):

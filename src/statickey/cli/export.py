@@ -4,8 +4,7 @@ from typing import Any, get_args
 
 from jsonargparse import ArgumentParser
 
-from ..tasks import export_run
-from ..tasks.export import Format
+from ..export import Format, export_run
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -50,7 +50,7 @@ class Segmenter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits of all pixels."""
         maps = _doubling(self.pyramid(x))
-        half = x.new_empty(len(x), 0, 2 * maps[0].shape[-2], 2 * maps[0].shape[-1])
+        half = x.new_empty(x.shape[0], 0, 2 * maps[0].shape[-2], 2 * maps[0].shape[-1])
         logits = self.head(self.decoder([x, half, *maps]))
         return F.interpolate(logits, x.shape[-2:], mode="bilinear")
 

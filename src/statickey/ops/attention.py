@@ -207,6 +207,8 @@ def _sdpa(
         query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
     if key.ndim == 3:
         key = key.expand(query.shape[0], -1, -1, -1)
+    if mask is not None and torch.compiler.is_exporting():
+        mask = mask.expand(*mask.shape[:-2], query.shape[2], -1)  # onnxruntime wants a row for each query
     out = F.scaled_dot_product_attention(query, key, value, mask, dropout_p, scale=scale)
     return out[..., :value_width]
 

@@ -9,20 +9,20 @@ from .display import Display, RunProgress, RunsDisplay, counted, facts_table
 from .diverged import replay
 from .engine import new_trainer, train_run
 from .evaluate import evaluate
-from .export import Artefact, export_run
 from .folder import free, locked
-from .loading import load_model
+from .loading import load_model, network_of
 from .predict import Predictions, predict
 from .recipe import Machine, Recipe, difference, identities
 from .registry import TASKS, task_named, task_of
 from .repair import Repair, RepairRecipe
 from .run import PREDICTIONS_FILE, Run, read_result
+from .samples import images_for
 from .segmentation import Segmentation, SegmentationRecipe
 from .start import RESULT_FILE
 from .task import Answer, Evidence, Metric, ScoreOn, Task
 from .train import train
 from .training import TrainingModule
-from .weights import WEIGHTS_FILES, ModelCard
+from .weights import WEIGHTS_FILES, ModelCard, write_model
 
 __all__ = [
     "PREDICTIONS_FILE",
@@ -31,7 +31,6 @@ __all__ = [
     "WEIGHTS_FILES",
     "Accuracy",
     "Answer",
-    "Artefact",
     "AtomicCheckpointIO",
     "Classification",
     "ClassificationRecipe",
@@ -58,12 +57,13 @@ __all__ = [
     "counted",
     "difference",
     "evaluate",
-    "export_run",
     "facts_table",
     "free",
     "identities",
+    "images_for",
     "load_model",
     "locked",
+    "network_of",
     "new_trainer",
     "predict",
     "read_result",
@@ -72,4 +72,5 @@ __all__ = [
     "task_of",
     "train",
     "train_run",
+    "write_model",
 ]

@@ -1,6 +1,6 @@
 """``convert``: static keys for a trained classifier, fitted on images, in a folder like a run's."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,17 +10,15 @@ from rich.markup import escape
 from .._checks import check_arguments, check_folder
 from .._files import check_writable, write_csv, write_json
 from ..convert import Calibration, CalibrationReport, convert
-from ..errors import OutputError, StaticKeyError
+from ..errors import OutputError
 from ..layers import LogitBias
 from ..models import WEIGHTS_FILE, Swap
 from ..viz import head_map, save_png
 from .classification import Classification
 from .display import Display
 from .engine import new_trainer
-from .loading import load_model
-from .published import published_model
+from .loading import network_of
 from .recipe import Machine, Recipe
-from .registry import task_named
 from .samples import images_for
 from .weights import write_model
 
@@ -84,20 +82,17 @@ def convert_run(
     check_writable(out=folder / WEIGHTS_FILE)
     places = Swap.parse(f"ska@{layers}").layers
     display = Display(console)
-    if Path(source).exists():
-        model, card = load_model(source, img_size=img_size, ema=ema)
-    else:
-        model, card = published_model(source, img_size)
-    card = card if img_size is None else replace(card, img_size=img_size)
-    task = task_named(card.task)
-    if not isinstance(task, Classification):
-        raise StaticKeyError(
-            f"{source} is of task {task.name}; the command converts classifiers, from Python convert the backbone"
-        )
+    model, card, task = network_of(
+        source,
+        img_size=img_size,
+        ema=ema,
+        tasks=(Classification,),
+        otherwise="the command converts classifiers, from Python convert the backbone",
+    )
     model.to(new_trainer(Recipe(), Machine(accelerator=accelerator)).strategy.root_device)
     where: dict[str, Any] = {"data": data, "data_dir": data_dir, "num_images": num_images, "seed": seed}
     with display.busy("reading images"):
-        images, metric = images_for(task, model, card, source, **where)
+        images, scored = images_for(task, model, card, source, **where)
     asked = Calibration(
         [images],
         num_images=num_images,
@@ -105,7 +100,7 @@ def convert_run(
         bias=bias,
         fraction=fraction,
         max_drop=max_drop,
-        metric=metric,
+        metric=None if scored is None else lambda model: scored(model).value(),
         criterion=criterion,
         seed=seed,
     )

@@ -82,7 +82,7 @@ def evaluate(
         if images is None or size not in (None, card.img_size):
             images = task.read_data(recipe_here)
     display.skipped(images.skipped)
-    _check_classes(card, images.class_names, recipe.data)
+    check_classes(card, images.class_names, recipe.data)
     module = task.data_module(recipe_here, images, 0, num_workers)
     loader = module.scoring_dataloader(split)
     found = task.evaluation(card.class_names)
@@ -176,7 +176,12 @@ def _with_holdout(task: Task, recipe: Any, source: str, result: dict[str, Any] |
     return images
 
 
-def _check_classes(card: ModelCard, names: tuple[str, ...], data: str) -> None:
+def check_classes(card: ModelCard, names: tuple[str, ...], data: str) -> None:
+    """Refuse to score a network on data of other classes than its own.
+
+    Raises:
+        DataError: Their number or names differ.
+    """
     if len(names) != len(card.class_names):
         raise DataError(
             f"{data} has {len(names)} classes, the network knows {len(card.class_names)}; give the data it is for"

@@ -1,5 +1,6 @@
 """Reading trained networks back, of any task."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -8,7 +9,9 @@ from .._checks import check_folder
 from ..errors import OutputError, StaticKeyError
 from ..models import CONFIG_FILE, load_exactly
 from .checkpoint import SUFFIX
+from .published import published_model
 from .registry import task_named
+from .task import Task
 from .weights import WEIGHTS_FILES, ModelCard
 
 
@@ -47,3 +50,29 @@ def load_model(source: str | Path, *, img_size: int | None = None, ema: bool = F
         raise OutputError(f"cannot build the network of {folder}: {error}") from error
     load_exactly(model, weights)
     return model.eval(), card
+
+
+def network_of(
+    source: str, *, img_size: int | None, ema: bool, tasks: tuple[type[Task], ...], otherwise: str
+) -> tuple[nn.Module, ModelCard, Task]:
+    """What a command starts from: a trained network, its card and its task.
+
+    Args:
+        source: Folder of a run, or a pretrained model's name, as timm has it.
+        img_size: Side of its images in pixels, which the card says then; default its own.
+        ema: The averaged weights of a run.
+        tasks: Those that will do.
+        otherwise: What to say of another.
+
+    Raises:
+        OutputError: There is no such network.
+        StaticKeyError: It is of another task.
+    """
+    if Path(source).exists():
+        model, card = load_model(source, img_size=img_size, ema=ema)
+    else:
+        model, card = published_model(source, img_size)
+    task = task_named(card.task)
+    if not isinstance(task, tasks):
+        raise StaticKeyError(f"{source} is of task {task.name}; {otherwise}")
+    return model, card if img_size is None else replace(card, img_size=img_size), task
