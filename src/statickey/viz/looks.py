@@ -1,0 +1,221 @@
+"""What the explorer and the pictures show of a model: its maps on some images, and its static keys."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..errors import StaticKeyError
+from ..layers import StaticKeyAttention
+from .capture import LayerMaps, capture_maps, key_colours
+from .explorer import Kind, ShownModel, View, pack_maps
+from .figures import attention_overlay, heads_by_layers
+from .measures import attention_distances, attention_rollout, average_query_map, key_similarity, static_key_rows
+
+_MOST_NUMBERS = 2**27
+"""Of one layer's maps on all images: more would not fit on a page, however they are stored."""
+_EVERYWHERE = "all layers"
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a model does with some images.
+
+    Args:
+        name: Of the model.
+        pictures: The images as it saw them, (C, H, W) in uint8.
+        maps: Of its layers on whole images, batch by batch, by module name.
+        keys: Its static keys (heads, P + H*W, ...) and their mixers, by module name.
+        prefix_names: Of its prefix tokens.
+        left_out: Layers without a map of whole images, in words.
+    """
+
+    name: str
+    pictures: Sequence[Tensor]
+    maps: Sequence[Mapping[str, LayerMaps]]
+    keys: Mapping[str, tuple[Tensor, StaticKeyAttention]]
+    prefix_names: tuple[str, ...]
+    left_out: str
+
+    @property
+    def layers(self) -> list[str]:
+        """Names of the layers with maps."""
+        return list(self.maps[0])
+
+    def distances(self) -> dict[str, Tensor]:
+        """``attention_distances`` of each layer, (heads,), over all images."""
+        return {
+            name: torch.stack([attention_distances(batch[name]) for batch in self.maps]).mean(dim=0)
+            for name in self.layers
+        }
+
+    def shown(self, layers: Sequence[str] | None = None) -> ShownModel:
+        """What goes on a page.
+
+        Args:
+            layers: Whose maps; default all. Rollout goes through all in any case.
+        """
+        chosen = self.layers if layers is None else layers
+        views: dict[Kind, list[View]] = {}
+        missing: dict[Kind, str] = {}
+        views["attention"] = [
+            View(
+                layer,
+                self.maps[0][layer].num_prefix_tokens,
+                [
+                    pack_maps(own, batch[layer].feat_size, batch[layer].key_size)
+                    for batch in self.maps
+                    for own in batch[layer].weights
+                ],
+            )
+            for layer in chosen
+        ]
+        try:
+            views["rollout"] = [_rollout(self)]
+        except StaticKeyError as error:
+            missing["rollout"] = str(error)
+        keys = {layer: key for layer, key in self.keys.items() if layer in chosen}
+        if keys:
+            views["keys"] = [
+                View(layer, mixer.num_prefix_tokens, [pack_maps(key_similarity(key), mixer.key_grid, mixer.key_grid)])
+                for layer, (key, mixer) in keys.items()
+            ]
+        else:
+            missing["keys"] = missing["prior"] = f"{self.name} has no static key."
+        try:
+            priors = [View(layer, maps.num_prefix_tokens, [prior]) for layer, maps, prior in _priors(self, keys)]
+            if priors:
+                views["prior"] = priors
+        except StaticKeyError as error:
+            missing["prior"] = str(error)
+        return ShownModel(
+            self.name, [_pixels(each) for each in self.pictures], views, missing, self.prefix_names, self.left_out
+        )
+
+    def figures(self) -> Iterator[tuple[str, Figure]]:
+        """Pictures, by the stem of their file's name."""
+        square = [name for name, maps in self.maps[0].items() if maps.feat_size == maps.key_size]
+        last, number = next(reversed(square), ""), 0
+        for batch in self.maps if last else ():
+            for weights in batch[last].weights:
+                picture = _pixels(self.pictures[number]) / 255
+                title = f"{self.name}: image {number + 1}\n{last}"
+                number += 1
+                yield f"overlay-{number}", attention_overlay(picture, weights, batch[last].feat_size, title)
+        first = {layer: _of_query(maps) for layer, maps in self.maps[0].items()}
+        asker = "the class token" if self.prefix_names[:1] == ("class token",) else "the middle"
+        yield "heads", heads_by_layers(first, f"{self.name}, image 1: where {asker} looks")
+        keys = {layer: key for layer, key in self.keys.items() if layer in self.layers}
+        if keys:
+            coloured = {
+                layer: key_colours(key, mixer.num_prefix_tokens, mixer.key_grid).numpy()
+                for layer, (key, mixer) in keys.items()
+            }
+            yield "keys", heads_by_layers(coloured, f"{self.name}: static keys")
+            alike = {layer: _of_middle(key_similarity(key), *_grid_of(mixer)) for layer, (key, mixer) in keys.items()}
+            yield "similarity", heads_by_layers(alike, f"{self.name}: likeness to the middle's key row", signed=True)
+
+
+def look(name: str, model: nn.Module, batches: Sequence[Any], pictures: Sequence[Tensor]) -> Look:
+    """Read the attention maps of a model.
+
+    Args:
+        name: What it is called.
+        model: As ``capture_attention`` takes it.
+        batches: Images as it takes them, one or several at once.
+        pictures: All of these images, (C, H, W) in uint8.
+
+    Raises:
+        StaticKeyError: It has no attention map of whole images.
+    """
+    captured: list[dict[str, LayerMaps]] = []
+    left_out: dict[str, str] = {}
+    for batch in batches:
+        captured.append({})
+        for layer, maps in capture_maps(model, batch).items():
+            reason = _unusable(layer, maps, len(batch))
+            if reason:
+                left_out[layer] = reason
+            else:
+                captured[-1][layer] = maps
+    words = "; ".join(_counted(left_out))
+    if not captured or not captured[0]:
+        raise StaticKeyError(f"{name} has no attention map of whole images{f' ({words})' if words else ''}")
+    prefix = max(maps.num_prefix_tokens for maps in captured[0].values())
+    return Look(name, pictures, captured, static_key_rows(model), _prefix_names(model, prefix), words)
+
+
+def _unusable(layer: str, maps: LayerMaps, num_images: int) -> str:
+    """Why a layer's maps are not those of whole images, or nothing."""
+    prefix = maps.num_prefix_tokens
+    queries, keys = (prefix + grid[0] * grid[1] for grid in (maps.feat_size, maps.key_size))
+    shape = tuple(maps.weights.shape)
+    if maps.weights.ndim == 4 and len(maps.weights) != num_images:
+        return "attend in windows"
+    if maps.weights.ndim != 4 or shape[2:] != (queries, keys):
+        return f"the map of {layer}, {shape}, is not (B, heads, N, N) with N={queries} tokens"
+    if maps.feat_size == maps.key_size == (1, 1):
+        return "have one token"
+    if maps.weights.numel() > _MOST_NUMBERS:
+        return f"have too many tokens ({queries:,}) for a page"
+    return ""
+
+
+def _counted(left_out: Mapping[str, str]) -> list[str]:
+    """Reasons with the number of layers that have them."""
+    reasons = list(left_out.values())
+    return [
+        reason if reason.startswith("the map of") else f"{reasons.count(reason)} layers {reason}: left out"
+        for reason in dict.fromkeys(reasons)
+    ]
+
+
+def _prefix_names(model: nn.Module, number: int) -> tuple[str, ...]:
+    parameters = {name.rpartition(".")[2] for name, _ in model.named_parameters()}
+    known = {"cls_token": "class token", "dist_token": "distillation token"}
+    names = [words for parameter, words in known.items() if parameter in parameters][:number]
+    return (*names, *(f"register {i + 1}" for i in range(number - len(names))))
+
+
+def _rollout(seen: Look) -> View:
+    if "windows" in seen.left_out:
+        raise StaticKeyError("rollout needs layers that all attend on one grid, some of these attend in windows")
+    packed = []
+    for batch in seen.maps:
+        of_one = next(iter(batch.values()))
+        rolled = attention_rollout(list(batch.values()))
+        packed += [pack_maps(own[None], of_one.feat_size, of_one.key_size) for own in rolled]
+    return View(_EVERYWHERE, next(iter(seen.maps[0].values())).num_prefix_tokens, packed)
+
+
+def _priors(seen: Look, keys: Mapping[str, tuple[Tensor, StaticKeyAttention]]) -> Iterator[Any]:
+    """Layer, its maps, and where its heads look whatever they are asked; of images of one size."""
+    for layer, (_, mixer) in keys.items():
+        if len(seen.maps) == 1 and not getattr(mixer, "mixed", False):
+            maps = seen.maps[0][layer]
+            yield layer, maps, pack_maps(average_query_map(maps)[:, None], (1, 1), maps.key_size)
+
+
+def _of_query(maps: LayerMaps) -> NDArray[Any]:
+    """Where the first prefix token looks, or the place in the middle, on the first image, (heads, H, W)."""
+    prefix, weights = maps.num_prefix_tokens, maps.weights[0]
+    row = 0 if prefix else (maps.feat_size[0] // 2) * maps.feat_size[1] + maps.feat_size[1] // 2
+    return weights[:, row, prefix:].unflatten(-1, maps.key_size).float().numpy()  # type: ignore[no-any-return]
+
+
+def _grid_of(mixer: StaticKeyAttention) -> tuple[int, tuple[int, int]]:
+    return mixer.num_prefix_tokens, mixer.key_grid
+
+
+def _of_middle(rows: Tensor, prefix: int, grid: tuple[int, int]) -> NDArray[Any]:
+    row = prefix + (grid[0] // 2) * grid[1] + grid[1] // 2
+    return rows[:, row, prefix:].unflatten(-1, grid).numpy()  # type: ignore[no-any-return]
+
+
+def _pixels(image: Tensor) -> NDArray[np.uint8]:
+    return image.permute(1, 2, 0).cpu().numpy().astype(np.uint8)
