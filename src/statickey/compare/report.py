@@ -11,14 +11,14 @@ from torch import nn
 
 from ..tasks import Machine, Metric, Run, load_model
 from ..viz import (
-    AS_STORED,
+    as_stored,
     attention_explorer,
     differences,
-    fitting,
     heads_by_layers,
     key_colours,
     learning_curves,
     look,
+    on_a_page,
     page,
     static_key_rows,
 )
@@ -124,18 +124,19 @@ def _curves(metric: Metric, of: Mapping[str, Sequence[FinishedRun]]) -> str:
 def _attention(config: CompareConfig, data: Any, firsts: Mapping[str, FinishedRun]) -> str:
     module = config.task.data_module(config.recipe, data, config.seeds[0])
     pixels, images, captions = config.task.examples(data, module, config.score_on, NUM_IMAGES)
-    shown, left_out = [], []
+    looks, left_out = [], []
     for name, run in firsts.items():
         try:
-            shown.append(look(name, load_model(run.path)[0], [images], pixels).shown())
+            looks.append(look(name, load_model(run.path)[0], [images], pixels))
         except Exception as error:  # a user's mixer may raise anything
             left_out.append(f"{name} is left out: {' '.join(str(error).split())}.")
-    if not shown:
+    if not looks:
         nothing = "None of these mixers has an attention map of whole images."
         return page.text(nothing) + "".join(map(page.note, left_out))
     seeds = ", ".join(map(str, sorted({run.seed for run in firsts.values()})))
-    explained = f"The networks of seed {seeds}. {AS_STORED}"
-    return attention_explorer(fitting(shown, _ROOM), captions) + page.note(" ".join([explained, *left_out]))
+    models = on_a_page(looks, _ROOM)
+    explained = f"The networks of seed {seeds}. {as_stored(models)}"
+    return attention_explorer(models, captions) + page.note(" ".join([explained, *left_out]))
 
 
 def _keys(config: CompareConfig, data: Any, firsts: Mapping[str, FinishedRun]) -> str:

@@ -12,10 +12,10 @@ from rich.markup import escape
 from torch import Tensor, nn
 
 from .._checks import check_arguments, check_folder, check_positive
-from .._files import check_writable, write_csv
+from .._files import check_writable, read_yaml, write_csv
 from ..data import UNREADABLE
 from ..errors import DataError, OutputError, StaticKeyError
-from ..viz import AS_STORED, Look, ShownModel, attention_explorer, distances_by_layer, fitting, look, page, save_png
+from ..viz import Look, ShownModel, as_stored, attention_explorer, distances_by_layer, look, on_a_page, page, save_png
 from .display import Display, counted
 from .engine import new_trainer
 from .evaluate import recipe_of
@@ -112,14 +112,14 @@ def show_attention(
         for each, (pixels, batches) in zip(networks, taken, strict=True):
             looks.append(look(each.name, each.model, batches, pixels))
     with display.busy("writing the page"):
-        models = [seen.shown(_chosen(seen, layers)) for seen in looks]
-        models = _of_room(models, layers, max_mb)
+        asked = None if layers is None else [_chosen(seen, layers) for seen in looks]
+        models = on_a_page(looks, int(1e6 * max_mb) - _PAGE_ALONE, asked)
         values = {seen.name: [each.tolist() for each in seen.distances().values()] for seen in looks}
         distances = distances_by_layer(values)
         sections = [
             page.section("", attention_explorer(models, captions)),
             page.section("How far heads look", page.svg(distances), page.note(_FAR)),
-            page.section("What is stored", page.text(AS_STORED), page.points(map(_stored, models, looks))),
+            page.section("What is stored", page.text(as_stored(models)), page.points(map(_stored, models, looks))),
         ]
         title = f"Where {', '.join(seen.name for seen in looks)} look{'s' * (len(looks) == 1)}"
         page.write_page(folder / PAGE_FILE, title, sections)
@@ -173,7 +173,7 @@ def _read(sources: Sequence[str], img_size: int | None, ema: bool) -> list[_Sour
 
 
 def _places(source: str) -> list[tuple[str, str]]:
-    """Name and folder of a source; of a comparison those of each mixer's first seed."""
+    """Name and folder of a source; of a comparison those of each mixer's first seed, in its order."""
     path = Path(source)
     runs = sorted(path.glob(f"{RUNS}/*/{RESULT_FILE}"))
     if (path / RESULT_FILE).is_file() or not runs:
@@ -183,7 +183,9 @@ def _places(source: str) -> list[tuple[str, str]]:
         result = read_result(run.parent)
         own = (result["seed"], str(run.parent))
         firsts[str(result["mixer"])] = min(own, firsts.get(str(result["mixer"]), own))
-    return [(mixer, place) for mixer, (_, place) in firsts.items()]
+    config = path / "config.yaml"
+    order = read_yaml(config, "give the runs' folders").get("mixers", []) if config.is_file() else []
+    return [(mixer, firsts[mixer][1]) for mixer in sorted(firsts, key=[*order, *firsts].index)]
 
 
 Taken = list[tuple[list[Tensor], list[Any]]]
@@ -243,9 +245,9 @@ def _from_data(
     return captions, taken
 
 
-def _chosen(seen: Look, layers: str | None) -> list[str]:
+def _chosen(seen: Look, layers: str) -> list[str]:
     """The layers that ``layers`` means, in their order."""
-    if layers in (None, "all"):
+    if layers == "all":
         return seen.layers
     wanted: set[str] = set()
     for item in layers.split(","):
@@ -261,21 +263,6 @@ def _chosen(seen: Look, layers: str | None) -> list[str]:
             raise StaticKeyError(f"layers={item!r} matches none of {', '.join(seen.layers)} of {seen.name}")
         wanted.update(found)
     return [name for name in seen.layers if name in wanted]
-
-
-def _of_room(models: Sequence[ShownModel], layers: str | None, max_mb: float) -> list[ShownModel]:
-    """What finds room; of layers that were asked for, all or none."""
-    room = int(1e6 * max_mb) - _PAGE_ALONE
-    kept = fitting(models, room)
-    cut = any(
-        len(one.views["attention"]) < len(all_.views["attention"]) for one, all_ in zip(kept, models, strict=True)
-    )
-    if layers is not None and cut:
-        raise StaticKeyError(
-            f"the maps of layers={layers!r} take more than {max_mb:g} MB; name fewer, take fewer images "
-            "(--num-images), or allow more (--max-mb)"
-        )
-    return kept
 
 
 def _stored(model: ShownModel, seen: Look) -> tuple[str, str]:

@@ -3,7 +3,7 @@
 from . import page
 from .capture import LayerMaps, capture_attention, capture_maps, key_colours
 from .detections import class_colours, class_scores, draw_detections
-from .explorer import AS_STORED, ShownModel, attention_explorer, fitting
+from .explorer import ShownModel, as_stored, attention_explorer
 from .figures import (
     attention_overlay,
     confusion_matrix,
@@ -14,7 +14,7 @@ from .figures import (
     learning_curves,
 )
 from .heads import head_map
-from .looks import Look, look
+from .looks import Look, look, on_a_page
 from .measures import (
     attention_distances,
     attention_rollout,
@@ -27,11 +27,11 @@ from .segmentation import class_map_overlay
 from .speed import accuracy_against_cost, scaling
 
 __all__ = [
-    "AS_STORED",
     "LayerMaps",
     "Look",
     "ShownModel",
     "accuracy_against_cost",
+    "as_stored",
     "attention_distances",
     "attention_explorer",
     "attention_overlay",
@@ -46,7 +46,6 @@ __all__ = [
     "differences",
     "distances_by_layer",
     "draw_detections",
-    "fitting",
     "head_map",
     "heads_by_layers",
     "key_colours",
@@ -54,6 +53,7 @@ __all__ = [
     "labelled_image",
     "learning_curves",
     "look",
+    "on_a_page",
     "page",
     "save_png",
     "scaling",

@@ -379,7 +379,7 @@
     const coloured = Math.min(1, 2 * state.strength), alone = Math.max(0, 2 * state.strength - 1);
     context.globalAlpha = coloured;
     context.drawImage(photo.grey, 0, 0, width, height);
-    context.globalAlpha = coloured * (0.4 + 0.6 * alone);
+    context.globalAlpha = coloured * (0.5 + 0.5 * alone);
     context.fillStyle = "#fff";
     context.fillRect(0, 0, width, height);
     context.globalAlpha = coloured;

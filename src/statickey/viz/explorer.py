@@ -6,9 +6,9 @@ import io
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,18 +19,22 @@ from .._typing import Size2
 from ..errors import StaticKeyError
 
 Kind = Literal["attention", "rollout", "keys", "prior"]
-LEVELS = 255
-FINEST = 32
-"""Steps in uniform attention, 1/N, of the finest step."""
-AS_STORED = (
-    "The page holds every map as bytes times a step for each row: a row's range in 255 parts, but no finer than a "
-    "thirty-second of uniform attention. A number shown is the model's to half a step."
-)
-"""What the numbers on the page are, in words."""
 _LONGER_SIDE = 448
 """Pixels of a photo on the page, at most."""
 _PIXELLED = 64
 """Pixels up to which an image is kept as it is."""
+
+
+class Fineness(NamedTuple):
+    """How finely numbers are stored."""
+
+    levels: int
+    """Steps in a row's range, at most."""
+    uniform: int
+    """Steps in uniform attention, 1/N, at most: so that flat rows take little room."""
+
+
+FINE, COARSE = Fineness(255, 32), Fineness(127, 8)
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ class ShownModel:
         missing: Why a kind is not there.
         prefix_names: Of its prefix tokens.
         left_out: Layers that are not on the page, and why, in words.
+        fineness: Of its numbers.
     """
 
     name: str
@@ -79,24 +84,40 @@ class ShownModel:
     missing: Mapping[Kind, str] = field(default_factory=dict)
     prefix_names: Sequence[str] = ()
     left_out: str = ""
+    fineness: Fineness = FINE
+
+    @property
+    def size(self) -> int:
+        """Bytes of its maps on the page."""
+        return sum(view.size for views in self.views.values() for view in views)
 
 
-def pack_maps(weights: Tensor, feat_size: Size2, key_size: Size2) -> PackedMaps:
-    """Bring maps to bytes.
+def as_stored(models: Sequence[ShownModel]) -> str:
+    """What the numbers on a page are, in words."""
+    levels, uniform = models[0].fineness
+    return (
+        f"The page holds every map as bytes times a step for each row: a row's range in {levels} parts, but no finer "
+        f"than 1/{uniform} of uniform attention. A number shown is the model's to half a step."
+    )
 
-    A number is ``low + step * byte``, wrong by half a step at most. A row's step is its range in 255 parts, but no
-    finer than a thirty-second of uniform attention: so flat rows take little room.
+
+def pack_maps(weights: Tensor, feat_size: Size2, key_size: Size2, fineness: Fineness = FINE) -> PackedMaps:
+    """Bring maps to bytes; a number is ``low + step * byte``, wrong by half a step at most.
 
     Args:
         weights: (heads, queries, keys).
         feat_size: Grid of the queries, (1, 1) where one row stands for all.
         key_size: Grid of the keys.
+        fineness: What decides the steps.
     """
     values = weights.double().numpy()
     low = min(0.0, float(values.min()))
-    steps = np.maximum((values.max(axis=-1) - low) / LEVELS, 1 / (FINEST * values.shape[-1])).astype("<f4")
-    filled = np.rint((values - low) / steps[..., None]).clip(0, LEVELS).astype(np.uint8)
-    stream = zlib.compress(steps.tobytes() + filled.tobytes(), 9)
+    finest = 1 / (fineness.uniform * values.shape[-1])
+    steps = np.maximum((values.max(axis=-1) - low) / fineness.levels, finest).astype("<f4")
+    filled = np.rint((values - low) / steps[..., None]).astype(np.uint8)
+    # of maps, which are noise between stretches of zeros, runs alone compress as well as any search, in no time
+    packer = zlib.compressobj(strategy=zlib.Z_RLE)
+    stream = packer.compress(steps.tobytes() + filled.tobytes()) + packer.flush()
     return PackedMaps(len(values), feat_size, key_size, low, base64.b64encode(stream).decode())
 
 
@@ -121,17 +142,14 @@ def fitting(models: Sequence[ShownModel], most: int) -> list[ShownModel]:
         StaticKeyError: Not even one layer of each finds room.
     """
     deepest = max((len(views) for model in models for views in model.views.values()), default=0)
-    beside = sum(len(picture) for picture in _pictures(models)[0])
+    room = most - sum(map(len, _pictures(models)[0]))
     for count in range(deepest, 0, -1):
         kept = [_thinned(model, count) for model in models]
-        size = beside + sum(view.size for model in kept for views in model.views.values() for view in views)
-        if size <= most:
+        if sum(model.size for model in kept) <= room:
             return kept
     raise StaticKeyError(
-        f"one layer of each model takes {size / 1e6:.1f} MB, and there are to be {most / 1e6:.1f}; take fewer images "
-        "or models, a smaller image size, or allow more"
-        if deepest
-        else "there is no map to show"
+        f"not even one layer of each model fits into {most / 1e6:.1f} MB; take fewer or smaller images, fewer models, "
+        "or allow more"
     )
 
 
@@ -146,7 +164,7 @@ def _thinned(model: ShownModel, count: int) -> ShownModel:
     words = [model.left_out] * bool(model.left_out)
     if shown < total:
         words.append(f"{shown} of {total} layers, evenly spread")
-    return ShownModel(model.name, model.pictures, views, model.missing, model.prefix_names, left_out="; ".join(words))
+    return replace(model, views=views, left_out="; ".join(words))
 
 
 def attention_explorer(models: Sequence[ShownModel], captions: Sequence[str]) -> str:

@@ -215,23 +215,25 @@ def heads_by_layers(layers: Mapping[str, NDArray[Any]], title: str, *, signed: b
     """
     columns = max(len(pictures) for pictures in layers.values())
     names = 0.07 * max(map(len, layers))
+    shape = next(iter(layers.values())).shape
+    high = 0.6 * min(max(shape[1] / shape[2], 0.5), 2.0)
     with mpl.rc_context(STYLE):
-        size = (max(0.6 * columns + names + 0.2, 0.09 * len(title)), 0.6 * len(layers) + 0.5)
+        size = (max(0.6 * columns + names + 0.2, 0.09 * len(title)), high * len(layers) + 0.6)
         figure = Figure(figsize=size, layout="constrained")
         figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=10, parse_math=False)
-        panels = figure.subplots(len(layers), columns, squeeze=False)
-        for line, (name, pictures) in zip(panels, layers.items(), strict=True):
-            for axes, picture in zip(line, pictures, strict=False):
+        axes = figure.subplots()  # one for all: each costs more time than all of its pictures
+        for row, pictures in enumerate(layers.values()):
+            for column, picture in enumerate(pictures):
                 lowest = min(0.0, float(picture.min()))  # below zero only where heads are mixed after the softmax
                 scale = {"vmin": -1, "vmax": 1, "cmap": "RdBu_r"} if signed else {"vmin": lowest, "cmap": "inferno"}
-                axes.imshow(picture, **({} if picture.ndim == 3 else scale))
-            for axes in line[len(pictures) :]:
-                axes.set_visible(False)
-            line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8, parse_math=False)
-        for number, axes in enumerate(panels[0], start=1):
-            axes.set_title(f"head {number}", fontweight="normal", fontsize=8, loc="center")
-        for axes in panels.flat:
-            _blank(axes)
+                place = (column + 0.04, column + 0.96, row + 0.96, row + 0.04)
+                axes.imshow(picture, extent=place, aspect="auto", **({} if picture.ndim == 3 else scale))
+        axes.set(xlim=(0, columns), ylim=(len(layers), 0))
+        axes.set_xticks([column + 0.5 for column in range(columns)], range(1, columns + 1), fontsize=8)
+        axes.set_yticks([row + 0.5 for row in range(len(layers))], list(layers), fontsize=8, parse_math=False)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
     return figure
 
 
@@ -253,7 +255,8 @@ def distances_by_layer(values: Mapping[str, Sequence[Sequence[float]]]) -> Figur
             numbers = [number + shift for number in range(1, len(layers) + 1)]
             axes.plot(numbers, means, "-", color=shades[name], linewidth=1.6, label=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(xlabel="layer", ylim=(0, None))
+        furthest = max(100 * one for layers in values.values() for heads in layers for one in heads)
+        axes.set(xlabel="layer", ylim=(0, 1.08 * furthest))
         axes.set_title("mean distance of query and key, % of the diagonal")
         axes.grid(axis="y")
         figure.legend(loc="outside right center", frameon=False)

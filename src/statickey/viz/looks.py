@@ -1,7 +1,8 @@
 """What the explorer and the pictures show of a model: its maps on some images, and its static keys."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,14 @@ from torch import Tensor, nn
 from ..errors import StaticKeyError
 from ..layers import StaticKeyAttention
 from .capture import LayerMaps, capture_maps, key_colours
-from .explorer import Kind, ShownModel, View, pack_maps
+from .explorer import COARSE, FINE, Fineness, Kind, PackedMaps, ShownModel, View, fitting, pack_maps
 from .figures import attention_overlay, heads_by_layers
 from .measures import attention_distances, attention_rollout, average_query_map, key_similarity, static_key_rows
 
 _MOST_NUMBERS = 2**27
 """Of one layer's maps on all images: more would not fit on a page, however they are stored."""
 _EVERYWHERE = "all layers"
+Pack = Callable[..., PackedMaps]
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,16 @@ class Look:
             for name in self.layers
         }
 
-    def shown(self, layers: Sequence[str] | None = None) -> ShownModel:
+    def shown(self, layers: Sequence[str] | None = None, fineness: Fineness = FINE) -> ShownModel:
         """What goes on a page.
 
         Args:
             layers: Whose maps; default all. Rollout goes through all in any case.
+            fineness: Of the numbers.
         """
         chosen = self.layers if layers is None else layers
+        of_keys = Fineness(fineness.levels // 2, fineness.uniform)  # what looks alike needs fewer
+        pack = partial(pack_maps, fineness=fineness)
         views: dict[Kind, list[View]] = {}
         missing: dict[Kind, str] = {}
         views["attention"] = [
@@ -68,7 +73,7 @@ class Look:
                 layer,
                 self.maps[0][layer].num_prefix_tokens,
                 [
-                    pack_maps(own, batch[layer].feat_size, batch[layer].key_size)
+                    pack(own, batch[layer].feat_size, batch[layer].key_size)
                     for batch in self.maps
                     for own in batch[layer].weights
                 ],
@@ -76,26 +81,31 @@ class Look:
             for layer in chosen
         ]
         try:
-            views["rollout"] = [_rollout(self)]
+            views["rollout"] = [_rollout(self, pack)]
         except StaticKeyError as error:
             missing["rollout"] = str(error)
         keys = {layer: key for layer, key in self.keys.items() if layer in chosen}
         if keys:
             views["keys"] = [
-                View(layer, mixer.num_prefix_tokens, [pack_maps(key_similarity(key), mixer.key_grid, mixer.key_grid)])
+                View(
+                    layer,
+                    mixer.num_prefix_tokens,
+                    [pack_maps(key_similarity(key), mixer.key_grid, mixer.key_grid, of_keys)],
+                )
                 for layer, (key, mixer) in keys.items()
             ]
         else:
             missing["keys"] = missing["prior"] = f"{self.name} has no static key."
         try:
-            priors = [View(layer, maps.num_prefix_tokens, [prior]) for layer, maps, prior in _priors(self, keys)]
+            priors = [
+                View(layer, maps.num_prefix_tokens, [prior]) for layer, maps, prior in _priors(self, keys, pack)
+            ]
             if priors:
                 views["prior"] = priors
         except StaticKeyError as error:
             missing["prior"] = str(error)
-        return ShownModel(
-            self.name, [_pixels(each) for each in self.pictures], views, missing, self.prefix_names, self.left_out
-        )
+        pictures = [_pixels(each) for each in self.pictures]
+        return ShownModel(self.name, pictures, views, missing, self.prefix_names, self.left_out, fineness)
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
         """Pictures, by the stem of their file's name."""
@@ -150,6 +160,30 @@ def look(name: str, model: nn.Module, batches: Sequence[Any], pictures: Sequence
     return Look(name, pictures, captured, static_key_rows(model), _prefix_names(model, prefix), words)
 
 
+def on_a_page(looks: Sequence[Look], most: int, layers: Sequence[Sequence[str]] | None = None) -> list[ShownModel]:
+    """Models for one page: numbers as fine as there is room for, then as many layers.
+
+    Args:
+        looks: At the same images.
+        most: Bytes of maps and pictures, at most.
+        layers: Of each model, which it must show; default all, or as many as find room, evenly spread.
+
+    Raises:
+        StaticKeyError: There is no room for these layers, or for one of each model.
+    """
+    chosen: Sequence[Sequence[str] | None] = [None] * len(looks) if layers is None else layers
+    for fineness in (FINE, COARSE):
+        models = [seen.shown(own, fineness) for seen, own in zip(looks, chosen, strict=True)]
+        kept = fitting(models, most)
+        if sum(model.size for model in kept) == sum(model.size for model in models):
+            return kept
+    if layers is not None:
+        raise StaticKeyError(
+            f"these layers do not fit into {most / 1e6:.1f} MB; name fewer, take fewer images, or allow more"
+        )
+    return kept
+
+
 def _unusable(layer: str, maps: LayerMaps, num_images: int) -> str:
     """Why a layer's maps are not those of whole images, or nothing."""
     prefix = maps.num_prefix_tokens
@@ -182,23 +216,25 @@ def _prefix_names(model: nn.Module, number: int) -> tuple[str, ...]:
     return (*names, *(f"register {i + 1}" for i in range(number - len(names))))
 
 
-def _rollout(seen: Look) -> View:
+def _rollout(seen: Look, pack: Pack) -> View:
     if "windows" in seen.left_out:
         raise StaticKeyError("rollout needs layers that all attend on one grid, some of these attend in windows")
     packed = []
     for batch in seen.maps:
         of_one = next(iter(batch.values()))
         rolled = attention_rollout(list(batch.values()))
-        packed += [pack_maps(own[None], of_one.feat_size, of_one.key_size) for own in rolled]
+        packed += [pack(own[None], of_one.feat_size, of_one.key_size) for own in rolled]
     return View(_EVERYWHERE, next(iter(seen.maps[0].values())).num_prefix_tokens, packed)
 
 
-def _priors(seen: Look, keys: Mapping[str, tuple[Tensor, StaticKeyAttention]]) -> Iterator[Any]:
+def _priors(
+    seen: Look, keys: Mapping[str, tuple[Tensor, StaticKeyAttention]], pack: Pack
+) -> Iterator[tuple[str, LayerMaps, PackedMaps]]:
     """Layer, its maps, and where its heads look whatever they are asked; of images of one size."""
     for layer, (_, mixer) in keys.items():
         if len(seen.maps) == 1 and not getattr(mixer, "mixed", False):
             maps = seen.maps[0][layer]
-            yield layer, maps, pack_maps(average_query_map(maps)[:, None], (1, 1), maps.key_size)
+            yield layer, maps, pack(average_query_map(maps)[:, None], (1, 1), maps.key_size)
 
 
 def _of_query(maps: LayerMaps) -> NDArray[Any]:
