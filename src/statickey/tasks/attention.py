@@ -93,6 +93,8 @@ def show_attention(
     check_arguments(show_attention, locals())
     check_folder(out=out)
     check_positive(num_images=num_images)
+    if max_mb <= 0:
+        raise StaticKeyError(f"max_mb={max_mb} must be a positive number")
     folder = Path(out)
     if (folder / PAGE_FILE).exists():
         raise OutputError(f"{out} holds an {PAGE_FILE} already; choose another --out")
@@ -227,11 +229,10 @@ def _from_data(
     for each in networks:
         if each.card.task != run.card.task:
             raise DataError(f"{each.place} and {run.place} are of different tasks; give --images")
-        recipe = recipe_of(run.task, run.place, each.card, run.result, data, data_dir, "test")
-        if getattr(recipe, "stream", False):
-            if each.result is not None:
-                raise DataError(f"{each.place} streamed its images; give --images")
-            recipe = replace(recipe, stream=False)
+        if each.result is not None and each.card.streamed:
+            raise DataError(f"{each.place} streamed its images; give --images")
+        in_memory = replace(each.card, streamed=False)
+        recipe = recipe_of(run.task, run.place, in_memory, run.result, data, data_dir, "test")
         read = run.task.read_data(recipe)
         if read.in_chans != each.card.in_chans:
             raise DataError(

@@ -170,6 +170,7 @@
     panel.reading = make("dl", { class: "reading", id: `reading-${number}` });
     panel.peak = make("span");
     panel.floor = make("span");
+    panel.scale = make("div", { class: "key" }, panel.floor, panel.bar, panel.peak);
     panel.stage = make("div", {
       class: "stage", tabindex: 0, role: "application", "aria-describedby": `reading-${number}`,
       "aria-label": `Map of ${model.name}: arrow keys move the place, space holds the query`,
@@ -180,7 +181,7 @@
     }, panel.canvas, panel.why);
     panel.tiles.addEventListener("click", (event) => pick(panel, event));
     panel.element = make("div", { class: "panel" }, make("h3", {}, model.name), panel.of, panel.stage,
-      make("div", { class: "key" }, panel.floor, panel.bar, panel.peak), panel.reading, panel.tiles);
+      panel.scale, panel.reading, panel.tiles);
     return panel;
   });
 
@@ -190,6 +191,7 @@
     make("p", { class: "hint" }, "Move over an image, or tap it, to see where that place looks. A click holds the query; then the pointer reads numbers. Keys: ",
       ...["L", "H", "I", "Q", "S"].flatMap((letter, i) => [make("kbd", {}, letter), ` ${["layer", "head", "image", "query", "what is shown"][i]}, `]),
       "with ", make("kbd", {}, "Shift"), " backwards; in a map ", make("kbd", {}, "← ↑ → ↓"), " move and ", make("kbd", {}, "Space"), " holds."),
+    ...data.models.filter((model) => model.leftOut).map((model) => make("p", { class: "hint" }, `${model.name}: ${model.leftOut}.`)),
     said,
   );
 
@@ -354,11 +356,11 @@
     const smooth = photo.naturalWidth > 64;
     context.imageSmoothingEnabled = smooth;
     context.drawImage(photo, 0, 0, width, height);
+    panel.scale.hidden = panel.reading.hidden = !view;
     if (!view) {
       panel.why.textContent = model.missing[state.kind] || "Nothing of this kind.";
       panel.why.hidden = false;
-      panel.of.textContent = model.leftOut;
-      panel.reading.replaceChildren();
+      panel.of.textContent = "";
       return;
     }
     if (!row) return;
@@ -369,7 +371,7 @@
     if (isFixed()) frame(context, to, maps.keys, width, height, "#fff");
     if (from) frame(context, from, maps.queries, width, height, FRAME);
     const head = headOf(maps);
-    panel.of.textContent = [view.layer, maps.heads === 1 ? "" : head ? `head ${head} of ${maps.heads}` : `mean of ${maps.heads} heads`, model.leftOut].filter(Boolean).join(" · ");
+    panel.of.textContent = [view.layer, maps.heads === 1 ? "" : head ? `head ${head} of ${maps.heads}` : `mean of ${maps.heads} heads`].filter(Boolean).join(" · ");
     drawBar(panel, peak, row.step);
     read(panel, view, maps, row, from, to, query);
   }
@@ -386,6 +388,9 @@
     context.globalCompositeOperation = "multiply";
     context.imageSmoothingEnabled = false;
     context.drawImage(map, 0, 0, width, height);
+    context.globalCompositeOperation = "lighter"; // what is not looked at keeps a trace of the photo
+    context.globalAlpha = state.kind === "keys" ? 0 : 0.22 * coloured * (1 - alone);
+    context.drawImage(photo.grey, 0, 0, width, height);
     context.globalCompositeOperation = "source-over";
     context.globalAlpha = 1;
     context.imageSmoothingEnabled = smooth;
@@ -440,7 +445,8 @@
     context.clearRect(0, 0, width, top + views.length * high);
     context.fillStyle = getComputedStyle(panel.of).color;
     context.font = "11px system-ui,sans-serif";
-    if (heads > 1) for (let head = 0; head < columns; head++) {
+    const every = Math.ceil(18 / wide); // numbers that would touch are left out
+    if (heads > 1) for (let head = 0; head < columns; head += head ? every : 1) {
       context.fillText(head || (wide > 32 ? "mean" : "m"), left + head * wide + 1, 10);
     }
     const chosen = viewIndex(panel.model);

@@ -148,14 +148,15 @@ def fitting(models: Sequence[ShownModel], most: int) -> list[ShownModel]:
         if sum(model.size for model in kept) <= room:
             return kept
     raise StaticKeyError(
-        f"not even one layer of each model fits into {most / 1e6:.1f} MB; take fewer or smaller images, fewer models, "
-        "or allow more"
+        f"not even one layer of each model fits into {most / 1e6:.1f} MB; take fewer or smaller images or "
+        "models, or allow more"
     )
 
 
 def spread(total: int, count: int) -> list[int]:
     """``count`` indices, or all, evenly spread up to the last."""
-    return sorted({total - 1 - round(i * total / count) for i in range(min(count, total))})
+    count = min(count, total)
+    return [total - 1 - round(i * total / count) for i in reversed(range(count))]
 
 
 def _thinned(model: ShownModel, count: int) -> ShownModel:

@@ -1,5 +1,6 @@
 """What the explorer and the pictures show of a model: its maps on some images, and its static keys."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -190,22 +191,24 @@ def _unusable(layer: str, maps: LayerMaps, num_images: int) -> str:
     queries, keys = (prefix + grid[0] * grid[1] for grid in (maps.feat_size, maps.key_size))
     shape = tuple(maps.weights.shape)
     if maps.weights.ndim == 4 and len(maps.weights) != num_images:
-        return "attend in windows"
+        return "attention in windows"
     if maps.weights.ndim != 4 or shape[2:] != (queries, keys):
         return f"the map of {layer}, {shape}, is not (B, heads, N, N) with N={queries} tokens"
     if maps.feat_size == maps.key_size == (1, 1):
-        return "have one token"
+        return "one token"
     if maps.weights.numel() > _MOST_NUMBERS:
-        return f"have too many tokens ({queries:,}) for a page"
+        return f"too many tokens ({queries:,}) for a page"
     return ""
 
 
 def _counted(left_out: Mapping[str, str]) -> list[str]:
     """Reasons with the number of layers that have them."""
-    reasons = list(left_out.values())
+    counts = Counter(left_out.values())
     return [
-        reason if reason.startswith("the map of") else f"{reasons.count(reason)} layers {reason}: left out"
-        for reason in dict.fromkeys(reasons)
+        reason
+        if reason.startswith("the map of")
+        else f"{count} {'layer' if count == 1 else 'layers'} left out: {reason}"
+        for reason, count in counts.items()
     ]
 
 
