@@ -225,11 +225,13 @@ def heads_by_layers(layers: Mapping[str, NDArray[Any]], title: str, *, signed: b
         for row, pictures in enumerate(layers.values()):
             for column, picture in enumerate(pictures):
                 lowest = min(0.0, float(picture.min()))  # below zero only where heads are mixed after the softmax
-                scale = {"vmin": -1, "vmax": 1, "cmap": "RdBu_r"} if signed else {"vmin": lowest, "cmap": "inferno"}
+                low, high, cmap = (-1.0, 1.0, "RdBu_r") if signed else (lowest, None, "inferno")  # none of colours
                 place = (column + 0.04, column + 0.96, row + 0.96, row + 0.04)
-                axes.imshow(picture, extent=place, aspect="auto", **({} if picture.ndim == 3 else scale))
+                axes.imshow(picture, extent=place, aspect="auto", vmin=low, vmax=high, cmap=cmap)
         axes.set(xlim=(0, columns), ylim=(len(layers), 0))
-        axes.set_xticks([column + 0.5 for column in range(columns)], range(1, columns + 1), fontsize=8)
+        axes.set_xticks(
+            [column + 0.5 for column in range(columns)], [str(head) for head in range(1, columns + 1)], fontsize=8
+        )
         axes.set_yticks([row + 0.5 for row in range(len(layers))], list(layers), fontsize=8, parse_math=False)
         axes.xaxis.tick_top()
         axes.tick_params(length=0)
@@ -246,7 +248,7 @@ def distances_by_layer(values: Mapping[str, Sequence[Sequence[float]]]) -> Figur
     shades = colours(list(values))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.5, 3.2), layout="constrained")
-        axes = figure.subplots()
+        axes: Any = figure.subplots()
         for place, (name, layers) in enumerate(values.items()):
             shift = 0.12 * (place - (len(values) - 1) / 2)
             spots = [(number + shift, 100 * one) for number, heads in enumerate(layers, start=1) for one in heads]

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from .._typing import Size2
 from ..errors import StaticKeyError
 from ..layers import StaticKeyAttention
 from .capture import LayerMaps, capture_maps, key_colours
@@ -128,7 +129,7 @@ class Look:
                 for layer, (key, mixer) in keys.items()
             }
             yield "keys", heads_by_layers(coloured, f"{self.name}: static keys")
-            alike = {layer: _of_middle(key_similarity(key), *_grid_of(mixer)) for layer, (key, mixer) in keys.items()}
+            alike = {layer: _of_middle(key_similarity(key), mixer) for layer, (key, mixer) in keys.items()}
             yield "similarity", heads_by_layers(alike, f"{self.name}: likeness to the middle's key row", signed=True)
 
 
@@ -242,18 +243,23 @@ def _priors(
 
 def _of_query(maps: LayerMaps) -> NDArray[Any]:
     """Where the first prefix token looks, or the place in the middle, on the first image, (heads, H, W)."""
-    prefix, weights = maps.num_prefix_tokens, maps.weights[0]
-    row = 0 if prefix else (maps.feat_size[0] // 2) * maps.feat_size[1] + maps.feat_size[1] // 2
-    return weights[:, row, prefix:].unflatten(-1, maps.key_size).float().numpy()  # type: ignore[no-any-return]
+    prefix, weights = maps.num_prefix_tokens, maps.weights[0].float()
+    return _row(weights, 0 if prefix else _middle(maps.feat_size), prefix, maps.key_size)
 
 
-def _grid_of(mixer: StaticKeyAttention) -> tuple[int, tuple[int, int]]:
-    return mixer.num_prefix_tokens, mixer.key_grid
+def _of_middle(rows: Tensor, mixer: StaticKeyAttention) -> NDArray[Any]:
+    """What the place in the middle has to do with all, (heads, H, W)."""
+    prefix, grid = mixer.num_prefix_tokens, mixer.key_grid
+    return _row(rows, prefix + _middle(grid), prefix, grid)
 
 
-def _of_middle(rows: Tensor, prefix: int, grid: tuple[int, int]) -> NDArray[Any]:
-    row = prefix + (grid[0] // 2) * grid[1] + grid[1] // 2
-    return rows[:, row, prefix:].unflatten(-1, grid).numpy()  # type: ignore[no-any-return]
+def _middle(grid: Size2) -> int:
+    return (grid[0] // 2) * grid[1] + grid[1] // 2
+
+
+def _row(weights: Tensor, row: int, prefix: int, grid: Size2) -> NDArray[Any]:
+    numbers: NDArray[Any] = weights[:, row, prefix:].numpy()
+    return numbers.reshape(-1, *grid)
 
 
 def _pixels(image: Tensor) -> NDArray[np.uint8]:

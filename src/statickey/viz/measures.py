@@ -53,7 +53,7 @@ def attention_distances(maps: LayerMaps) -> Tensor:
     weights = maps.weights[..., prefix:, prefix:].double()
     places, key_places = (_centres(grid) for grid in (maps.feat_size, maps.key_size))
     distances = torch.cdist(places, key_places) / torch.tensor([1.0, 1.0]).double().norm()
-    means = (weights * distances).sum(dim=-1) / weights.sum(dim=-1).clamp_min(1e-12)
+    means: Tensor = (weights * distances).sum(dim=-1) / weights.sum(dim=-1).clamp_min(1e-12)
     return means.mean(dim=(0, 2))
 
 
