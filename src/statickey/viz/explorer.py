@@ -185,13 +185,16 @@ def attention_explorer(models: Sequence[ShownModel], captions: Sequence[str]) ->
         "models": [_model(model, own) for model, own in zip(models, places, strict=True)],
     }
     data = json.dumps(content, separators=(",", ":")).replace("<", "\\u003c")
-    here = Path(__file__)
-    style, script = (here.with_suffix(kind).read_text(encoding="utf-8") for kind in (".css", ".js"))
+    style, parts, script = (
+        Path(__file__).with_name(name).read_text(encoding="utf-8")
+        for name in ("explorer.css", "explorer_parts.js", "explorer.js")
+    )
     names = ", ".join(html.escape(model.name) for model in models)
     return (
         f"<style>{style}</style><div class=explorer data-models='{len(models)}'>"
         f"<noscript><p>The maps of {names} need a browser with JavaScript.</p></noscript></div>"
-        f"<script type=application/json id=attention-data>{data}</script><script>{script}</script>"
+        f"<script type=application/json id=attention-data>{data}</script>"
+        f"<script>(()=>{{'use strict';\n{parts}{script}}})()</script>"
     )
 
 
