@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,7 +15,15 @@ from rich.console import Console
 
 from statickey.cli import main
 from statickey.errors import DataError, OutputError, StaticKeyError, UnsupportedHostError
-from statickey.tasks import Classification, ClassificationRecipe, Machine, load_model, show_attention, train
+from statickey.tasks import (
+    Classification,
+    ClassificationRecipe,
+    Machine,
+    SegmentationRecipe,
+    load_model,
+    show_attention,
+    train,
+)
 from statickey.tasks import attention as module
 from statickey.tasks.weights import ModelCard, write_model
 from statickey.viz import Look, capture_maps
@@ -184,22 +193,34 @@ def test_refusals(place, tmp_path):
 
 def test_networks_without_maps_are_refused(place, tmp_path):
     photos = [str(place / "photos")]
-    convolutions = card("resnet10t")
-    convolutions = ModelCard(**vars(convolutions) | {"model_args": {}})
+    convolutions = replace(card("resnet10t"), model_args={})
     write_model(tmp_path / "resnet", "last", convolutions.build(), convolutions)
     with pytest.raises(UnsupportedHostError, match="ResNet"):
         show(tmp_path / "resnet", out=tmp_path / "out", images=photos)
-    windows = ModelCard(
-        **vars(convolutions)
-        | {
-            "architecture": "swin_tiny_patch4_window7_224",
-            "img_size": 56,
-            "model_args": {"embed_dim": 16, "depths": (2,), "num_heads": (2,)},
-        }
-    )
+    few = {"embed_dim": 16, "depths": (2,), "num_heads": (2,)}
+    windows = replace(card("swin_tiny_patch4_window7_224"), img_size=56, model_args=few)
     write_model(tmp_path / "swin", "last", windows.build(), windows)
     with pytest.raises(StaticKeyError, match="swin has no attention map of whole images"):
         show(tmp_path / "swin", out=tmp_path / "out", images=photos)
+
+
+def test_detectors_are_refused(place, tmp_path, monkeypatch):
+    model, own = load_model(place / "tokens")
+    monkeypatch.setattr(module, "load_model", lambda *args, **options: (model, replace(own, task="detect")))
+    with pytest.raises(StaticKeyError, match="tokens is a detector, .* not shown, as yet"):
+        show(place / "tokens", out=tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_segmenters_are_shown(tmp_path, monkeypatch, no_pictures):
+    monkeypatch.setattr("statickey.data.scenes.TEST_SCENES", 2)
+    recipe = SegmentationRecipe(
+        limit=8, decoder_channels=16, crop_size=32, img_size=40, batch_size=4, epochs=1, model_args=SMALL
+    )
+    train(recipe, mixer="ska", out=str(tmp_path / "run"), machine=CPU, console=Console(file=io.StringIO()))
+    data, _ = show(tmp_path / "run", out=tmp_path / "out", num_images=2)
+    assert data["captions"] == ["image 1", "image 2"]
+    assert [view["maps"][1]["keys"] for view in data["models"][0]["views"]["attention"]] == [[8, 8], [8, 8]]
 
 
 def test_networks_that_learned_from_other_data_need_images(place, tmp_path, monkeypatch):
