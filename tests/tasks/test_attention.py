@@ -207,7 +207,7 @@ def test_networks_without_maps_are_refused(place, tmp_path):
 def test_detectors_are_refused(place, tmp_path, monkeypatch):
     model, own = load_model(place / "tokens")
     monkeypatch.setattr(module, "load_model", lambda *args, **options: (model, replace(own, task="detect")))
-    with pytest.raises(StaticKeyError, match="tokens is a detector, .* not shown, as yet"):
+    with pytest.raises(StaticKeyError, match=r"tokens is a detector, .* not shown, as yet"):
         show(place / "tokens", out=tmp_path / "out")
 
 
@@ -215,7 +215,14 @@ def test_detectors_are_refused(place, tmp_path, monkeypatch):
 def test_segmenters_are_shown(tmp_path, monkeypatch, no_pictures):
     monkeypatch.setattr("statickey.data.scenes.TEST_SCENES", 2)
     recipe = SegmentationRecipe(
-        limit=8, decoder_channels=16, crop_size=32, img_size=40, batch_size=4, epochs=1, model_args=SMALL
+        model="small_vit",
+        limit=8,
+        decoder_channels=16,
+        crop_size=32,
+        img_size=40,
+        batch_size=4,
+        epochs=1,
+        model_args=SMALL,
     )
     train(recipe, mixer="ska", out=str(tmp_path / "run"), machine=CPU, console=Console(file=io.StringIO()))
     data, _ = show(tmp_path / "run", out=tmp_path / "out", num_images=2)
