@@ -12,7 +12,7 @@ from statickey import MIXERS
 from statickey.errors import StaticKeyError
 from statickey.models import build_model
 from statickey.viz import attention_explorer, attention_rollout, capture_maps, key_similarity, look, on_a_page
-from statickey.viz.explorer import COARSE, FINE, pack_maps, spread, unpack_maps
+from statickey.viz.explorer import COARSE, FINE, pack_maps, size_on_a_page, spread, unpack_maps
 
 SMALL = {"embed_dim": 16, "depth": 3, "num_heads": 2}
 
@@ -97,10 +97,11 @@ def test_where_there_is_little_room_numbers_are_coarser_and_then_layers_fewer():
     found, _ = seen(small(depth=6))
     fine = found.shown()
     coarse = found.shown(fineness=COARSE)
-    assert coarse.size < fine.size
-    (all_layers,) = on_a_page([found], fine.size + 2000)
+    whole = size_on_a_page([fine])
+    assert size_on_a_page([coarse]) < whole
+    (all_layers,) = on_a_page([found], whole)
     assert (all_layers.fineness, all_layers.left_out) == (FINE, "")
-    (kept,) = on_a_page([found], fine.size // 2)
+    (kept,) = on_a_page([found], whole // 2)
     assert kept.fineness == COARSE
     layers = [view.layer for view in kept.views["attention"]]
     assert 1 <= len(layers) < 6
@@ -109,7 +110,7 @@ def test_where_there_is_little_room_numbers_are_coarser_and_then_layers_fewer():
     with pytest.raises(StaticKeyError, match="not even one layer of each model fits into"):
         on_a_page([found], 500)
     with pytest.raises(StaticKeyError, match="these layers do not fit into"):
-        on_a_page([found], fine.size // 2, [found.layers])
+        on_a_page([found], whole // 2, [found.layers])
 
 
 def test_what_rollout_and_priors_lack_is_said():
@@ -131,7 +132,7 @@ def test_layers_in_windows_are_left_out_and_said():
     assert "windows" in found.shown().missing["rollout"]
     whole = timm.create_model("swin_tiny_patch4_window7_224", num_classes=2, **sizes | {"depths": (2,)}).eval()
     with pytest.raises(
-        StaticKeyError, match=r"swin has no attention map of whole images \(2 layers left out: attention in windows\)"
+        StaticKeyError, match=r"no attention map of whole images in swin \(2 layers left out: attention in windows\)"
     ):
         seen(whole, "swin", size=56, chans=3)
 

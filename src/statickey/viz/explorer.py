@@ -58,11 +58,6 @@ class View:
     maps: Sequence[PackedMaps]
     """One an image, or one for all."""
 
-    @property
-    def size(self) -> int:
-        """Its bytes on the page."""
-        return sum(len(each.data) for each in self.maps)
-
 
 @dataclass(frozen=True)
 class ShownModel:
@@ -85,11 +80,6 @@ class ShownModel:
     prefix_names: Sequence[str] = ()
     left_out: str = ""
     fineness: Fineness = FINE
-
-    @property
-    def size(self) -> int:
-        """Bytes of its maps on the page."""
-        return sum(view.size for views in self.views.values() for view in views)
 
 
 def as_stored(models: Sequence[ShownModel]) -> str:
@@ -131,6 +121,12 @@ def unpack_maps(packed: PackedMaps, num_prefix_tokens: int) -> tuple[NDArray[np.
     return packed.low + steps[..., None] * filled, steps
 
 
+def size_on_a_page(models: Sequence[ShownModel]) -> int:
+    """Bytes of maps and pictures."""
+    views = (view for model in models for own in model.views.values() for view in own)
+    return sum(len(maps.data) for view in views for maps in view.maps) + sum(map(len, _pictures(models)[0]))
+
+
 def fitting(models: Sequence[ShownModel], most: int) -> list[ShownModel]:
     """The models with as many layers as there is room for, evenly spread, the last among them.
 
@@ -142,10 +138,9 @@ def fitting(models: Sequence[ShownModel], most: int) -> list[ShownModel]:
         StaticKeyError: Not even one layer of each finds room.
     """
     deepest = max((len(views) for model in models for views in model.views.values()), default=0)
-    room = most - sum(map(len, _pictures(models)[0]))
     for count in range(deepest, 0, -1):
         kept = [_thinned(model, count) for model in models]
-        if sum(model.size for model in kept) <= room:
+        if size_on_a_page(kept) <= most:
             return kept
     raise StaticKeyError(
         f"not even one layer of each model fits into {most / 1e6:.1f} MB; take fewer or smaller images or "

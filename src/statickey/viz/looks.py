@@ -16,7 +16,7 @@ from .._typing import Size2
 from ..errors import StaticKeyError
 from ..layers import StaticKeyAttention
 from .capture import LayerMaps, capture_maps, key_colours
-from .explorer import COARSE, FINE, Fineness, Kind, PackedMaps, ShownModel, View, fitting, pack_maps
+from .explorer import COARSE, FINE, Fineness, Kind, PackedMaps, ShownModel, View, fitting, pack_maps, size_on_a_page
 from .figures import attention_overlay, heads_by_layers
 from .measures import attention_distances, attention_rollout, average_query_map, key_similarity, static_key_rows
 
@@ -104,6 +104,10 @@ class Look:
             ]
             if priors:
                 views["prior"] = priors
+            else:
+                missing.setdefault(
+                    "prior", "An average query needs images of one size, and heads that are all static."
+                )
         except StaticKeyError as error:
             missing["prior"] = str(error)
         pictures = [_pixels(each) for each in self.pictures]
@@ -145,21 +149,19 @@ def look(name: str, model: nn.Module, batches: Sequence[Any], pictures: Sequence
     Raises:
         StaticKeyError: It has no attention map of whole images.
     """
-    captured: list[dict[str, LayerMaps]] = []
-    left_out: dict[str, str] = {}
-    for batch in batches:
-        captured.append({})
-        for layer, maps in capture_maps(model, batch).items():
-            reason = _unusable(layer, maps, len(batch))
-            if reason:
-                left_out[layer] = reason
-            else:
-                captured[-1][layer] = maps
+    captured = [capture_maps(model, batch) for batch in batches]
+    reasons = {
+        layer: _unusable(layer, maps, len(batch))
+        for batch, of_batch in zip(batches, captured, strict=True)
+        for layer, maps in of_batch.items()
+    }
+    left_out = {layer: reason for layer, reason in reasons.items() if reason}
+    usable = [{layer: maps for layer, maps in of_batch.items() if layer not in left_out} for of_batch in captured]
     words = "; ".join(_counted(left_out))
-    if not captured or not captured[0]:
-        raise StaticKeyError(f"{name} has no attention map of whole images{f' ({words})' if words else ''}")
-    prefix = max(maps.num_prefix_tokens for maps in captured[0].values())
-    return Look(name, pictures, captured, static_key_rows(model), _prefix_names(model, prefix), words)
+    if not usable or not usable[0]:
+        raise StaticKeyError(f"no attention map of whole images in {name}{f' ({words})' if words else ''}")
+    prefix = max(maps.num_prefix_tokens for maps in usable[0].values())
+    return Look(name, pictures, usable, static_key_rows(model), _prefix_names(model, prefix), words)
 
 
 def on_a_page(looks: Sequence[Look], most: int, layers: Sequence[Sequence[str]] | None = None) -> list[ShownModel]:
@@ -174,12 +176,12 @@ def on_a_page(looks: Sequence[Look], most: int, layers: Sequence[Sequence[str]] 
         StaticKeyError: There is no room for these layers, or for one of each model.
     """
     chosen: Sequence[Sequence[str] | None] = [None] * len(looks) if layers is None else layers
-    for fineness in (FINE, COARSE):
-        models = [seen.shown(own, fineness) for seen, own in zip(looks, chosen, strict=True)]
-        kept = fitting(models, most)
-        if sum(model.size for model in kept) == sum(model.size for model in models):
-            return kept
-    if layers is not None:
+    models = [seen.shown(own) for seen, own in zip(looks, chosen, strict=True)]
+    if size_on_a_page(models) <= most:
+        return models
+    models = [seen.shown(own, COARSE) for seen, own in zip(looks, chosen, strict=True)]
+    kept = fitting(models, most)
+    if layers is not None and size_on_a_page(kept) < size_on_a_page(models):
         raise StaticKeyError(
             f"these layers do not fit into {most / 1e6:.1f} MB; name fewer, take fewer images, or allow more"
         )
