@@ -123,6 +123,17 @@ def test_what_rollout_and_priors_lack_is_said():
     assert mixed.left_out == "1 layer left out: one token"
 
 
+def test_of_partly_static_layers_the_keys_name_their_heads():
+    model = small(num_heads=4)
+    for block in model.blocks[1:]:
+        static = MIXERS["partly_static"](16, 4, feat_size=(4, 4), dynamic_heads=(0, 2))
+        block.attn = static.eval()
+    shown = seen(model)[0].shown()
+    names = [view.layer for view in shown.views["keys"]]
+    assert names == ["blocks.0.attn", "blocks.1.attn, static heads 2, 4", "blocks.2.attn, static heads 2, 4"]
+    assert [view.layer for view in shown.views["prior"]] == ["blocks.0.attn"]
+
+
 def test_layers_in_windows_are_left_out_and_said():
     sizes = {"embed_dim": 16, "depths": (2, 2), "num_heads": (2, 4), "img_size": 56, "window_size": 7}
     swin = timm.create_model("swin_tiny_patch4_window7_224", num_classes=2, **sizes).eval()

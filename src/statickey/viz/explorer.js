@@ -78,7 +78,8 @@ const theme = make("button", { type: "button", class: "theme", onclick: () => {
 } });
 theme.refresh = () => {
   theme.textContent = isDark() ? "☀" : "☾";
-  theme.ariaLabel = theme.title = isDark() ? "Light page" : "Dark page";
+  theme.title = isDark() ? "Light page" : "Dark page";
+  theme.setAttribute("aria-label", theme.title);
 };
 const strength = make("input", { type: "range", min: 0, max: 1, step: 0.05, "aria-label": "From the photo to the map alone",
   oninput: () => change({ strength: Number(strength.value) }) });

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .._typing import Size2
 from ..errors import StaticKeyError
-from ..layers import StaticKeyAttention
+from ..layers import PartlyStaticAttention, StaticKeyAttention
 from .capture import LayerMaps, capture_maps, key_colours
 from .explorer import COARSE, FINE, Fineness, Kind, PackedMaps, ShownModel, View, fitting, pack_maps, size_on_a_page
 from .figures import attention_overlay, heads_by_layers
@@ -90,7 +90,7 @@ class Look:
         if keys:
             views["keys"] = [
                 View(
-                    layer,
+                    layer + _static_heads(mixer),
                     mixer.num_prefix_tokens,
                     [pack_maps(key_similarity(key), mixer.key_grid, mixer.key_grid, of_keys)],
                 )
@@ -238,7 +238,7 @@ def _priors(
 ) -> Iterator[tuple[str, LayerMaps, PackedMaps]]:
     """Layer, its maps, and where its heads look whatever they are asked; of images of one size."""
     for layer, (_, mixer) in keys.items():
-        if len(seen.maps) == 1 and not getattr(mixer, "mixed", False):
+        if len(seen.maps) == 1 and not (isinstance(mixer, PartlyStaticAttention) and mixer.mixed):
             maps = seen.maps[0][layer]
             yield layer, maps, pack(average_query_map(maps)[:, None], (1, 1), maps.key_size)
 
@@ -253,6 +253,13 @@ def _of_middle(rows: Tensor, mixer: StaticKeyAttention) -> NDArray[Any]:
     """What the place in the middle has to do with all, (heads, H, W)."""
     prefix, grid = mixer.num_prefix_tokens, mixer.key_grid
     return _row(rows, prefix + _middle(grid), prefix, grid)
+
+
+def _static_heads(mixer: StaticKeyAttention) -> str:
+    """Which heads have a key, where not all do."""
+    if not isinstance(mixer, PartlyStaticAttention) or not mixer.dynamic_heads:
+        return ""
+    return f", static heads {', '.join(str(head + 1) for head in mixer.static_heads)}"
 
 
 def _middle(grid: Size2) -> int:
