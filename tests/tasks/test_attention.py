@@ -168,7 +168,8 @@ def test_refusals(place, tmp_path):
         ("does not say what it was trained on; give --images or --data", [tokens], {}),
         ("images of digits have 1 channels, .*tokens takes 3; give --images", [tokens], {"data": "digits"}),
         ("images of digits have 1 channels, .*tokens takes 3; give --images", [run, tokens], {}),
-        ("no image in", [tokens], {"images": [str(tmp_path)]}),
+        ("no image there; give files", [tokens], {"images": [*photos, str(tmp_path)]}),
+        ("no image is given; give files", [tokens], {"images": []}),
         ("cannot read .*weights", [tokens], {"images": [str(tokens / "model.safetensors")]}),
         (
             "layers='blocks.7' matches none of blocks.0.attn, blocks.1.attn of tokens",

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.markup import escape
 from torch import Tensor, nn
@@ -32,6 +33,10 @@ from .weights import ModelCard
 PAGE_FILE = "attention.html"
 _PAGE_ALONE = 100_000
 """Bytes of the page beside maps and photos, about."""
+_FAR = (
+    "A point a head, a line through the means: the distance between a place and the places it looks at, weighted by "
+    "attention, over all places and images. Uniform attention comes to about 37 % of a square's diagonal."
+)
 
 
 @dataclass(frozen=True)
@@ -113,44 +118,25 @@ def show_attention(
     with display.busy("reading attention"):
         for each, (pixels, batches) in zip(networks, taken, strict=True):
             looks.append(look(each.name, each.model, batches, pixels))
-    with display.busy("writing the page"):
+    with display.busy("packing the maps"):
         asked = None if layers is None else [_chosen(seen, layers) for seen in looks]
         models = on_a_page(looks, int(1e6 * max_mb) - _PAGE_ALONE, asked)
-        values = {seen.name: [each.tolist() for each in seen.distances().values()] for seen in looks}
-        distances = distances_by_layer(values)
-        sections = [
-            page.section("", attention_explorer(models, captions)),
-            page.section("How far heads look", page.svg(distances), page.note(_FAR)),
-            page.section("What is stored", page.text(as_stored(models)), page.points(map(_stored, models, looks))),
-        ]
-        title = f"Where {', '.join(seen.name for seen in looks)} look{'s' * (len(looks) == 1)}"
-        page.write_page(folder / PAGE_FILE, title, sections)
-    written = [folder / PAGE_FILE]
+    values = {seen.name: [each.tolist() for each in seen.distances().values()] for seen in looks}
+    distances = distances_by_layer(values)
     with display.busy("drawing"):
-        rows = [
-            {"model": seen.name, "layer": layer, "head": head, "distance": f"{value:.6f}"}
-            for seen in looks
-            for layer, own in seen.distances().items()
-            for head, value in enumerate(own.tolist(), start=1)
-        ]
-        write_csv(folder / "distances.csv", list(rows[0]), rows)
-        written.append(folder / "distances.csv")
-        named = [("distances", distances)]
-        named += [(f"{_file_name(seen.name)}-{stem}", figure) for seen in looks for stem, figure in seen.figures()]
-        for stem, figure in named:
-            save_png(figure, folder / f"{stem}.png")
-            written.append(folder / f"{stem}.png")
+        pictures = _draw(folder, looks, distances)
+    sections = [
+        page.section("", attention_explorer(models, captions)),
+        page.section("How far heads look", page.svg(distances), page.note(_FAR)),
+        page.section("What is stored", page.text(as_stored(models)), page.points(map(_stored, models, looks))),
+    ]
+    title = f"Where {', '.join(seen.name for seen in looks)} look{'s' * (len(looks) == 1)}"
+    page.write_page(folder / PAGE_FILE, title, sections)  # last: where it is, all is
     size = (folder / PAGE_FILE).stat().st_size / 1e6
     display.say(f"page: {escape(str(folder / PAGE_FILE))} ({size:.1f} MB, {counted(len(captions), 'image')})")
     for model, seen in zip(models, looks, strict=True):
         display.say(f"{escape(model.name)}: {_stored(model, seen)[1]}")
-    return written
-
-
-_FAR = (
-    "A point a head, a line through the means: the distance between a place and the places it looks at, weighted by "
-    "attention, over all places and images. Uniform attention comes to about 37 % of a square's diagonal."
-)
+    return [folder / PAGE_FILE, *pictures]
 
 
 def _read(sources: Sequence[str], img_size: int | None, ema: bool) -> list[_Source]:
@@ -197,8 +183,8 @@ Taken = list[tuple[list[Tensor], list[Any]]]
 def _from_files(networks: Sequence[_Source], images: Sequence[str], number: int) -> tuple[list[str], Taken]:
     skipped: list[str] = []
     paths = list(dict.fromkeys(image_paths(images, skipped)))[:number]
-    if not paths:
-        raise StaticKeyError(f"no image in {', '.join(images)}; give files, folders or wildcards")
+    if skipped or not paths:
+        raise StaticKeyError(f"{skipped[0] if skipped else 'no image is given'}; give files, folders or wildcards")
     taken: Taken = []
     for each in networks:
         predictor = each.task.predictor(each.model, each.card, img_size=None, top_k=1)
@@ -266,11 +252,29 @@ def _chosen(seen: Look, layers: str) -> list[str]:
     return [name for name in seen.layers if name in wanted]
 
 
+def _draw(folder: Path, looks: Sequence[Look], distances: Figure) -> list[Path]:
+    """Write the distances as numbers, and all pictures."""
+    rows = [
+        {"model": seen.name, "layer": layer, "head": head, "distance": f"{value:.6f}"}
+        for seen in looks
+        for layer, own in seen.distances().items()
+        for head, value in enumerate(own.tolist(), start=1)
+    ]
+    written = [folder / "distances.csv", folder / "distances.png"]
+    write_csv(written[0], list(rows[0]), rows)
+    save_png(distances, written[1])
+    for seen in looks:
+        for stem, figure in seen.figures():
+            written.append(folder / f"{_file_name(seen.name)}-{stem}.png")
+            save_png(figure, written[-1])
+    return written
+
+
 def _stored(model: ShownModel, seen: Look) -> tuple[str, str]:
     """A model's name, and what of it is on the page."""
     names = [view.layer for view in model.views["attention"]]
     heads = sorted({view.maps[0].heads for view in model.views["attention"]})
-    words = f"{len(names)} of {counted(len(seen.layers), 'layer')} with {' and '.join(map(str, heads))} heads each"
+    words = f"{len(names)} of {counted(len(seen.layers), 'layer')} with {', '.join(map(str, heads))} heads each"
     listed = f": {', '.join(names)}" if len(names) < len(seen.layers) else ""
     return model.name, f"{words}{listed}{f'; {seen.left_out}' if seen.left_out else ''}"
 
