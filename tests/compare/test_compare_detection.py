@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 
 import numpy as np
 import pytest
@@ -41,8 +42,11 @@ def test_a_comparison(compared, capsys):
         assert float(row["box_ap"]) == pytest.approx(run["box_ap"]) and run["task"] == "detect"
     report = (compared / "report.html").read_text()
     assert "box AP" in report and "train_loss" not in report
-    assert "Attention of the framed token" in report and "<svg" in report and "left out" not in report
-    assert report.count("data:image/png;base64") == 4  # attention on three images, and keys
+    assert "<svg" in report and "is left out" not in report
+    shown = json.loads(re.search(r"id=attention-data>(.*?)</script>", report, re.S)[1])
+    assert [model["name"] for model in shown["models"]] == ["mhsa", "ska"]
+    assert len(shown["captions"]) == 3
+    assert report.count("<figure>") == 1  # keys
 
 
 def test_an_interrupted_comparison_ends_in_the_same_bits(compared, tmp_path, monkeypatch, capsys):

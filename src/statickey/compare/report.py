@@ -5,21 +5,22 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..errors import StaticKeyError
-from ..layers import StaticKeyAttention, TokenMixer
 from ..tasks import Machine, Metric, Run, load_model
 from ..viz import (
-    attention_of_token,
-    capture_attention,
+    as_stored,
+    attention_explorer,
     differences,
+    heads_by_layers,
     key_colours,
     learning_curves,
+    look,
+    on_a_page,
     page,
-    static_keys,
+    static_key_rows,
 )
 from .config import CompareConfig
 from .results import FinishedRun
@@ -27,6 +28,8 @@ from .table import column_heads, difference_unit, row_cells
 
 REPORT_FILE = "report.html"
 NUM_IMAGES = 3
+_ROOM = 3_000_000
+"""Bytes of the attention maps, at most."""
 
 
 def write_report(
@@ -56,7 +59,7 @@ def write_report(
         page.section("Learning curves", page.drawn("This picture", lambda: _curves(Metric(**summary["metric"]), of))),
         page.section(
             "Where a token looks",
-            page.drawn("This picture", lambda: _attention(config, data, firsts)),
+            page.drawn("This part", lambda: _attention(config, data, firsts)),
         ),
         page.section("What the static keys learned", _keys(config, data, firsts)),
         page.section("How it was made", _making(config, summary, runs)),
@@ -121,52 +124,19 @@ def _curves(metric: Metric, of: Mapping[str, Sequence[FinishedRun]]) -> str:
 def _attention(config: CompareConfig, data: Any, firsts: Mapping[str, FinishedRun]) -> str:
     module = config.task.data_module(config.recipe, data, config.seeds[0])
     pixels, images, captions = config.task.examples(data, module, config.score_on, NUM_IMAGES)
-    found: dict[str, list[tuple[tuple[int, int], Tensor]]] = {}
-    left_out = []
+    looks, left_out = [], []
     for name, run in firsts.items():
         try:
-            found[name] = _maps(load_model(run.path)[0], images)
+            looks.append(look(name, load_model(run.path)[0], [images], pixels))
         except Exception as error:  # a user's mixer may raise anything
             left_out.append(f"{name} is left out: {' '.join(str(error).split())}.")
-    # all on one grid: the first that attends, where stages differ
-    grids = [grid for of_name in found.values() for grid, _ in of_name]
-    if not grids:
+    if not looks:
         nothing = "None of these mixers has an attention map of whole images."
         return page.text(nothing) + "".join(map(page.note, left_out))
-    feat_size = grids[0]
-    captured = {name: [maps for grid, maps in of_name if grid == feat_size] for name, of_name in found.items()}
-    left_out += [f"{name} has no map." for name, maps in captured.items() if not maps]
-    captured = {name: maps for name, maps in captured.items() if maps}
-    token = (feat_size[0] // 2, feat_size[1] // 2)
-    pictures = []
-    for i, (image, caption) in enumerate(zip(pixels, captions, strict=True)):
-        maps = {name: [layer[i] for layer in layers] for name, layers in captured.items()}
-        figure = attention_of_token(image.permute(1, 2, 0).numpy() / 255, maps, feat_size, token)
-        pictures.append(page.picture(figure, caption))
     seeds = ", ".join(map(str, sorted({run.seed for run in firsts.values()})))
-    explained = f"Attention of the framed token, mean over heads, each map on its own scale from zero; seed {seeds}."
-    return page.row(*pictures) + page.note(" ".join([explained, *left_out]))
-
-
-def _maps(model: nn.Module, images: Tensor) -> list[tuple[tuple[int, int], Tensor]]:
-    """The grid and the map, (B, heads, tokens, tokens), of each layer that has one of whole images.
-
-    Raises:
-        StaticKeyError: A map is not one of tokens by tokens.
-    """
-    maps = []
-    for layer, weights in capture_attention(model, images).items():
-        mixer = model.get_submodule(layer)
-        assert isinstance(mixer, TokenMixer)
-        if len(weights) != len(images):  # of windows
-            continue
-        tokens = mixer.num_prefix_tokens + mixer.feat_size[0] * mixer.feat_size[1]
-        if weights.ndim != 4 or weights.shape[2:] != (tokens, tokens):
-            raise StaticKeyError(
-                f"the map of {layer}, {tuple(weights.shape)}, is not (B, heads, N, N) with N={tokens} tokens"
-            )
-        maps.append((mixer.feat_size, weights))
-    return maps
+    models = on_a_page(looks, _ROOM)
+    explained = f"The networks of seed {seeds}. {as_stored(models)}"
+    return attention_explorer(models, captions) + page.note(" ".join([explained, *left_out]))
 
 
 def _keys(config: CompareConfig, data: Any, firsts: Mapping[str, FinishedRun]) -> str:
@@ -183,16 +153,15 @@ def _keys(config: CompareConfig, data: Any, firsts: Mapping[str, FinishedRun]) -
 
 def _keys_of(config: CompareConfig, data: Any, run: FinishedRun) -> str:
     """A picture of what training added to the keys of a run, or nothing where there is no key."""
-    model = load_model(run.path)[0]
-    if not any(_has_key(mixer) for mixer in model.modules()):
+    keys = static_key_rows(load_model(run.path)[0])
+    if not keys:
         return ""
-    start = _start(config, data, run)
-    layers = [
-        key_colours(_key(mixer) - _key(before), mixer.num_prefix_tokens, mixer.key_grid).numpy()
-        for mixer, before in zip(model.modules(), start.modules(), strict=True)
-        if _has_key(mixer)
-    ]
-    return page.picture(static_keys(layers, f"{run.mixer}, seed {run.seed}"))
+    before = static_key_rows(_start(config, data, run))
+    layers = {
+        layer: key_colours(key - before[layer][0], mixer.num_prefix_tokens, mixer.key_grid).numpy()
+        for layer, (key, mixer) in keys.items()
+    }
+    return page.picture(heads_by_layers(layers, f"{run.mixer}, seed {run.seed}"))
 
 
 def _start(config: CompareConfig, data: Any, run: FinishedRun) -> nn.Module:
@@ -208,15 +177,6 @@ def _start(config: CompareConfig, data: Any, run: FinishedRun) -> nn.Module:
         ids=(),
     )
     return run_here.new_model()
-
-
-def _has_key(mixer: nn.Module) -> TypeGuard[StaticKeyAttention]:
-    return isinstance(mixer, StaticKeyAttention) and getattr(mixer, mixer.key_names[0]) is not None
-
-
-def _key(mixer: nn.Module) -> Tensor:
-    assert isinstance(mixer, StaticKeyAttention)
-    return mixer.key_rows(name=mixer.key_names[0])
 
 
 def _making(config: CompareConfig, summary: Mapping[str, Any], runs: Sequence[FinishedRun]) -> str:

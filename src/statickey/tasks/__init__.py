@@ -1,6 +1,7 @@
 """Training, scoring and using networks for any task, under Lightning."""
 
 from .accuracy import Accuracy
+from .attention import show_attention
 from .checkpoint import AtomicCheckpointIO
 from .classification import Classification, ClassificationRecipe
 from .conversion import convert_run
@@ -68,6 +69,7 @@ __all__ = [
     "predict",
     "read_result",
     "replay",
+    "show_attention",
     "task_named",
     "task_of",
     "train",

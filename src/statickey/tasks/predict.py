@@ -92,7 +92,7 @@ def predict(
     predictor = task_named(card.task).predictor(model, card, img_size=img_size, top_k=top_k)
     layer = "" if attention is None else _layer(model, layer)
     skipped: list[str] = []
-    paths = list(dict.fromkeys(_paths(files, skipped)))
+    paths = list(dict.fromkeys(image_paths(files, skipped)))
     if not paths:
         raise StaticKeyError(f"no image in {', '.join(files) or 'nothing'}; give files, folders or wildcards")
     names = _picture_names(paths)
@@ -131,7 +131,13 @@ def predict(
     return Predictions(rows, skipped)
 
 
-def _paths(files: Iterable[str], skipped: list[str]) -> Iterator[Path]:
+def image_paths(files: Iterable[str], skipped: list[str]) -> Iterator[Path]:
+    """The files that words mean: files, folders of them, wildcards, or ``-`` for names on standard input.
+
+    Args:
+        files: The words.
+        skipped: Takes a line for each word that means none.
+    """
     for word in files:
         found = list(_found(word))
         if not found:

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .._checks import check_feat_size, check_name
+from .._typing import Size2
 from ..convert import as_mixers, host_attention, token_mixers
 from ..errors import StaticKeyError, UnsupportedHostError
 
@@ -17,7 +19,19 @@ _SAME = 1e-3
 """The largest relative difference of outputs at which a twin's maps are a model's own."""
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class LayerMaps:
+    """The attention maps of one layer, and the tokens that their rows and columns are."""
+
+    weights: Tensor
+    """(B, heads, queries, keys); in windows (B * windows, ...), the windows of an image one after another."""
+    feat_size: Size2
+    """The grid (H, W) of the queries, row-major behind the prefix tokens."""
+    key_size: Size2
+    """That of the keys, smaller where a host makes keys of fewer tokens."""
+    num_prefix_tokens: int
+
+
 def capture_attention(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, Tensor]:
     """The attention maps that a model uses on some images, position bias and masks included.
 
@@ -40,6 +54,12 @@ def capture_attention(model: nn.Module, images: Tensor, layers: Sequence[str] | 
         UnknownNameError: A layer is not attention with a map.
         StaticKeyError: The copy's output is not the model's.
     """
+    return {name: maps.weights for name, maps in capture_maps(model, images, layers).items()}
+
+
+@torch.no_grad()
+def capture_maps(model: nn.Module, images: Tensor, layers: Sequence[str] | None = None) -> dict[str, LayerMaps]:
+    """What ``capture_attention`` gives, with the grids of the tokens."""
     if isinstance(layers, str):
         raise StaticKeyError(f"layers={layers!r} must be a list of names, such as [{layers!r}]")
     mixers: dict[str, Any] = dict(token_mixers(model))
@@ -53,7 +73,7 @@ def capture_attention(model: nn.Module, images: Tensor, layers: Sequence[str] | 
     wanted = list(names) if layers is None else list(layers)
     for name in wanted:
         check_name("layer with an attention map", name, list(names))
-    maps: dict[str, Tensor] = {}
+    maps: dict[str, LayerMaps] = {}
     handles = [
         mixers[names[name]].register_forward_hook(partial(_record, maps, name), with_kwargs=True)
         for name in dict.fromkeys(wanted)
@@ -99,10 +119,14 @@ def _check_same(said: Any, wanted: Any) -> None:
 
 
 def _record(
-    maps: dict[str, Tensor], name: str, mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    maps: dict[str, LayerMaps], name: str, mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
     called_with = {k: v for k, v in kwargs.items() if k in ("feat_size", "attn_mask", "rope") and v is not None}
-    maps[name] = mixer.attention_weights(*args, **called_with).cpu()
+    weights = mixer.attention_weights(*args, **called_with).cpu()
+    _, feat_size = mixer._tokens(args[0], args[1] if len(args) > 1 else kwargs.get("feat_size"))
+    reduction = getattr(mixer, "reduction", None)
+    key_size = feat_size if reduction is None else reduction.grid(feat_size)
+    maps[name] = LayerMaps(weights, feat_size, key_size, mixer.num_prefix_tokens)
 
 
 def key_colours(key: Tensor, num_prefix_tokens: int, feat_size: tuple[int, int]) -> Tensor:

@@ -7,7 +7,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -120,43 +119,6 @@ def differences(rows: Sequence[Mapping[str, Any]], per_seed: Mapping[str, Sequen
     return figure
 
 
-def attention_of_token(
-    image: NDArray[Any],
-    maps: Mapping[str, Sequence[Tensor]],
-    feat_size: tuple[int, int],
-    token: tuple[int, int],
-) -> Figure:
-    """Where one token looks, layer by layer and mixer by mixer, averaged over heads.
-
-    Args:
-        image: (H, W, C) in [0, 1].
-        maps: For each mixer, the maps of its layers, (heads, tokens, tokens) of this image.
-        feat_size: The token grid (H, W).
-        token: Row and column of the token that looks.
-    """
-    layers = max(len(layer_maps) for layer_maps in maps.values())
-    names = 0.085 * max(map(len, maps))
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(0.57 * (layers + 1) + names, 0.57 * len(maps) + 0.5), layout="constrained")
-        panels = figure.subplots(len(maps), layers + 1, squeeze=False)
-        for line, (name, layer_maps) in zip(panels, maps.items(), strict=True):
-            line[0].imshow(image.squeeze(), cmap="gray", extent=(0, feat_size[1], feat_size[0], 0))
-            line[0].add_patch(_frame(token))
-            line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontweight="bold")
-            for axes, weights in zip(line[1:], layer_maps, strict=False):
-                prefix = weights.shape[-1] - feat_size[0] * feat_size[1]
-                query = prefix + token[0] * feat_size[1] + token[1]
-                seen = weights.mean(dim=0)[query, prefix:].reshape(feat_size).float().numpy()
-                lowest = min(0.0, float(seen.min()))  # below zero only where heads are mixed after the softmax
-                axes.imshow(seen, cmap="magma", vmin=lowest, extent=(0, feat_size[1], feat_size[0], 0))
-                axes.add_patch(_frame(token))
-        for column, axes in enumerate(panels[0][1:], start=1):
-            axes.set_title(f"layer {column}", fontweight="normal", fontsize=8, loc="center")
-        for axes in panels.flat:
-            _blank(axes)
-    return figure
-
-
 def attention_overlay(image: NDArray[Any], weights: Tensor, feat_size: tuple[int, int], title: str) -> Figure:
     """Where a layer looks: the image, the mean over heads, and every head, laid over the image.
 
@@ -243,30 +205,64 @@ def confusion_matrix(counts: Sequence[Sequence[int]], class_names: Sequence[str]
     return figure
 
 
-def static_keys(layers: Sequence[NDArray[Any]], title: str) -> Figure:
-    """Static keys as coloured grids, a row a layer, a column a head.
+def heads_by_layers(layers: Mapping[str, NDArray[Any]], title: str, *, signed: bool = False) -> Figure:
+    """A picture for each head of each layer, a row a layer, a column a head.
 
     Args:
-        layers: For each layer, (h, H, W, 3) in [0, 1].
-        title: Name of the mixer.
+        layers: By name, colours (heads, H, W, 3) in [0, 1], or numbers (heads, H, W), each map on its own scale.
+        title: What stands above.
+        signed: Numbers are in [-1, 1], and on that scale.
     """
-    heads = layers[0].shape[0]
+    columns = max(len(pictures) for pictures in layers.values())
+    names = 0.07 * max(map(len, layers))
+    shape = next(iter(layers.values())).shape
+    high = 0.6 * min(max(shape[1] / shape[2], 0.5), 2.0)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(0.6 * heads + 0.6, 0.6 * len(layers) + 0.5), layout="constrained")
-        figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=10)
-        panels = figure.subplots(len(layers), heads, squeeze=False)
-        for number, (line, pictures) in enumerate(zip(panels, layers, strict=True), start=1):
-            for axes, picture in zip(line, pictures, strict=True):
-                axes.imshow(picture)
-                _blank(axes)
-            line[0].set_ylabel(f"layer {number}", fontsize=8)
-        for number, axes in enumerate(panels[0], start=1):
-            axes.set_title(f"head {number}", fontweight="normal", fontsize=8, loc="center")
+        size = (max(0.6 * columns + names + 0.2, 0.09 * len(title)), high * len(layers) + 0.6)
+        figure = Figure(figsize=size, layout="constrained")
+        figure.suptitle(title, x=0.02, ha="left", fontweight="bold", fontsize=10, parse_math=False)
+        axes = figure.subplots()  # one for all: each costs more time than all of its pictures
+        for row, pictures in enumerate(layers.values()):
+            for column, picture in enumerate(pictures):
+                lowest = min(0.0, float(picture.min()))  # below zero only where heads are mixed after the softmax
+                low, high, cmap = (-1.0, 1.0, "RdBu_r") if signed else (lowest, None, "inferno")  # none of colours
+                place = (column + 0.04, column + 0.96, row + 0.96, row + 0.04)
+                axes.imshow(picture, extent=place, aspect="auto", vmin=low, vmax=high, cmap=cmap)
+        axes.set(xlim=(0, columns), ylim=(len(layers), 0))
+        axes.set_xticks(
+            [column + 0.5 for column in range(columns)], [str(head) for head in range(1, columns + 1)], fontsize=8
+        )
+        axes.set_yticks([row + 0.5 for row in range(len(layers))], list(layers), fontsize=8, parse_math=False)
+        axes.xaxis.tick_top()
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
     return figure
 
 
-def _frame(token: tuple[int, int]) -> Rectangle:
-    return Rectangle((token[1], token[0]), 1, 1, fill=False, edgecolor="#35d0ba", linewidth=1.6)
+def distances_by_layer(values: Mapping[str, Sequence[Sequence[float]]]) -> Figure:
+    """How far heads look, layer by layer: a point a head, a line through the means of the layers.
+
+    Args:
+        values: For each model, for each layer, a distance a head, as shares of the image's diagonal.
+    """
+    shades = colours(list(values))
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.5, 3.2), layout="constrained")
+        axes: Any = figure.subplots()
+        for place, (name, layers) in enumerate(values.items()):
+            shift = 0.12 * (place - (len(values) - 1) / 2)
+            spots = [(number + shift, 100 * one) for number, heads in enumerate(layers, start=1) for one in heads]
+            axes.plot(*zip(*spots, strict=True), ".", color=shades[name], markersize=6, alpha=0.55)
+            means = [100 * sum(heads) / len(heads) for heads in layers]
+            numbers = [number + shift for number in range(1, len(layers) + 1)]
+            axes.plot(numbers, means, "-", color=shades[name], linewidth=1.6, label=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        furthest = max(100 * one for layers in values.values() for heads in layers for one in heads)
+        axes.set(xlabel="layer", ylim=(0, 1.08 * furthest))
+        axes.set_title("mean distance of query and key, % of the diagonal")
+        axes.grid(axis="y")
+        figure.legend(loc="outside right center", frameon=False)
+    return figure
 
 
 def _blank(axes: Any) -> None:

@@ -13,6 +13,8 @@ from matplotlib.figure import Figure
 from .._files import one_line, write_atomic, write_text
 
 _SCREEN_DPI, _DPI = 96, 144
+_NOTHING_ELSE = "default-src 'none';img-src data:;style-src 'unsafe-inline';script-src 'unsafe-inline'"
+"""A policy under which a browser loads nothing that is not in the page."""
 
 
 def write_page(path: Path, title: str, sections: Iterable[str]) -> None:
@@ -26,6 +28,7 @@ def write_page(path: Path, title: str, sections: Iterable[str]) -> None:
         path,
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
+        f'<meta http-equiv=Content-Security-Policy content="{_NOTHING_ELSE}">'
         f"<title>{head}</title><style>{_CSS}</style><main><h1>{head}</h1>{''.join(sections)}</main></html>\n",
     )
 
@@ -114,27 +117,32 @@ def save_png(figure: Figure, path: Path) -> None:
 
 
 _CSS = """
-body{margin:0;background:#f5f7fa;color:#1f2933;font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
+:root{color-scheme:light;--page:#f5f7fa;--card:#fff;--ink:#1f2933;--faint:#616e7c;--line:#e4e7eb}
+@media(prefers-color-scheme:dark){:root:not([data-theme=light]){DARK}}
+:root[data-theme=dark]{DARK}
+body{margin:0;background:var(--page);color:var(--ink);
+font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif}
 main{max-width:1080px;margin:0 auto;padding:32px 20px 60px}
 h1{font-size:26px;margin:0 0 18px;letter-spacing:-.01em;line-height:1.25;overflow-wrap:anywhere}
 h2{font-size:17px;margin:0 0 12px}
-section{background:#fff;border:1px solid #e4e7eb;border-radius:10px;padding:20px 22px;margin:0 0 18px}
+section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:20px 22px;margin:0 0 18px}
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}
-td,th{padding:7px 5px;text-align:right;border-bottom:1px solid #e4e7eb;white-space:nowrap}
-th{font-weight:600;color:#616e7c;font-size:13px}td:first-child,th:first-child{text-align:left}
+td,th{padding:7px 5px;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
+th{font-weight:600;color:var(--faint);font-size:13px}td:first-child,th:first-child{text-align:left}
 td:first-child{font-weight:600}tr:last-child>*{border-bottom:0}
-.wide{overflow-x:auto;font-size:13px;background-color:#fff;background-repeat:no-repeat;
-background-image:linear-gradient(270deg,#fff 40%,#fff0),linear-gradient(270deg,#1f293333,#fff0);
+.wide{overflow-x:auto;font-size:13px;background-color:var(--card);background-repeat:no-repeat;
+background-image:linear-gradient(270deg,var(--card) 40%,transparent),linear-gradient(270deg,#1f293333,transparent);
 background-position:100% 0;background-size:48px 100%,16px 100%;background-attachment:local,scroll}
 .wide th{white-space:normal;vertical-align:bottom;font-size:12px}
-.wide td:first-child,.wide th:first-child{position:sticky;left:0;background:#fff;padding:7px 10px 7px 0}
-.note{color:#616e7c;font-size:13px;margin:10px 0 0}ul{margin:0 0 16px;padding-left:18px}
+.wide td:first-child,.wide th:first-child{position:sticky;left:0;background:var(--card);padding:7px 10px 7px 0}
+.note{color:var(--faint);font-size:13px;margin:10px 0 0}ul{margin:0 0 16px;padding-left:18px}
 .plot svg,.row img{max-width:100%;height:auto}.row{display:flex;flex-wrap:wrap;gap:18px}.row>*{max-width:100%}
-figure{margin:0}figcaption{text-align:center;color:#616e7c;font-size:13px}
+.plot svg,figure img{background:#fff;border-radius:6px}
+figure{margin:0}figcaption{text-align:center;color:var(--faint);font-size:13px}
 .facts th{width:190px;vertical-align:top}.facts td{text-align:left;font-weight:400}
 .facts th,.facts td{white-space:normal;overflow-wrap:anywhere}
 details{margin-top:12px}pre{overflow-x:auto;font-size:12px}
 @media(max-width:640px){main{padding:18px 10px 40px}h1{font-size:21px}section{padding:14px 12px}
 .facts tr,.facts th,.facts td{display:block;width:auto;padding:0;border:0}
-.facts tr{padding:7px 0;border-bottom:1px solid #e4e7eb}.facts tr:last-child{border:0}}
-"""
+.facts tr{padding:7px 0;border-bottom:1px solid var(--line)}.facts tr:last-child{border:0}}
+""".replace("DARK", "color-scheme:dark;--page:#12161c;--card:#1b2129;--ink:#e4e7eb;--faint:#9aa5b1;--line:#333d49")
