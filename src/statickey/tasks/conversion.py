@@ -1,6 +1,6 @@
 """``convert``: static keys for a trained classifier, fitted on images, in a folder like a run's."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
