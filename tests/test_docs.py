@@ -12,6 +12,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser, SkipParser
 
 import statickey_cli
+from statickey import MIXERS
 from statickey.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -49,8 +50,13 @@ def test_code_runs(page, tmp_path, monkeypatch):
     monkeypatch.setattr(timm, "create_model", lambda *args, pretrained=False, **kwargs: make(*args, **kwargs))
     document = SYBIL.parse(page)
     document.namespace |= {"images": torch.randn(2, 3, 224, 224), "loader": [torch.randn(8, 3, 224, 224)]}
-    for example in document:
-        example.evaluate()
+    mixers = dict(MIXERS)
+    try:
+        for example in document:
+            example.evaluate()
+    finally:  # a page registers one
+        MIXERS.clear()
+        MIXERS.update(mixers)
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=ids)

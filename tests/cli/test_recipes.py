@@ -94,7 +94,13 @@ def test_the_recipes_that_are_promised_are_there():
         assert all(content(name).get("task", "classify") == task for name in names)
 
 
-@pytest.mark.parametrize("name", recipes())
+LIKE_OTHERS = {"coco-maskrcnn-3x", "coco-cascade-3x", "imagenet-b36"}
+"""Recipes of longer schedules or wider networks than one that the suite runs."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LIKE_OTHERS else ()) for name in recipes()]
+)
 def test_recipe_trains_one_step(name, tmp_path, monkeypatch, capsys):
     """Through the real command, on tiny data; what the recipe says about training stays as it is."""
     monkeypatch.chdir(tmp_path)

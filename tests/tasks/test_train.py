@@ -146,9 +146,9 @@ def test_another_configuration_is_refused_with_the_difference(tmp_path):
         {"opt": "sgd", "lr": 0.01, "clip_grad": 0.0, "ema_decay": 0.0, "fp32_logits": True},
         {"precision": "bf16-mixed", "random_erasing": 0.5, "cutmix": 1.0},
         {"model": "vit_tiny_patch16_224", "mixer": None, "model_args": {"depth": 1, "patch_size": 4}},
-        {"model": "caformer_s18", "mixer": "ska", "model_args": {}, "img_size": 32, "limit": 20, "batch_size": 9},
+        {"model": "skaformer_nano", "mixer": "ska", "model_args": {}, "img_size": 32, "limit": 20, "batch_size": 9},
     ],
-    ids=["lamb", "sgd", "bf16", "timm", "caformer"],
+    ids=["lamb", "sgd", "bf16", "timm", "former"],
 )
 def test_options_train(tmp_path, options):
     result, _ = run(tmp_path, **{"epochs": 1} | options)
