@@ -1,5 +1,6 @@
 """What README and the documentation show: code runs, commands parse, and files that they name are there."""
 
+import json
 import re
 import shlex
 from importlib import import_module
@@ -57,6 +58,20 @@ def test_code_runs(page, tmp_path, monkeypatch):
     finally:  # a page registers one
         MIXERS.clear()
         MIXERS.update(mixers)
+
+
+@pytest.mark.slow
+def test_notebook_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    cells = json.loads((ROOT / "examples" / "start.ipynb").read_text())["cells"]
+    namespace = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []  # what is kept is what anybody gets
+            exec("".join(cell["source"]), namespace)
+    assert (tmp_path / "runs" / "looks" / "attention.html").is_file()
+    assert {"mhsa", "ska"} == namespace["results"].keys()
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=ids)
