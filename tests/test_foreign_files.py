@@ -110,9 +110,9 @@ def test_shards_are_read_where_they_lie(tmp_path, name):
     make_shards(root)
     with tarfile.open(root / "train-0.tar", "a") as shard:
         shard.addfile(_member("file", name.format(tmp=tmp_path)), io.BytesIO(b"content"))
-    before = {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     assert len(load_images(str(root)).train.labels) == 4
-    assert {path: os.stat(path).st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
 
 @pytest.mark.parametrize("kind", ["link", "hard link"])

@@ -70,7 +70,7 @@ def explained_board(board: TensorBoardLogger) -> Iterator[None]:
 
 @contextmanager
 def quiet_writers() -> Iterator[None]:
-    """No traceback of TensorBoard's own thread, for what goes wrong there is raised where the next thing is logged."""
+    """No traceback of TensorBoard's own thread: what goes wrong there is raised where the next thing is logged."""
     before = threading.excepthook
 
     def hook(args: Any) -> None:

@@ -119,6 +119,6 @@ def explained_peers() -> Iterator[None]:
             raise
         reason = re.sub(r"^\[[^]]*\] ", "", one_line(error)).partition(". ")[0]  # without the place in its source
         raise StaticKeyError(
-            f"another process of this run has ended or does not answer ({reason}); see what it said, the same command "
-            "goes on where it stopped"
+            f"another process of this run has ended or does not answer ({reason}); see what it said, the same "
+            "command goes on where it stopped"
         ) from error
