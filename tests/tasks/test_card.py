@@ -178,3 +178,15 @@ def test_a_file_that_is_no_card(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(OutputError, match=r"config.json does not describe a network of this program \("):
         load_model(tmp_path)
+
+
+def test_weights_come_last(tmp_path, monkeypatch):
+    """Commands take a folder that has them for finished."""
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("statickey.tasks.weights.write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        written(tmp_path)
+    assert not list(tmp_path.iterdir())

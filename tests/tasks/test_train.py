@@ -1,7 +1,9 @@
 import csv
+import errno
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -17,6 +19,7 @@ import torch
 import yaml
 from rich.console import Console
 from safetensors.torch import load_file, save_file
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -514,7 +517,7 @@ MIXED = {"mixup": 0.2, "cutmix": 0.5, "random_erasing": 0.5, "auto_augment": "ra
 SHARED = {"limit": 121, "flip": True, "model_args": {"embed_dim": 16, "depth": 2, "num_heads": 2}} | MIXED
 
 
-def _train_as_rank(out, rank, port, strategy, stop_at, diverging=False):
+def _train_as_rank(out, rank, port, strategy, stop_at, diverging=False, dying=(0, 1)):
     """As torchrun starts one of two processes."""
     torch.set_num_threads(1)
     ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
@@ -523,12 +526,12 @@ def _train_as_rank(out, rank, port, strategy, stop_at, diverging=False):
     step = TrainingModule.training_step
 
     def stops(self, batch, batch_idx):
-        if self.current_epoch == stop_at:
+        if self.current_epoch == stop_at and rank in dying:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(self, batch, batch_idx)
 
     TrainingModule.training_step = stops
-    if diverging:
+    if diverging or len(dying) == 1:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # both end in a traceback, as they should
     if diverging and rank == 1:
         losses = Classification.losses
@@ -536,12 +539,14 @@ def _train_as_rank(out, rank, port, strategy, stop_at, diverging=False):
     run(out, machine=Machine(accelerator="cpu", devices=2, strategy=strategy), **SHARED)
 
 
-def train_as_two(processes, out, strategy, stop_at=None, diverging=False):
+def train_as_two(processes, out, strategy, stop_at=None, diverging=False, target=None, dying=(0, 1)):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = [
-        processes.Process(target=_train_as_rank, args=(out, rank, port, strategy, stop_at, diverging))
+        processes.Process(
+            target=target or _train_as_rank, args=(out, rank, port, strategy, stop_at, diverging, dying)
+        )
         for rank in (0, 1)
     ]
     for child in children:
@@ -606,6 +611,50 @@ def test_shards_train_as_one_and_when_killed_end_in_the_same_bits(processes, alo
     assert all(type(value) is torch.Tensor for value in state["state_dict"].values())  # whole, not shards
     assert train_as_two(processes, tmp_path / "parts", "fsdp") == [0, 0]
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
+def _says(out, rank, *args):
+    try:
+        _train_as_rank(out, rank, *args)
+    except StaticKeyError as error:
+        (out / "said").write_text(str(error))
+        raise
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL there")
+@pytest.mark.parametrize(
+    ("strategy", "dead"),
+    [("ddp", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in [("ddp", 0), ("fsdp", 1)])],
+)
+def test_a_process_whose_peer_is_killed_says_so(processes, tmp_path, strategy, dead):
+    start = time.monotonic()
+    codes = train_as_two(processes, tmp_path, strategy, stop_at=1, target=_says, dying=(dead,))
+    assert codes[dead] == -signal.SIGKILL
+    assert codes[1 - dead] == 1
+    assert time.monotonic() - start < 60
+    message = (
+        r"another process of this run has ended or does not answer \(.*peer.*\); see what it said, the same command"
+    )
+    assert re.match(message, (tmp_path / "said").read_text())
+
+
+@pytest.mark.parametrize(("where", "number"), [("write", 1), ("write", 6), ("flush", 1)])
+def test_a_disk_that_is_full_for_tensorboard(tmp_path, monkeypatch, capfd, where, number):
+    """What TensorBoard's own thread meets is said where the run notices, and by nobody else."""
+    calls = iter(range(1, 1000))
+    method = getattr(RecordWriter, where)
+
+    def full(self, *args):
+        if next(calls) >= number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return method(self, *args)
+
+    monkeypatch.setattr(RecordWriter, where, full)
+    with pytest.raises(
+        OutputError, match=r"^cannot write .*tensorboard: No space left on device; the disk is full; free"
+    ):
+        run(tmp_path)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_shards_are_shards():

@@ -64,10 +64,12 @@ def test_the_page_holds_what_the_model_computes():
     model = small()
     found, batch = seen(model)
     models = on_a_page([found], 10**7)
-    page = attention_explorer(models, ["<one>", "two"])
+    odd = "</script><script>alert(1)</script>"
+    page = attention_explorer(models, [odd, "two"])
     data = content(page)
-    assert data["captions"] == ["<one>", "two"]
-    assert "<one>" not in page
+    assert data["captions"] == [odd, "two"]
+    assert odd not in page
+    assert page.count("<script") == page.count("</script") == 2
     assert not re.search(r"https?://|(src|href)=", page)
     (shown,) = data["models"]
     maps = capture_maps(model, batch)

@@ -28,7 +28,7 @@ from .checkpoint import SUFFIX, AtomicCheckpointIO, newest_whole
 from .diverged import DivergedFolder
 from .recipe import Machine, Recipe
 from .run import PREDICTIONS_FILE, Run, mixer_source
-from .scoring import explained_workers, score
+from .scoring import explained_peers, explained_workers, score
 from .training import TrainingModule
 from .weights import ModelCard, write_model
 
@@ -97,6 +97,7 @@ def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[
         DivergedError: The loss is not finite; the last good checkpoint stays, and ``replay`` takes the step again.
         OutputError: A file cannot be written, or no checkpoint can be read.
         DataError: An image cannot be read, or a loader worker died.
+        StaticKeyError: Another process of the run ended.
         KeyboardInterrupt: Ctrl-C; the run can be taken up again.
     """
     start = time.perf_counter()
@@ -129,7 +130,7 @@ def train_run(run: Run, callbacks: Sequence[L.Callback] = (), loggers: Sequence[
     resume, broken = newest_whole(run.path)
     for reason in broken:
         warnings.warn(f"{reason}; going on from {resume}", stacklevel=2)
-    with _interruptible(), explained_workers():
+    with _interruptible(), explained_workers(), explained_peers():
         trainer.fit(training, module, ckpt_path=resume, weights_only=True)
         return _finish(run, trainer, training, module, start)
 

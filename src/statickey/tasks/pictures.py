@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from ..data import BatchPlan
+from .board import explained_board
 from .run import Run
 
 _IMAGES = 4
@@ -50,4 +51,5 @@ class HeldOutPictures(L.Callback):
             (answer,) = predictor.predict(predictor.prepare([image]))
             for board in boards:
                 figure = predictor.picture(image, answer, f"held-out image {number}, epoch {epoch}")
-                board.experiment.add_figure(f"held-out/{number}", figure, epoch)
+                with explained_board(board):
+                    board.experiment.add_figure(f"held-out/{number}", figure, epoch)

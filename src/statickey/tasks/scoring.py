@@ -1,5 +1,6 @@
 """Scoring a network on some images, by all processes that take part."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,8 +10,9 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import distributed, nn
 
+from .._files import one_line
 from ..data import PlannedDataModule
-from ..errors import DataError
+from ..errors import DataError, StaticKeyError
 from .task import Arrays, Evidence, Task
 
 
@@ -98,4 +100,25 @@ def explained_workers() -> Iterator[None]:
             raise
         raise DataError(
             f"{reason}; out of memory? use fewer --num-workers, the same command goes on where it stopped"
+        ) from error
+
+
+@contextmanager
+def explained_peers() -> Iterator[None]:
+    """Say in one line that another process of the run is gone, where this one notices while it waits for it.
+
+    Raises:
+        StaticKeyError: The connection to it broke, or it did not answer in time.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, distributed.DistError) and "gloo" not in str(
+            error
+        ):  # gloo's have no type of their own
+            raise
+        reason = re.sub(r"^\[[^]]*\] ", "", one_line(error)).partition(". ")[0]  # without the place in its source
+        raise StaticKeyError(
+            f"another process of this run has ended or does not answer ({reason}); see what it said, the same "
+            "command goes on where it stopped"
         ) from error

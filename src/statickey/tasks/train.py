@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import lightning as L
 import yaml
-from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import MLFlowLogger, WandbLogger
 from rich.console import Console
 from rich.markup import escape
 
@@ -20,6 +20,7 @@ from .._plugins import loaded_plugins
 from ..data import StreamedImages
 from ..errors import OutputError, StaticKeyError
 from ..models import Swap, start_from
+from .board import Board, quiet_writers
 from .checkpoint import SUFFIX
 from .classification import ClassificationRecipe
 from .display import Display, counted, facts_table
@@ -194,7 +195,7 @@ _MAY_DIFFER = ("data", "data_dir", "weights", "out", "resume", "logger", "plugin
 @contextmanager
 def _loggers(root: Path, logger: str, run_id: str) -> Iterator[list[Any]]:
     """TensorBoard, and another logger by request."""
-    loggers: list[Any] = [TensorBoardLogger(root, name="", version="tensorboard")]
+    loggers: list[Any] = [Board(root, name="", version="tensorboard")]
     try:
         if logger == "wandb":
             loggers.append(WandbLogger(save_dir=root, name=root.name, resume="allow", id=run_id))
@@ -206,11 +207,12 @@ def _loggers(root: Path, logger: str, run_id: str) -> Iterator[list[Any]]:
             )
     except ModuleNotFoundError as error:
         raise StaticKeyError(f"logger={logger!r} needs a package: pip install {logger}") from error
-    try:
-        yield loggers
-    finally:
-        for each in loggers:
-            each.finalize("finished")
+    with quiet_writers():
+        try:
+            yield loggers
+        finally:
+            for each in loggers:
+                each.finalize("finished")
 
 
 class CurveFile(L.Callback):

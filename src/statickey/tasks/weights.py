@@ -171,8 +171,8 @@ def without_weights(model_args: dict[str, Any]) -> dict[str, Any]:
 def write_model(
     folder: Path, which: str, model: nn.Module, card: ModelCard, weights: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write one set of weights, the model's own unless given, and the JSON beside them."""
+    """Write one set of weights, the model's own unless given, after the JSON beside them: where they are, all is."""
     state = model.state_dict() if weights is None else weights
     content = safetensors.torch.save({k: v.contiguous().cpu() for k, v in state.items()})
-    write_atomic(folder / WEIGHTS_FILES[which], lambda file: file.write(content))
     write_json(folder / CONFIG_FILE, card.completed(model).to_json())
+    write_atomic(folder / WEIGHTS_FILES[which], lambda file: file.write(content))
