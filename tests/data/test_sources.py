@@ -318,6 +318,22 @@ def test_hub_names_and_configurations(hub):
     assert not any("trust_remote_code" in kwargs for _, kwargs in hub.asked)
 
 
+@pytest.mark.parametrize("where", ["cache", "elsewhere"])
+def test_hub_cells_name_files_of_the_cache_alone(hub, tmp_path, where):
+    file = tmp_path / where / "0.png"
+    file.parent.mkdir()
+    file.write_bytes(png(70))
+    features = datasets.Features({"img": datasets.Image(), "fine": datasets.ClassLabel(names=["cat", "dog"])})
+    cells = {"img": [{"bytes": None, "path": str(file)}] * 2, "fine": [0, 1]}
+    hub.splits |= {"train": datasets.Dataset.from_dict(cells, features=features), "test": table([1, 0])}
+    train = open_sources("hf:owner/name", data_dir=tmp_path / "cache").train
+    if where == "cache":
+        assert np.asarray(train.open(0))[0, 0, 0] == 70
+        return
+    with pytest.raises(DataError, match=r"the cell names the file '.*elsewhere/0.png', which is outside .*cache"):
+        train.open(0)
+
+
 def test_hub_test_split_without_labels_gives_way_to_validation(hub):
     hub.splits |= {"train": table([0, 1]), "test": table([-1, -1]), "validation": table([1, 0, 1])}
     assert open_sources("hf:imagenet").test.labels == [1, 0, 1]

@@ -30,13 +30,14 @@ class _TableSource(Source):
     """Images in a ``datasets.Dataset``, with the file name or the bytes of each in a column.
 
     ``class_names`` is None where the table does not name its classes; its labels are then values of any type.
-    Cells that name a file in place of holding one are read from ``folder``, where it is given, and nowhere else.
+    Cells that name a file in place of holding one are read from ``folder``, by a name below it, or from one of the
+    ``caches``, by the whole path that the library has written there, and from nowhere else.
     """
 
-    def __init__(self, place: str, table: Any, folder: Path | None = None) -> None:
+    def __init__(self, place: str, table: Any, folder: Path | None = None, caches: Sequence[Path] = ()) -> None:
         import datasets
 
-        self.place, self.folder = place, folder
+        self.place, self.folder, self.caches = place, folder, caches
         features = table.features
         images = [name for name, kind in features.items() if isinstance(kind, datasets.Image)]
         labels = [name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)]
@@ -66,7 +67,15 @@ class _TableSource(Source):
         return Image.open(io.BytesIO(cell["bytes"]) if cell["bytes"] is not None else self._within(cell["path"]))
 
     def _within(self, path: str) -> Path:
-        return Path(path) if self.folder is None else inside(self.folder, path, "the cell")
+        if self.folder is not None:
+            return inside(self.folder, path, "the cell")
+        found = Path(path).resolve()
+        if not any(found.is_relative_to(cache.resolve()) for cache in self.caches):
+            raise DataError(
+                f"the cell names the file {path!r}, which is outside {', '.join(map(str, self.caches))}, where the "
+                "library keeps what it loads"
+            )
+        return found
 
     def describe(self, i: int) -> str:
         cell = self.table[i][self.column]
@@ -86,6 +95,7 @@ def _named(names: Sequence[str], columns: Sequence[str]) -> list[str]:
 def hub_sources(name: str, data_dir: Path | None) -> Sources:
     """A data set of the hub, or a local one of that library, with its configuration or without."""
     import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     is_local = bool(name.strip(" /")) and Path(name).exists()
     parts = name.strip().split("/")
@@ -103,7 +113,10 @@ def hub_sources(name: str, data_dir: Path | None) -> Sources:
             f"cannot load {HUB}{name} ({one_line(error)}); check the name and the network, "
             "or give a folder that has it"
         ) from error
-    sources = {split: _TableSource(f"{HUB}{name} {split}", table) for split, table in splits.items()}
+    kept = [datasets.config.HF_CACHE_HOME, datasets.config.HF_DATASETS_CACHE, HF_HUB_CACHE]
+    kept += [place for place in (data_dir, path if is_local else None) if place is not None]
+    caches = list(dict.fromkeys(Path(place).expanduser() for place in kept))
+    sources = {split: _TableSource(f"{HUB}{name} {split}", table, caches=caches) for split, table in splits.items()}
     # the hub's test split often comes without labels
     tests = [sources[split] for split in ("test", "validation", "val") if split in sources]
     labelled = [part for part in tests if any(label not in _UNLABELLED for label in part.labels)]
