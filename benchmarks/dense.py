@@ -4,7 +4,7 @@
     python benchmarks/dense.py FOLDER --steps classifiers    # what the detectors and segmenters start from
     python benchmarks/dense.py FOLDER --steps tune compare --sets camvid camvid-stage3
     python benchmarks/dense.py FOLDER --steps sizes --sets camvid      # scores at other sizes than in training
-    python benchmarks/dense.py FOLDER --steps cost                     # time and memory; wants a machine to itself
+    python benchmarks/dense.py FOLDER --steps cost metrics             # time and memory; wants a machine to itself
 
 One run a process, ``--processes`` at a time; finished runs are reused. Results: ``runs/dense/SET`` with its report.
 Tables are in docs/results/dense.md.
@@ -152,12 +152,16 @@ class Pass(nn.Module):
         super().__init__()
         asked = recipe(name, folder)
         self.task: Any = task_named("segment" if isinstance(asked, SegmentationRecipe) else "detect")
-        data = self.task.read_data(asked)
-        self.recipe = self.task.settled(asked, data)
-        module = self.task.data_module(self.recipe, data, 0)
-        loaders = {"training": module.train_dataloader(), "forward": module.scoring_dataloader("test")}
-        self.batches = {phase: module.on_after_batch_transfer(next(iter(each)), 0) for phase, each in loaders.items()}
-        self.network = self.task.build(self.recipe, data, mixer, 0)
+        self.data = self.task.read_data(asked)
+        self.recipe = self.task.settled(asked, self.data)
+        self.module = self.task.data_module(self.recipe, self.data, 0)
+        self.loaders = {"training": self.module.train_dataloader(), "forward": self.module.scoring_dataloader("test")}
+        self.batches = {phase: self.ready(next(iter(each))) for phase, each in self.loaders.items()}
+        self.network = self.task.build(self.recipe, self.data, mixer, 0)
+
+    def ready(self, batch: Any) -> Any:
+        """A batch as the network takes it."""
+        return self.module.on_after_batch_transfer(batch, 0)
 
     def forward(self, x: Tensor) -> Any:
         if not self.training:
@@ -189,6 +193,24 @@ def cost(name: str, folder: Path) -> None:
             )
 
 
+def metrics(name: str, folder: Path) -> None:
+    """Seconds that the metric takes for all test images, as a share of an epoch of training."""
+    torch.set_num_threads(1)
+    made = Pass(name, folder, "mhsa").eval()
+    with torch.inference_mode():
+        said = [made.task.outputs(made.network, made.ready(batch)) for batch in made.loaders["forward"]]
+    metric = made.task.validation_metric(made.data)
+    start = time.perf_counter()
+    for outputs in said:
+        metric.update(*outputs)
+    metric.compute()
+    own = time.perf_counter() - start
+    calls = {"training": Setting().prepare((made, torch.zeros(1)), "training")}
+    step = float(np.median([each["training"] for each in interleaved(calls, 5, Setting())]))
+    epoch = step * len(made.loaders["training"])
+    print(f"| {name} | {own:.2f} s | {epoch:.1f} s | {own / epoch:.1%} |", flush=True)
+
+
 def work(jobs: "Iterable[partial[str]]", processes: int, until: float) -> None:
     """Do jobs in so many processes, which stop taking new ones at a time."""
     with multiprocessing.get_context("spawn").Pool(processes, torch.set_num_threads, (1,)) as pool:
@@ -209,9 +231,9 @@ def _done(until: float, job: "partial[str]") -> str:
 def main() -> None:
     """What the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    steps = ("classifiers", "tune", "compare", "sizes", "cost")
+    steps = ("classifiers", "tune", "compare", "sizes", "cost", "metrics")
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", nargs="+", choices=steps, default=steps[:-1])
+    parser.add_argument("--steps", nargs="+", choices=steps, default=steps[:-2])
     parser.add_argument("--sets", nargs="+", choices=SETS, default=SETS)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--epochs", type=int, help="of the dense tasks, other than the published ones")
@@ -236,6 +258,9 @@ def main() -> None:
     if "cost" in given.steps:
         for name in given.sets:
             cost(name, given.folder)
+    if "metrics" in given.steps:
+        for name in given.sets:
+            metrics(name, given.folder)
 
 
 if __name__ == "__main__":
