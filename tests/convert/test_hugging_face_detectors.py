@@ -13,6 +13,7 @@ from tolerances import assert_close
 transformers = pytest.importorskip("transformers")
 from hugging_face_models import images, randomised  # noqa: E402
 from statickey.convert.hugging_face import from_pretrained  # noqa: E402
+from statickey.viz import capture_attention  # noqa: E402
 
 WIDTH = {"d_model": 64, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "num_queries": 5, "num_labels": 3}
 BODY = {"embedding_size": 4, "hidden_sizes": [4, 4, 8, 8], "depths": [1] * 4, "layer_type": "basic"}
@@ -262,3 +263,13 @@ class TestRefuses:
         model = transformers.DeformableDetrForObjectDetection(config)
         with pytest.raises(UnsupportedHostError, match="samples values at a few points: there is no map of tokens"):
             convert(model, "ska")
+
+
+def test_captured_maps_are_the_hosts_with_its_positions():
+    model, x = build("detr").eval(), images(64, 96)
+    maps = capture_attention(model, x)
+    model.set_attn_implementation("eager")
+    wanted = model(x, output_attentions=True).encoder_attentions
+    assert len(maps) == len(wanted) == 2
+    for found, map_ in zip(maps.values(), wanted, strict=True):
+        assert_close("map", found, map_)

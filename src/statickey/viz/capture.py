@@ -121,7 +121,9 @@ def _check_same(said: Any, wanted: Any) -> None:
 def _record(
     maps: dict[str, LayerMaps], name: str, mixer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
 ) -> None:
-    called_with = {k: v for k, v in kwargs.items() if k in ("feat_size", "attn_mask", "rope") and v is not None}
+    called_with = {
+        k: v for k, v in kwargs.items() if k in ("feat_size", "attn_mask", "rope", "pos_embed") and v is not None
+    }
     weights = mixer.attention_weights(*args, **called_with).cpu()
     _, feat_size = mixer._tokens(args[0], args[1] if len(args) > 1 else kwargs.get("feat_size"))
     reduction = getattr(mixer, "reduction", None)
